@@ -4,7 +4,7 @@ Rules:
 
 1. A class says *what went wrong*; its `code` never changes once released, and clients may switch on it.
 2. `actor` says who has to act; the message says what he should do next.
-3. Data (`have`, `need`, `block`, ...) travels in named fields, declared by the class; an undeclared name is a `TypeError`.
+3. Data (`have`, `need`, `block`, ...) travels in named fields, declared by the class; another name is a `TypeError`.
 4. No message and no field holds a key, a signature, a path of the node or another caller's data.
 5. Errors know nothing of HTTP: the one table of statuses is in `divault.api.problems`.
 
@@ -68,28 +68,28 @@ class BadRequest(RequestError):
     """Malformed: not JSON, a wrong type, a duplicate key, an unknown encoding."""
 
     code = "bad_request"
-    fields = ("field",)
+    fields: ClassVar[tuple[str, ...]] = ("field",)
 
 
 class RouteUnknown(RequestError):
     """No such route, or the route doesn't answer this method."""
 
     code = "route_unknown"
-    fields = ("allowed",)
+    fields: ClassVar[tuple[str, ...]] = ("allowed",)
 
 
 class TooLarge(RequestError):
     """Body, model or answer over a limit; `limit_bytes` names it."""
 
     code = "too_large"
-    fields = ("limit_bytes", "have_bytes", "limit")
+    fields: ClassVar[tuple[str, ...]] = ("limit_bytes", "have_bytes", "limit")
 
 
 class SignHeaders(RequestError):
     """A body that carries its own signature is over 64 KiB: sign headers (ERC-8128) instead."""
 
     code = "sign_headers"
-    fields = ("limit_bytes", "have_bytes")
+    fields: ClassVar[tuple[str, ...]] = ("limit_bytes", "have_bytes")
 
 
 class InputInvalid(RequestError):
@@ -97,7 +97,7 @@ class InputInvalid(RequestError):
 
     code = "input_invalid"
     receipt = True
-    fields = ("field", "expected", "example")
+    fields: ClassVar[tuple[str, ...]] = ("field", "expected", "example")
 
 
 # --- identity -----------------------------------------------------------------------------------------------------
@@ -106,14 +106,14 @@ class InputInvalid(RequestError):
 class Unauthenticated(RequestError):
     """The caller did not prove who he is."""
 
-    fields = ("reason",)
+    fields: ClassVar[tuple[str, ...]] = ("reason",)
 
 
 class SignatureIncomplete(Unauthenticated):
     """Fields of the signature are missing or malformed; `typed_data` is what has to be signed."""
 
     code = "signature_incomplete"
-    fields = ("missing", "malformed", "typed_data")
+    fields: ClassVar[tuple[str, ...]] = ("missing", "malformed", "typed_data")
 
 
 class SignatureInvalid(Unauthenticated):
@@ -132,21 +132,21 @@ class SignatureExpired(Unauthenticated):
     """Outside the validity window of the signature."""
 
     code = "signature_expired"
-    fields = ("now",)
+    fields: ClassVar[tuple[str, ...]] = ("now",)
 
 
 class WrongNode(Unauthenticated):
     """Signed for another node."""
 
     code = "wrong_node"
-    fields = ("node",)
+    fields: ClassVar[tuple[str, ...]] = ("node",)
 
 
 class WrongChain(Unauthenticated):
     """Signed for another chain or another vault."""
 
     code = "wrong_chain"
-    fields = ("chain_id", "vault")
+    fields: ClassVar[tuple[str, ...]] = ("chain_id", "vault")
 
 
 # --- access -------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class AccessDenied(RequestError):
 
     code = "access_denied"
     receipt = True
-    fields = ("have", "need", "token", "block", "block_hash")
+    fields: ClassVar[tuple[str, ...]] = ("have", "need", "token", "block", "block_hash")
 
 
 class NotOperator(RequestError):
@@ -171,7 +171,7 @@ class ModelNotLoaded(RequestError):
 
     code = "model_not_loaded"
     receipt = True
-    fields = ("model_id",)
+    fields: ClassVar[tuple[str, ...]] = ("model_id",)
 
 
 class ModelUnknown(RequestError):
@@ -179,7 +179,7 @@ class ModelUnknown(RequestError):
 
     code = "model_unknown"
     receipt = True
-    fields = ("model_id",)
+    fields: ClassVar[tuple[str, ...]] = ("model_id",)
 
 
 class CidMismatch(RequestError):
@@ -187,7 +187,7 @@ class CidMismatch(RequestError):
 
     code = "cid_mismatch"
     receipt = True
-    fields = ("have", "need")
+    fields: ClassVar[tuple[str, ...]] = ("have", "need")
 
 
 class ResultUnknown(RequestError):
@@ -202,14 +202,23 @@ class ResultUnknown(RequestError):
 class PaymentError(RequestError):
     """Something about the payment; nothing was charged."""
 
-    fields = ("reason",)
+    fields: ClassVar[tuple[str, ...]] = ("reason",)
 
 
 class PaymentRequired(PaymentError):
     """The model has a price and no payment came along; `accepts` lists how to pay."""
 
     code = "payment_required"
-    fields = ("price", "price_usdc", "token", "owner", "rails", "accepts", "x402Version", "resource")
+    fields: ClassVar[tuple[str, ...]] = (
+        "price",
+        "price_usdc",
+        "token",
+        "owner",
+        "rails",
+        "accepts",
+        "x402Version",
+        "resource",
+    )
 
 
 class PaymentRejected(PaymentRequired):
@@ -223,7 +232,7 @@ class PaymentPending(PaymentError):
 
     code = "payment_pending"
     actor = Actor.NOBODY
-    fields = ("retry_after",)
+    fields: ClassVar[tuple[str, ...]] = ("retry_after",)
 
 
 class SettlementPending(PaymentError):
@@ -231,7 +240,7 @@ class SettlementPending(PaymentError):
 
     code = "settlement_pending"
     actor = Actor.NOBODY
-    fields = ("retry_after", "transaction")
+    fields: ClassVar[tuple[str, ...]] = ("retry_after", "transaction")
 
 
 class PriceChanged(PaymentError):
@@ -239,7 +248,7 @@ class PriceChanged(PaymentError):
 
     code = "price_changed"
     receipt = True
-    fields = ("have", "need", "token", "block")
+    fields: ClassVar[tuple[str, ...]] = ("have", "need", "token", "block")
 
 
 class RequestRunning(PaymentError):
@@ -247,7 +256,7 @@ class RequestRunning(PaymentError):
 
     code = "request_running"
     actor = Actor.NOBODY
-    fields = ("retry_after",)
+    fields: ClassVar[tuple[str, ...]] = ("retry_after",)
 
 
 # --- the sealed model ---------------------------------------------------------------------------------------------
@@ -257,7 +266,7 @@ class SealError(DivaultError):
     """The sealed file and the key do not fit together."""
 
     receipt = True
-    fields = ("cid",)
+    fields: ClassVar[tuple[str, ...]] = ("cid",)
 
 
 class WrongKey(SealError):
@@ -272,7 +281,7 @@ class SealedFileDamaged(SealError):
 
     code = "sealed_file_damaged"
     actor = Actor.OWNER
-    fields = ("stage",)
+    fields: ClassVar[tuple[str, ...]] = ("stage",)
 
 
 class UnsupportedModel(SealError):
@@ -280,7 +289,7 @@ class UnsupportedModel(SealError):
 
     code = "unsupported_model"
     actor = Actor.OWNER
-    fields = ("seen", "supported")
+    fields: ClassVar[tuple[str, ...]] = ("seen", "supported")
 
 
 # --- storage ------------------------------------------------------------------------------------------------------
@@ -292,7 +301,7 @@ class StorageFailed(DivaultError):
     code = "storage_failed"
     actor = Actor.OPERATOR
     receipt = True
-    fields = ("cid", "gateway", "reason")
+    fields: ClassVar[tuple[str, ...]] = ("cid", "gateway", "reason")
 
 
 class ContentInvalid(StorageFailed):
@@ -388,7 +397,7 @@ class TooManyLinks(ContentInvalid):
 class SizeExceeded(ContentInvalid):
     """A file over the size limit, refused from its root block."""
 
-    fields = ("limit_bytes", "have_bytes")
+    fields: ClassVar[tuple[str, ...]] = ("limit_bytes", "have_bytes")
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -400,7 +409,7 @@ class ModelFailed(DivaultError):
     code = "model_failed"
     actor = Actor.OWNER
     receipt = True
-    fields = ("kind",)
+    fields: ClassVar[tuple[str, ...]] = ("kind",)
 
 
 class DeadlineExceeded(DivaultError):
@@ -409,7 +418,7 @@ class DeadlineExceeded(DivaultError):
     code = "deadline_exceeded"
     actor = Actor.CALLER
     receipt = True
-    fields = ("limit_s",)
+    fields: ClassVar[tuple[str, ...]] = ("limit_s",)
 
 
 # --- the node and its surroundings --------------------------------------------------------------------------------
@@ -419,7 +428,7 @@ class Unavailable(DivaultError):
     """The node can't decide or serve now; it never guesses."""
 
     actor = Actor.NOBODY
-    fields = ("retry_after",)
+    fields: ClassVar[tuple[str, ...]] = ("retry_after",)
 
 
 class ChainUnavailable(Unavailable):
@@ -450,7 +459,7 @@ class RateLimited(RequestError):
     """Too many requests from this wallet or address."""
 
     code = "rate_limited"
-    fields = ("retry_after", "limit")
+    fields: ClassVar[tuple[str, ...]] = ("retry_after", "limit")
 
 
 # --- off the wire: configuration, publishing, checking ------------------------------------------------------------
@@ -460,7 +469,7 @@ class SettingsInvalid(DivaultError):
     """A setting is missing, unknown or contradicts another; the message names it and the fix."""
 
     code = "settings_invalid"
-    fields = ("setting",)
+    fields: ClassVar[tuple[str, ...]] = ("setting",)
 
 
 class ReceiptInvalid(DivaultError):
@@ -468,7 +477,7 @@ class ReceiptInvalid(DivaultError):
 
     code = "receipt_invalid"
     actor = Actor.CALLER
-    fields = ("field",)
+    fields: ClassVar[tuple[str, ...]] = ("field",)
 
 
 class TransactionFailed(DivaultError):
@@ -476,7 +485,7 @@ class TransactionFailed(DivaultError):
 
     code = "transaction_failed"
     actor = Actor.CALLER
-    fields = ("transaction", "reason")
+    fields: ClassVar[tuple[str, ...]] = ("transaction", "reason")
 
 
 class NodeUntrusted(DivaultError):
@@ -484,7 +493,7 @@ class NodeUntrusted(DivaultError):
 
     code = "node_untrusted"
     actor = Actor.CALLER
-    fields = ("have", "need")
+    fields: ClassVar[tuple[str, ...]] = ("have", "need")
 
 
 def error_classes() -> Iterator[type[DivaultError]]:
