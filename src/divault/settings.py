@@ -1,0 +1,188 @@
+"""One frozen `Settings`, read once from the environment and `.env`.
+
+The published names stay as they are (`WEB3_PROVIDER_URL`, `HOST`, ...); every newer one starts with `DIVAULT_`. An
+unknown `DIVAULT_*` name is an error that suggests the nearest known one: a misspelt limit must not be a silent default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from dotenv import dotenv_values
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from divault.errors import DivaultError, SettingsInvalid
+from divault.values import Address, Secret
+
+MB = 10**6
+"""`MB` in a setting's name is 10^6 bytes."""
+
+
+def _split(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _address(value: Any) -> Any:
+    return Address.parse(value) if isinstance(value, str) else value
+
+
+def _secret(value: Any) -> Any:
+    return Secret.of_text(value) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Addresses = Annotated[
+    tuple[Annotated[Address, BeforeValidator(_address)], ...],
+    BeforeValidator(_split),
+]
+OneAddress = Annotated[Address, BeforeValidator(_address)]
+SecretText = Annotated[Secret, BeforeValidator(_secret)]
+
+
+class Settings(BaseModel):
+    """What the operator decided. Field names are the variables' names in lower case."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    # --- chain ---
+    web3_provider_url: Names = Field(
+        ("http://127.0.0.1:8545",), description="JSON-RPC endpoints of one chain, separated by commas; tried in order"
+    )
+    vault_contract_address: OneAddress | None = Field(None, description="the ModelVault; required to serve")
+    usdc_contract_address: OneAddress | None = Field(None, description="the payment token; required to serve")
+    divault_chain_id: int | None = Field(None, ge=1, description="expected chain id; unset: what the endpoints report")
+    divault_payment_tokens: Addresses = Field(
+        (), description="further payment tokens (6 decimals) that this node serves"
+    )
+    divault_head_ttl_seconds: float = Field(
+        1.0, ge=0, description="how long the newest block is used before it is read again"
+    )
+    divault_head_max_age_seconds: int = Field(
+        300, ge=0, description="a head older than this is stale: calls get 503 (0: no limit, for quiet test chains)"
+    )
+    # --- storage ---
+    lighthouse_api_key: SecretText | None = Field(None, description="sent as bearer token when publishing")
+    divault_gateway_urls: Names = Field(
+        ("http://127.0.0.1:8080", "https://gateway.lighthouse.storage"),
+        description="IPFS gateways, tried in order; none is trusted",
+    )
+    model_cache_dir: Path = Field(Path("./cache/models"), description="ciphertext of fetched models, named by content")
+    divault_cache_max_mb: int = Field(20_000, ge=1, description="upper bound of that cache")
+    max_model_size_mb: int = Field(
+        1000, ge=1, description="largest model, sealed and opened; refused before the transfer"
+    )
+    # --- server ---
+    host: str = Field("0.0.0.0", description="address to listen on")  # noqa: S104 - the published default
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: the system chooses")
+    debug: bool = Field(default=False, description="more detail in logs; answers stay the same")
+    divault_public_url: str | None = Field(
+        None, description="URL under which callers reach this node; its authority is what header signatures must name"
+    )
+    divault_cors_origins: Names = Field((), description="browser origins that may call; none by default")
+    divault_log_dir: Path | None = Field(Path("./logs"), description="folder of div-backend.log; empty: stdout only")
+    divault_operators: Addresses = Field((), description="wallets that may unload models and clear caches")
+    divault_max_body_bytes: int = Field(
+        8 * 1024 * 1024, ge=1024, description="largest request body; bodies that carry their own signature: 64 KiB"
+    )
+    rate_limit_per_minute: int = Field(60, ge=1, description="signed calls per wallet and minute")
+    divault_rate_limit_per_ip_per_minute: int = Field(
+        6000, ge=1, description="requests per peer address and minute, before any signature is checked"
+    )
+    max_concurrent_inferences: int = Field(10, ge=1, description="runs of one wallet at the same time")
+    # --- node ---
+    divault_state_dir: Path = Field(Path("./state"), description="ledger and keys; back it up, keep it private")
+    divault_node_key_file: Path | None = Field(
+        None, description="secp256k1 key that signs receipts; default in the state dir"
+    )
+    divault_age_identity_file: Path | None = Field(None, description="age identity that models are sealed to; likewise")
+    inference_timeout_seconds: float = Field(
+        30, gt=0, description="deadline of one prediction; the work is stopped then"
+    )
+    divault_load_timeout_seconds: float = Field(120, gt=0, description="deadline of opening and loading a model")
+    divault_transfer_confirmations: int = Field(1, ge=1, description="blocks on a transfer, its own included")
+    divault_transfer_max_age_seconds: int = Field(86_400, ge=60, description="an older transfer can't be claimed")
+    divault_sole_node_for: Addresses = Field(
+        (), description="owners served by this node alone: their plain transfers need no node binding"
+    )
+    divault_sandbox: Literal["auto", "strict", "standard", "off"] = Field(
+        "auto", description="least confinement of model workers; a level that is not reached refuses to start"
+    )
+    divault_sandbox_allow_downgrade: bool = Field(default=False, description="start although the level is not reached")
+    divault_allow_code_models: bool = Field(
+        default=False, description="formats that carry code; refused until the sandbox is complete"
+    )
+    divault_device: Literal["auto", "cpu"] = Field("auto", description="where models run")
+
+    @property
+    def max_model_bytes(self) -> int:
+        """`MAX_MODEL_SIZE_MB` in bytes."""
+        return self.max_model_size_mb * MB
+
+    @property
+    def node_key_file(self) -> Path:
+        """Where the signing key lies."""
+        return self.divault_node_key_file or self.divault_state_dir / "node.key"
+
+    @property
+    def age_identity_file(self) -> Path:
+        """Where the age identity lies."""
+        return self.divault_age_identity_file or self.divault_state_dir / "age.key"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.divault_allow_code_models:
+            raise ValueError(
+                "DIVAULT_ALLOW_CODE_MODELS=1 needs a complete sandbox, which this release does not have: unset it"
+            )
+        return self
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] | None = None, *, env_file: Path | None = Path(".env")) -> Settings:
+        """Read the settings: `.env` first, the environment over it. Raises SettingsInvalid naming the variable."""
+        merged: dict[str, str] = {}
+        if env_file is not None and env_file.is_file():
+            merged.update({k: v for k, v in dotenv_values(env_file).items() if v is not None})
+        merged.update(os.environ if environ is None else environ)
+        known = {name.upper() for name in cls.model_fields}
+        for name in merged:
+            if name.startswith("DIVAULT_") and name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise SettingsInvalid(f"{name} is not a setting{hint}", setting=name)
+        values: dict[str, Any] = {n.lower(): v for n, v in merged.items() if n in known and v != ""}
+        if merged.get("DIVAULT_LOG_DIR") == "":
+            values["divault_log_dir"] = None
+        try:
+            return cls(**values)
+        except ValidationError as err:
+            first = err.errors(include_url=False, include_input=False)[0]
+            name = str(first["loc"][0]).upper() if first["loc"] else ""
+            raise SettingsInvalid(f"{name}: {first['msg']}".removeprefix(": Value error, "), setting=name) from None
+        except DivaultError as err:
+            raise SettingsInvalid(f"an address among the settings is wrong: {err.detail}") from err
+
+    def redacted(self) -> dict[str, str]:
+        """Every setting as text, secrets masked; RPC URLs without their path, which may hold an API key."""
+        shown: dict[str, str] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Secret):
+                text = "***"
+            elif name == "web3_provider_url":
+                text = ",".join(_without_path(url) for url in value)
+            elif isinstance(value, tuple):
+                text = ",".join(str(part) for part in value)
+            else:
+                text = "" if value is None else str(value)
+            shown[name.upper()] = text
+        return shown
+
+
+def _without_path(url: str) -> str:
+    scheme, sep, rest = url.partition("://")
+    host = rest.partition("/")[0].rpartition("@")[2]
+    return f"{scheme}{sep}{host}" + ("/***" if "/" in rest.rstrip("/") or "@" in rest else "")
