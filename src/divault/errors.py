@@ -45,6 +45,8 @@ class DivaultError(Exception):
         super().__init__(detail)
         self.detail = detail
         self.data: dict[str, Any] = data
+        self.evidence: dict[str, Any] | None = None
+        """Envelope of the signed receipt of this refusal or failure, once there is one."""
 
     @classmethod
     def all_fields(cls) -> tuple[str, ...]:
@@ -72,9 +74,15 @@ class BadRequest(RequestError):
 
 
 class RouteUnknown(RequestError):
-    """No such route, or the route doesn't answer this method."""
+    """No such route."""
 
     code = "route_unknown"
+
+
+class MethodNotAllowed(RequestError):
+    """The route doesn't answer this HTTP method."""
+
+    code = "method_not_allowed"
     fields: ClassVar[tuple[str, ...]] = ("allowed",)
 
 
@@ -170,7 +178,6 @@ class ModelNotLoaded(RequestError):
     """The model is not loaded here: load it, or call `inference/run`."""
 
     code = "model_not_loaded"
-    receipt = True
     fields: ClassVar[tuple[str, ...]] = ("model_id",)
 
 

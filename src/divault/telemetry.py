@@ -34,8 +34,8 @@ def _mask(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[st
     for name, value in event.items():
         if name.lower() in _MASKED:
             event[name] = "***"
-        elif isinstance(value, str) and (len(value) > _MAX_TEXT or not value.isprintable()):
-            event[name] = value[:_MAX_TEXT].encode("unicode_escape").decode()
+        elif isinstance(value, str) and name != "exception":
+            event[name] = value[:_MAX_TEXT]  # control characters are escaped by the JSON renderer
     return event
 
 

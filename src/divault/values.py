@@ -317,6 +317,8 @@ class SignedCall:
     payment: TransferClaim | None = None
     decryption_key: Secret | None = None
     cid: str | None = None
+    peer: str = ""
+    """Network address of the caller, for the limits that come before and beside identity."""
 
 
 class PrincipalKind(StrEnum):
