@@ -1,0 +1,63 @@
+"""What the node can really do right now: every probe does the thing it vouches for.
+
+Probes are single-flight and run at most every 5 seconds, so that `/health` can't be used as a hammer; each result says
+when it was checked. A probe that fails names what failed and never a secret or a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from divault.errors import DivaultError
+
+MIN_INTERVAL_S = 5.0
+PROBE_TIMEOUT_S = 5.0
+
+Probe = Callable[[], Awaitable[str]]
+"""Does the thing, returns a sentence about it; raises DivaultError when it can't."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One probe's last result."""
+
+    name: str
+    ok: bool
+    detail: str
+    checked_at: int
+
+    @property
+    def word(self) -> str:
+        """`active`, the published word, or `failed`."""
+        return "active" if self.ok else "failed"
+
+
+class Health:
+    """The node's probes by name, and their last results."""
+
+    def __init__(self, probes: Mapping[str, Probe], *, clock: Callable[[], float] = time.time) -> None:
+        self._probes = dict(probes)
+        self._clock = clock
+        self._lock = asyncio.Lock()
+        self._last: tuple[float, tuple[Check, ...]] | None = None
+
+    async def checks(self) -> tuple[Check, ...]:
+        """Run all probes at once, unless they ran within the last 5 seconds."""
+        async with self._lock:
+            if self._last is None or self._clock() - self._last[0] >= MIN_INTERVAL_S:
+                found = await asyncio.gather(*(self._run(name, probe) for name, probe in self._probes.items()))
+                self._last = (self._clock(), tuple(found))
+            return self._last[1]
+
+    async def _run(self, name: str, probe: Probe) -> Check:
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                detail, ok = await probe(), True
+        except TimeoutError:
+            detail, ok = f"no answer within {PROBE_TIMEOUT_S:.0f} s", False
+        except (DivaultError, OSError) as err:
+            detail, ok = err.detail if isinstance(err, DivaultError) else type(err).__name__, False
+        return Check(name, ok, detail, int(self._clock()))
