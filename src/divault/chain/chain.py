@@ -67,8 +67,14 @@ class Chain:
 
     @property
     def chain_id(self) -> int:
-        """The configured chain id; every endpoint proved it."""
+        """The chain id, configured or learned by `connect`. Raises ValueError before either."""
+        if self.rpc.chain_id is None:
+            raise ValueError("await connect() first: no chain id is configured")
         return self.rpc.chain_id
+
+    async def connect(self) -> int:
+        """The chain id, proved by an endpoint now. Raises ChainUnavailable."""
+        return await self.rpc.connect()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -222,6 +228,18 @@ class Chain:
             return await self.rpc.call(Request("eth_estimateGas", (fields,), records.quantity))
         except Refused as err:
             raise TransactionFailed(f"the node refuses the transaction: {err.message}", reason=err.message) from err
+
+    async def replay(self, sender: Address, call: ContractCall, value: int, receipt: TransactionReceipt) -> None:
+        """Run a mined transaction's call again after its block, to learn why it failed.
+
+        Raises Reverted with the reason, ChainUnavailable.
+        """
+        fields = {"from": str(sender), "to": str(call.to), "data": "0x" + call.data.hex(), "value": hex(value)}
+        where = {"blockHash": str(receipt.block_hash)}
+        try:
+            await self.rpc.call(Request("eth_call", (fields, where), records.data))
+        except Refused as err:
+            raise _refusal("eth_call", err) from err
 
     async def send_raw(self, raw: bytes) -> Digest:
         """Hash of the signed transaction, handed to the network; sending the same bytes again is harmless.

@@ -3,8 +3,8 @@
 Rules:
 
 1. An endpoint is used only after it proved chain id and genesis block, and proves them again on every new connection:
-   an answer that came over a new connection is released only after that proof. Where no genesis is configured, the
-   first one seen is kept for the life of the `Rpc`.
+   an answer that came over a new connection is released only after that proof. What isn't configured is learned from
+   the first endpoint that answers and kept for the life of the `Rpc`.
 2. An answer is used only if it is HTTP 200, whole, within the size limit, JSON-RPC 2.0 with the ids asked for, and of
    the shape that the request's parser demands. Anything else is the endpoint's fault, and the next endpoint is asked.
 3. An error object is an answer, not a fault: `Reverted` says that the EVM ran and failed, `Refused` is any other one.
@@ -62,7 +62,7 @@ class Rpc:
     def __init__(
         self,
         urls: Sequence[Secret],
-        chain_id: int,
+        chain_id: int | None = None,
         *,
         genesis: Digest | None = None,
         limits: RpcLimits | None = None,
@@ -82,7 +82,12 @@ class Rpc:
 
     @classmethod
     def parse(
-        cls, urls: Secret, chain_id: int, *, genesis: Digest | None = None, limits: RpcLimits | None = None
+        cls,
+        urls: Secret,
+        chain_id: int | None = None,
+        *,
+        genesis: Digest | None = None,
+        limits: RpcLimits | None = None,
     ) -> Self:
         """From a comma-separated list of http(s) URLs, the preferred one first. Raises SettingsInvalid."""
         parts = [part.strip() for part in urls.reveal().decode("utf-8", "replace").split(",")]
@@ -95,6 +100,13 @@ class Rpc:
 
     def __repr__(self) -> str:
         return f"Rpc({', '.join(self.hosts)}, chain {self.chain_id})"
+
+    async def connect(self) -> int:
+        """The chain id, proved by an endpoint now. Raises ChainUnavailable."""
+        answer = (await self._ask([Request("eth_chainId", (), quantity)]))[0]
+        if not isinstance(answer, int) or answer != self.chain_id:
+            raise ChainUnavailable("the RPC endpoint does not tell its chain id", retry_after=2)
+        return answer
 
     async def call(self, request: Request[T]) -> T:
         """The parsed result. Raises Reverted, Refused, ChainUnavailable."""
@@ -197,8 +209,10 @@ class _Endpoint:
             Request("eth_getBlockByNumber", ("0x0", False), optional(block)),
         ]
         (chain_id, first), _ = await self._exchange(requests)
-        if chain_id != self._rpc.chain_id:
-            raise _Fault(f"serves another chain ({_shown(chain_id)} instead of {self._rpc.chain_id})")
+        expected = self._rpc.chain_id
+        if not isinstance(chain_id, int) or chain_id != (chain_id if expected is None else expected):
+            shown = chain_id if isinstance(chain_id, int) else "no chain id"
+            raise _Fault(f"serves another chain ({shown} instead of {expected})")
         known = self._rpc.genesis
         if isinstance(first, BlockRef):
             if known not in (None, first.hash):
@@ -206,6 +220,7 @@ class _Endpoint:
             self._rpc.genesis = first.hash
         elif known is not None:
             raise _Fault("does not show its genesis block")
+        self._rpc.chain_id = chain_id
         self._proved = True
 
     async def _exchange(self, requests: Sequence[Request[Any]]) -> tuple[list[Any], bool]:
@@ -278,7 +293,3 @@ def _host(url: Secret) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise SettingsInvalid("an RPC endpoint starts with http:// or https:// and names a host", setting=_SETTING)
     return name
-
-
-def _shown(chain_id: object) -> str:
-    return str(chain_id) if isinstance(chain_id, int) else "no chain id"

@@ -1,0 +1,205 @@
+"""A wallet that signs and sends transactions: for publishers, paying clients, the devnet and tests.
+
+The node's pipeline never uses it. Rules:
+
+1. A key leaves its `Secret` only for the moment of signing.
+2. Fees: twice the base fee plus a tip of at most 1 gwei (EIP-1559), or the node's gas price as it stands; never a
+   multiple of a suggested price, which some nodes feed back and so drive up. Over `max_fee_wei` nothing is sent.
+3. `send` returns when the transaction is mined and succeeded; everything else raises and names the transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from coincurve import PrivateKey
+
+from divault.chain import contracts, erc20
+from divault.chain.answers import Reverted
+from divault.chain.chain import Chain, ContractCall
+from divault.chain.contracts import Contract
+from divault.chain.records import TransactionReceipt
+from divault.errors import ChainUnavailable, TransactionFailed
+from divault.keccak import keccak256
+from divault.values import Address, Digest, Secret, Usdc
+
+_TIP_LIMIT_WEI = 10**9
+_POLL_S = (0.01, 1.0)
+"""First and longest pause between looks for a receipt; doubling in between."""
+
+
+class Wallet:
+    """An account of a chain and its key. Sends concurrently; nonces are given out in order of sending."""
+
+    def __init__(
+        self, key: Secret, chain: Chain, *, timeout_s: float = 120.0, max_fee_wei: int = 1_000 * 10**9
+    ) -> None:
+        """`max_fee_wei` bounds the price per gas. Raises ValueError for bytes that are no secp256k1 key."""
+        self._key = key
+        self.chain = chain
+        self.address = _address_of(key)
+        self._timeout_s = timeout_s
+        self._max_fee_wei = max_fee_wei
+        self._sending = asyncio.Lock()
+        self._next_nonce = 0
+
+    def __repr__(self) -> str:
+        return f"Wallet({self.address})"
+
+    async def send(
+        self, to: Address | None, data: bytes = b"", *, value: int = 0, gas: int | None = None
+    ) -> TransactionReceipt:
+        """The receipt of a transaction that succeeded; `value` in wei, `gas` estimated unless given.
+
+        Raises TransactionFailed (refused, reverted with its reason, or not mined in time), ChainUnavailable.
+        """
+        if gas is None:
+            gas = await self._estimate(to, data, value)
+        fees = await self._fees()
+        async with self._sending:
+            nonce = max(self._next_nonce, await self.chain.nonce(self.address))
+            fields = {"to": None if to is None else str(to), "value": value, "gas": gas, "nonce": nonce, **fees}
+            tx = await self._submit(self._sign({**fields, "data": data, "chainId": self.chain.chain_id}))
+            self._next_nonce = nonce + 1
+        receipt = await self._mined(tx)
+        if not receipt.succeeded:
+            reason = await self._why(ContractCall(to, data) if to else None, value, receipt)
+            raise TransactionFailed(f"transaction {tx} failed: {reason}", transaction=str(tx), reason=reason)
+        return receipt
+
+    async def deploy(self, name: str, *args: Any) -> Address:
+        """Address of a new contract, by the name of its artifact. Raises as `deploy_contract`."""
+        return await self.deploy_contract(contracts.load(name), *args)
+
+    async def deploy_contract(self, contract: Contract, *args: Any) -> Address:
+        """Address of a new instance of the contract. Raises ValueError, TransactionFailed, ChainUnavailable."""
+        receipt = await self.send(None, contract.deployment(*args))
+        if receipt.contract is None or not await self.chain.code(receipt.contract):
+            raise TransactionFailed(
+                f"{contract.name} has no code after its deployment", transaction=str(receipt.transaction_hash)
+            )
+        return receipt.contract
+
+    async def invoke(self, contract: Contract, at: Address, function: str, *args: Any) -> TransactionReceipt:
+        """The receipt of a call that changes state; a revert is told in the contract's own terms.
+
+        Raises ValueError (arguments), TransactionFailed, ChainUnavailable.
+        """
+        data = contract.encode(function, *args)
+        try:
+            gas = await self.chain.estimate_gas(self.address, at, data)
+        except Reverted as err:
+            reason = contract.explain(err)
+            raise TransactionFailed(f"{contract.name}.{function} fails: {reason}", reason=reason) from err
+        return await self.send(at, data, gas=_with_margin(gas))
+
+    async def read(self, contract: Contract, at: Address, function: str, *args: Any) -> Any:
+        """What the function returns at the newest block. Raises TransactionFailed when it reverts, ChainUnavailable."""
+        head = await self.chain.head(fresh=True)
+        try:
+            returned = await self.chain.call(at, contract.encode(function, *args), head)
+        except Reverted as err:
+            reason = contract.explain(err)
+            raise TransactionFailed(f"{contract.name}.{function} fails: {reason}", reason=reason) from err
+        return contract.decode(function, returned)
+
+    async def transfer(self, token: Address, to: Address, amount: int) -> TransactionReceipt:
+        """The receipt of an ERC-20 transfer of raw units. Raises ValueError, TransactionFailed, ChainUnavailable."""
+        return await self.send(token, erc20.transfer(to, amount))
+
+    async def pay(self, token: Address, owner: Address, amount: Usdc, node: Address) -> TransactionReceipt:
+        """The receipt of a transfer to the owner that counts as payment at `node` alone, by its trailing mark.
+
+        Raises TransactionFailed, ChainUnavailable.
+        """
+        mark = erc20.payment_mark(node, self.address)
+        return await self.send(token, erc20.transfer(owner, amount.atomic, mark.raw))
+
+    async def _estimate(self, to: Address | None, data: bytes, value: int) -> int:
+        try:
+            return _with_margin(await self.chain.estimate_gas(self.address, to, data, value))
+        except Reverted as err:
+            raise TransactionFailed(f"the transaction would fail: {err.reason}", reason=err.reason) from err
+
+    async def _fees(self) -> dict[str, int]:
+        asked = await self.chain.fees()
+        if asked.base is None:
+            fees = {"gasPrice": asked.gas_price}
+        else:
+            tip = min(_TIP_LIMIT_WEI, max(0, asked.gas_price - asked.base))
+            fees = {"maxFeePerGas": 2 * asked.base + tip, "maxPriorityFeePerGas": tip, "type": 2}
+        price = fees.get("gasPrice", fees.get("maxFeePerGas", 0))
+        if price > self._max_fee_wei:
+            raise TransactionFailed(
+                f"gas costs up to {price} wei, this wallet pays at most {self._max_fee_wei}: try later or allow more",
+                reason="gas_price",
+            )
+        return fees
+
+    def _sign(self, fields: dict[str, Any]) -> bytes:
+        from eth_account import Account
+
+        fields = {name: value for name, value in fields.items() if value is not None}
+        return bytes(Account.sign_transaction(fields, self._key.reveal()).raw_transaction)
+
+    async def _submit(self, raw: bytes) -> Digest:
+        tx = Digest.keccak(raw)
+        try:
+            return await self.chain.send_raw(raw)
+        except ChainUnavailable:  # it may have been taken, or not
+            await asyncio.sleep(_POLL_S[1])
+        try:
+            return tx if await self.chain.transaction(tx) is not None else await self.chain.send_raw(raw)
+        except ChainUnavailable as err:
+            raise TransactionFailed(
+                f"it is unknown whether transaction {tx} was sent: look it up before sending another",
+                transaction=str(tx),
+                reason="unknown",
+            ) from err
+
+    async def _mined(self, tx: Digest) -> TransactionReceipt:
+        deadline = time.monotonic() + self._timeout_s
+        pause, longest = _POLL_S
+        while True:
+            receipt = await self._receipt(tx)
+            if receipt is not None:
+                return receipt
+            if time.monotonic() >= deadline:
+                break
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
+        self._next_nonce = 0  # it may have been dropped: the chain says which nonce comes next
+        raise TransactionFailed(
+            f"transaction {tx} is not mined after {self._timeout_s:g} s: look it up before sending another",
+            transaction=str(tx),
+            reason="not_mined",
+        )
+
+    async def _receipt(self, tx: Digest) -> TransactionReceipt | None:
+        try:
+            return await self.chain.receipt(tx)
+        except ChainUnavailable:  # the transaction is out: its hash must reach the caller, not a mere outage
+            return None
+
+    async def _why(self, call: ContractCall | None, value: int, receipt: TransactionReceipt) -> str:
+        """The reason of a failure, by running the call again where it was mined; best effort."""
+        if call is None:
+            return "the constructor reverted"
+        try:
+            await self.chain.replay(self.address, call, value, receipt)
+        except Reverted as err:
+            return err.reason
+        except ChainUnavailable:
+            pass
+        return "reverted without a reason (perhaps out of gas)"
+
+
+def _with_margin(gas: int) -> int:
+    return gas + gas // 5  # estimates are exact for a state that the next block may have changed a little
+
+
+def _address_of(key: Secret) -> Address:
+    public = PrivateKey(key.reveal()).public_key.format(compressed=False)
+    return Address(keccak256(public[1:])[12:])
