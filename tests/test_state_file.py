@@ -1,0 +1,241 @@
+# ruff: noqa: ASYNC221, ASYNC240 - these tests have their loop to themselves
+"""The ledger file: durable, exclusive, versioned, and never begun anew by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+import divault.state
+from divault.errors import InputInvalid, NotReady, SettingsInvalid
+from divault.state import State
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "ledger.sqlite3"
+
+
+@pytest.fixture
+async def state(path: Path) -> AsyncIterator[State]:
+    async with State(path) as opened:
+        yield opened
+
+
+def insert(key: str):
+    return lambda db: db.execute("INSERT INTO spent VALUES (1, 'transfer', ?, x'00', '5', 0)", (key,)).rowcount
+
+
+def keys(db: sqlite3.Connection) -> list[str]:
+    return [row[0] for row in db.execute("SELECT key FROM spent ORDER BY key")]
+
+
+async def test_a_write_is_there_after_reopening(path: Path) -> None:
+    async with State(path) as state:
+        await state.write(insert("a"))
+    async with State(path) as state:
+        assert await state.read(keys) == ["a"]
+
+
+async def test_a_work_that_raises_undoes_itself_and_nothing_else(state: State) -> None:
+    def bad(db: sqlite3.Connection) -> None:
+        insert("half")(db)
+        raise InputInvalid("no")
+
+    done = await asyncio.gather(
+        state.write(insert("a")), state.write(bad), state.write(insert("b")), return_exceptions=True
+    )
+
+    assert [done[0], done[2]] == [1, 1]
+    assert isinstance(done[1], InputInvalid)
+    assert await state.read(keys) == ["a", "b"]
+
+
+async def test_a_sql_error_of_a_work_is_typed(state: State) -> None:
+    await state.write(insert("a"))
+    with pytest.raises(NotReady):
+        await state.write(insert("a"))
+    with pytest.raises(NotReady):
+        await state.read(lambda db: db.execute("INSERT INTO spent VALUES (1, 'x', 'y', x'00', '5', 0)"))
+
+    assert await state.read(keys) == ["a"]
+
+
+async def test_writes_that_wait_together_share_a_commit(state: State) -> None:
+    commits: list[str] = []
+    state._writer.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
+    await asyncio.gather(*(state.write(insert(str(n))) for n in range(200)))
+
+    assert len(await state.read(keys)) == 200
+    assert len(commits) <= 20
+
+
+async def test_works_run_in_the_order_of_the_calls(state: State) -> None:
+    seen: list[int] = []
+    await asyncio.gather(*(state.write(lambda _, n=n: seen.append(n)) for n in range(300)))
+
+    assert list(range(300)) == seen
+
+
+async def test_a_cancelled_caller_does_not_stop_the_write(state: State) -> None:
+    task = asyncio.create_task(state.write(insert("a")))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await state.write(lambda _: None)
+
+    assert await state.read(keys) == ["a"]
+
+
+async def test_nothing_goes_in_after_close(path: Path) -> None:
+    state = State(path)
+    last = asyncio.create_task(state.write(insert("last")))
+    await asyncio.sleep(0)
+    await state.close()
+    await state.close()
+
+    assert await last == 1
+    with pytest.raises(NotReady):
+        await state.write(insert("b"))
+    with pytest.raises(NotReady):
+        await state.read(keys)
+
+
+async def test_a_failed_commit_fails_every_write_in_it(state: State) -> None:
+    await state.write(insert("a"))
+    state._writer.execute("PRAGMA max_page_count = 1")  # a full disk: SQLite itself rolls the transaction back
+    big = "x" * 2_000_000
+    done = await asyncio.gather(*(state.write(insert(key)) for key in ("b", big, "c")), return_exceptions=True)
+    state._writer.execute("PRAGMA max_page_count = 1000000")
+
+    assert all(isinstance(one, NotReady) for one in done)
+    assert await state.read(keys) == ["a"]
+    assert await state.write(insert("b")) == 1
+
+
+async def test_the_file_and_its_log_are_for_the_owner_alone(state: State, path: Path) -> None:
+    await state.write(insert("a"))
+
+    assert {0o600} == {stat.S_IMODE(f.stat().st_mode) for f in path.parent.iterdir()}
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+async def test_commits_are_durable_by_configuration(state: State) -> None:
+    def pragmas(db: sqlite3.Connection) -> tuple[str, int, int]:
+        return tuple(db.execute(f"PRAGMA {n}").fetchone()[0] for n in ("journal_mode", "synchronous", "foreign_keys"))
+
+    assert await state.write(pragmas) == ("wal", 2, 1)
+
+
+async def test_a_second_user_of_the_file_is_refused(state: State, path: Path) -> None:
+    with pytest.raises(SettingsInvalid, match="another divault process uses this state directory"):
+        State(path)
+    code = f"import pathlib, divault.state; divault.state.State(pathlib.Path({str(path)!r}))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert child.returncode
+    assert "SettingsInvalid: another divault process" in child.stderr
+    assert await state.write(insert("still works")) == 1
+
+
+async def test_the_lock_goes_with_the_process(path: Path) -> None:
+    code = f"import os, pathlib, divault.state; divault.state.State(pathlib.Path({str(path)!r})); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+
+    async with State(path) as state:
+        assert await state.read(keys) == []
+
+
+async def test_a_newer_schema_is_refused_and_left_alone(path: Path) -> None:
+    await State(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(SettingsInvalid, match="newer divault"):
+        State(path)
+
+    assert before == path.read_bytes()
+
+
+async def test_an_older_schema_moves_forward_with_its_rows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with State(path) as state:
+        await state.write(insert("old"))
+    steps = (*divault.state._MIGRATIONS, "ALTER TABLE spent ADD COLUMN note TEXT DEFAULT 'added'")
+    monkeypatch.setattr(divault.state, "_MIGRATIONS", steps)
+    async with State(path) as state:
+        assert await state.read(lambda db: db.execute("SELECT key, note FROM spent").fetchall()) == [("old", "added")]
+
+
+async def test_a_migration_that_fails_leaves_the_old_schema(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with State(path) as state:
+        await state.write(insert("old"))
+    steps = divault.state._MIGRATIONS
+    monkeypatch.setattr(divault.state, "_MIGRATIONS", (*steps, "CREATE TABLE extra(x); CREATE TABLE spent(x)"))
+    with pytest.raises(SettingsInvalid):
+        State(path)
+    monkeypatch.setattr(divault.state, "_MIGRATIONS", steps)
+    async with State(path) as state:
+        assert await state.read(keys) == ["old"]
+
+
+@pytest.mark.parametrize("damage", ["not a database" * 300, "", "pages"])
+async def test_a_damaged_file_is_refused_and_left_alone(path: Path, damage: str) -> None:
+    async with State(path) as state:
+        await asyncio.gather(*(state.write(insert(f"{n:0200d}")) for n in range(400)))
+    content = bytearray(path.read_bytes())
+    if damage == "":
+        path.with_name(path.name + "-wal").write_bytes(b"frames")
+        path.unlink()
+    elif damage == "pages":
+        content[4096:] = b"\xa5" * (len(content) - 4096)
+        path.write_bytes(content)
+    else:
+        path.write_bytes(damage.encode())
+    before = path.read_bytes() if path.exists() else None
+    with pytest.raises(SettingsInvalid, match="nothing was changed"):
+        State(path)
+
+    assert before == (path.read_bytes() if path.exists() else None)
+
+
+async def test_a_database_of_another_program_is_refused(path: Path) -> None:
+    path.parent.mkdir()
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE photos(x)")
+    db.close()
+    with pytest.raises(SettingsInvalid, match="another program"):
+        State(path)
+
+
+async def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsInvalid, match="can't be used"):
+        State(tmp_path / "file" / "ledger.sqlite3")
+    (tmp_path / "ledger.sqlite3").mkdir()
+    with pytest.raises(SettingsInvalid, match="can't be used"):
+        State(tmp_path / "ledger.sqlite3")
+
+
+@pytest.mark.parametrize("table", ["receipt", "charge", "spent"])
+@pytest.mark.parametrize("change", ["DELETE FROM {}", "UPDATE {} SET request = x'00'"])
+async def test_money_and_receipts_are_append_only(state: State, table: str, change: str) -> None:
+    def rows(db: sqlite3.Connection) -> None:
+        db.execute("INSERT INTO credit VALUES (1, 1, x'', x'', x'', '0', '0', 0)")
+        db.execute("INSERT INTO receipt VALUES ('log', 0, x'01', x'', x'', x'', x'', 1, x'')")
+        db.execute("INSERT INTO charge VALUES ('key', x'', 1, x'', '1', x'01', 0)")
+        insert("a")(db)
+
+    await state.write(rows)
+    with pytest.raises(NotReady) as caught:
+        await state.write(lambda db: db.execute(change.format(table)))
+
+    assert "append-only" in str(caught.value.__cause__)
