@@ -266,6 +266,8 @@ class ModelInfo:
     min_balance: int
     payment_token: Address
     gate: GateType
+    hold_blocks: int = 0
+    """The balance must have been there this many blocks ago as well."""
 
 
 # --- the pipeline's proofs, in the order in which they arise ------------------------------------------------------
