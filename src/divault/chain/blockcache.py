@@ -1,4 +1,4 @@
-"""What was read at a block hash never changes, so it is read once: a bounded cache where concurrent misses share a read.
+"""What was read at a block hash never changes, so it is read once: a bounded cache; concurrent misses share a read.
 
 Keys hold the block hash; nothing is ever invalidated, only forgotten. A new head means new keys.
 """

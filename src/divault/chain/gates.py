@@ -26,7 +26,7 @@ from divault.chain.chain import Chain
 from divault.chain.records import Malformed
 from divault.chain.vault import VaultReader
 from divault.errors import AccessDenied, ChainUnavailable, ModelUnknown, PaymentRejected
-from divault.values import Address, BlockRef, Digest, GateType, Grant, ModelId, ModelInfo, Principal
+from divault.values import Address, BlockRef, GateType, Grant, ModelId, ModelInfo, Principal
 
 
 class Gate(Protocol):
@@ -51,8 +51,8 @@ class TokenGate:
     def __init__(self, chain: Chain, *, cache_size: int = 65_536) -> None:
         """`cache_size` balances are remembered, about 300 bytes each."""
         self._chain = chain
-        self._balances: BlockCache[tuple[Address, Address, Digest], int | str] = BlockCache(cache_size)
-        self._earlier: BlockCache[tuple[int, Digest], BlockRef | None] = BlockCache(cache_size)
+        self._balances: BlockCache[bytes, int | str] = BlockCache(cache_size)
+        self._earlier: BlockCache[tuple[int, bytes], BlockRef | None] = BlockCache(cache_size)
 
     async def check(self, principal: Principal, model: ModelInfo, block: BlockRef) -> Grant:
         """A grant. Raises AccessDenied with what would open the gate, ChainUnavailable."""
@@ -71,7 +71,7 @@ class TokenGate:
 
     async def _require_held(self, principal: Principal, model: ModelInfo, block: BlockRef) -> None:
         height = max(0, block.number - model.hold_blocks)
-        earlier = await self._earlier.get((height, block.hash), lambda: self._chain.block_by_number(height))
+        earlier = await self._earlier.get((height, block.hash.raw), lambda: self._chain.block_by_number(height))
         have = 0 if earlier is None else await self._balance(principal.user, model, earlier)
         if have < model.min_balance:
             raise AccessDenied(
@@ -83,7 +83,8 @@ class TokenGate:
 
     async def _balance(self, user: Address, model: ModelInfo, block: BlockRef) -> int:
         token = model.token
-        balance = await self._balances.get((token, user, block.hash), lambda: self._read(token, user, block))
+        key = token.raw + user.raw + block.hash.raw
+        balance = await self._balances.get(key, lambda: self._read(token, user, block))
         if isinstance(balance, int):
             return balance
         raise AccessDenied(

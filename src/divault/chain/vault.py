@@ -19,7 +19,7 @@ from divault.chain.blockcache import BlockCache
 from divault.chain.chain import Chain, ContractCall
 from divault.chain.records import Malformed
 from divault.errors import AccessDenied, ChainUnavailable, ModelUnknown
-from divault.values import Address, BlockRef, Digest, GateType, ModelId, ModelInfo, Usdc
+from divault.values import Address, BlockRef, GateType, ModelId, ModelInfo, Usdc
 
 _GET_MODEL_INFO = bytes.fromhex("b005b08b")  # getModelInfo(bytes32)
 _PAYMENT_TOKEN = bytes.fromhex("01d46ce2")  # paymentToken(bytes32)
@@ -34,24 +34,27 @@ _FIELDS = 11
 class VaultReader:
     """Reads one vault through one chain, and remembers what it read by block hash."""
 
-    def __init__(self, chain: Chain, vault: Address, default_payment_token: Address, *, cache_size: int = 4096) -> None:
-        """`default_payment_token` is for vaults that name none (rule 3)."""
+    def __init__(
+        self, chain: Chain, vault: Address, default_payment_token: Address = Address.ZERO, *, cache_size: int = 4096
+    ) -> None:
+        """`default_payment_token` is for vaults that name none (rule 3); zero is a token that no node serves."""
         self.vault = vault
-        self._chain = chain
+        self.chain = chain
         self._default_payment_token = default_payment_token
-        self._models: BlockCache[tuple[ModelId, Digest], ModelInfo] = BlockCache(cache_size)
+        self._models: BlockCache[tuple[str, bytes], ModelInfo] = BlockCache(cache_size)
 
     async def model(self, model: ModelId, block: BlockRef) -> ModelInfo:
         """The model at exactly this block, active or not.
 
         Raises ModelUnknown, ChainUnavailable, AccessDenied (a gate of a kind that this version doesn't know).
         """
-        return await self._models.get((model, block.hash), lambda: self._read(model, block))
+        key = (model.text, block.hash.raw)  # plain values: hashing dataclasses would be most of a warm check
+        return await self._models.get(key, lambda: self._read(model, block))
 
     async def _read(self, model: ModelId, block: BlockRef) -> ModelInfo:
         selectors = (_GET_MODEL_INFO, _PAYMENT_TOKEN, _GATE)
         reads = [ContractCall(self.vault, selector + model.key.raw) for selector in selectors]
-        info, payment_token, gate = await self._chain.calls(reads, block)
+        info, payment_token, gate = await self.chain.calls(reads, block)
         if isinstance(info, Reverted):
             raise _unknown(model)
         if not info:
