@@ -5,12 +5,14 @@ Each comes from the code that it describes, and `tests/test_repository.py` fails
     docs/reference/errors.md     divault.errors and divault.api.problems
     docs/reference/settings.md   divault.settings
     docs/reference/cli.md        the commands' own help
+    docs/reference/contracts.md  the ABIs in divault.chain.abi
     .env.example                 divault.settings
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -23,10 +25,12 @@ from pydantic_core import PydanticUndefined
 
 from divault.api.problems import STATUS
 from divault.errors import ContentInvalid, DivaultError, error_classes
+from divault.keccak import keccak256
 from divault.settings import Settings
 from divault.values import Secret
 
 ROOT = Path(__file__).parent.parent
+ABI = ROOT / "src/divault/chain/abi"
 _GROUP = re.compile(r"^    # --- (?P<group>.+?) -+$|^    (?P<field>[a-z0-9_]+): ")
 
 SIGNATURE_REASONS = {
@@ -191,10 +195,51 @@ def _command(path: str, command: Any) -> str:
     return "\n\n".join([text, "\n".join(options)] if options else [text])
 
 
+_CONTRACTS = """\
+# Contracts
+
+<!-- {generated} -->
+
+Sources in `contracts/`, compiled with solc {compiler}; ABI and bytecode are shipped in `divault/chain/abi`, and CI
+compiles again and compares. What they are for: [chain](chain.md).
+"""
+
+
+def contracts_page() -> str:
+    """Text of docs/reference/contracts.md: every function, event and error with what it is called by on the wire."""
+    artifacts = [json.loads(path.read_text()) for path in sorted(ABI.glob("*.json"))]
+    generated = _generated("the ABIs in src/divault/chain/abi")
+    parts = [_CONTRACTS.format(generated=generated, compiler=artifacts[0]["compiler"]).rstrip("\n")]
+    for artifact in artifacts:
+        parts.append(f"## {artifact['name']}")
+        for kind, head in (("function", "selector"), ("event", "topic"), ("error", "selector")):
+            rows = sorted(_abi_row(entry) for entry in artifact["abi"] if entry["type"] == kind)
+            if rows:
+                parts.append("\n".join([f"| {kind} | {head} |", "|---|---|", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _abi_row(entry: dict[str, Any]) -> str:
+    signature = f"{entry['name']}({','.join(_abi_type(part) for part in entry['inputs'])})"
+    digest = keccak256(signature.encode()).hex()
+    named = ", ".join(f"{_abi_type(part)} {part['name']}".rstrip() for part in entry["inputs"])
+    shown = f"{entry['name']}({named})"
+    returned = ", ".join(_abi_type(part) for part in entry.get("outputs", ()))
+    arrow = f" -> {returned}" if returned else ""
+    return f"| `{shown}{arrow}` | `{digest if entry['type'] == 'event' else digest[:8]}` |"
+
+
+def _abi_type(part: dict[str, Any]) -> str:
+    if not part["type"].startswith("tuple"):
+        return str(part["type"])
+    return f"({','.join(_abi_type(inner) for inner in part['components'])}){part['type'].removeprefix('tuple')}"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/errors.md": errors_page,
     "docs/reference/settings.md": settings_page,
     "docs/reference/cli.md": cli_page,
+    "docs/reference/contracts.md": contracts_page,
     ".env.example": env_example,
 }
 
