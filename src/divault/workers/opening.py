@@ -1,0 +1,270 @@
+"""Opening a verified blob: from ciphertext on disk to sealed memory files, in a process of its own.
+
+Rules:
+
+1. The gateway reads the header alone. Key sources are asked here, in a thread; a process of its own gets the payload
+   key of this one file over an inherited socket, never by argument or environment, and the ciphertext's descriptor.
+2. Derivations (scrypt, PBKDF2) run one at a time: one may take 1 GiB and seconds. A wrong key costs about 0.1 s of
+   CPU or more, so callers are authenticated and rate-limited before they come here.
+3. Sizes are compared with the limit before anything is decrypted.
+4. Descriptors come back only when the last chunk or the tag held. A failed, cut or timed out open leaves nothing.
+5. What the process sends is checked like any foreign input: typed frame, counts, sizes, seals.
+
+This module alone makes `OpenedModel`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import io
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import msgspec
+
+import divault
+from divault.errors import (
+    DeadlineExceeded,
+    DivaultError,
+    ModelFailed,
+    Overloaded,
+    SealedFileDamaged,
+    SealError,
+    StorageFailed,
+    TooLarge,
+    UnsupportedModel,
+    WrongKey,
+    from_code,
+)
+from divault.values import Digest, Grant, MemoryFile, OpenedModel, Secret, VerifiedBlob
+from divault.vault.archive import MAX_FILES, MAX_NAME_BYTES
+from divault.vault.keys import KeySource, SealFormat, costs_a_derivation
+from divault.vault.sealed import Preamble, Spelling, payload_key, plain_size, read_preamble
+from divault.workers.opening_child import MAX_MESSAGE_BYTES
+
+T = TypeVar("T")
+
+_BOOTSTRAP = (
+    "import sys; root = sys.argv[1]; root in sys.path or sys.path.insert(0, root); "
+    "from divault.workers.opening_child import main; main()"
+)
+_ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8"}
+_SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_EXPECTED = (WrongKey, SealedFileDamaged, UnsupportedModel, TooLarge, Overloaded)
+"""What an opening process may report; anything else counts as its crash."""
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_BYTES)]
+    size: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="opened"):
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+    files: Annotated[list[_File], msgspec.Meta(min_length=1, max_length=MAX_FILES)]
+
+
+class _Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refused"):
+    code: str
+    detail: Annotated[str, msgspec.Meta(max_length=500)]
+    data: dict[str, str | int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What the process is told, without the key."""
+
+    format: str
+    armored: bool
+    offset: int
+    iv: str
+    max_bytes: int
+
+
+class Opener:
+    """Opens verified blobs. One object per node; safe for concurrent use in one event loop."""
+
+    def __init__(self, *, max_model_bytes: int, timeout_s: float) -> None:
+        """`max_model_bytes` bounds the plaintext, `timeout_s` a whole open with its derivation."""
+        self._max_bytes = max_model_bytes
+        self._timeout_s = timeout_s
+        self._derivations = ThreadPoolExecutor(1, thread_name_prefix="derivation")
+
+    async def open(self, blob: VerifiedBlob, grant: Grant, sources: Sequence[KeySource]) -> OpenedModel:
+        """The plaintext of the blob as sealed memory files, authenticated to its end; the caller closes them.
+
+        Raises WrongKey, SealedFileDamaged, UnsupportedModel (the tar inside breaks a rule), TooLarge, StorageFailed
+        (the cached file is gone), Overloaded (no memory), DeadlineExceeded, ModelFailed (the process died).
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._open(blob, grant, sources)
+        except TimeoutError:
+            limit = f"{self._timeout_s:g}"
+            raise DeadlineExceeded(f"opening the model took longer than {limit} s", limit_s=limit) from None
+        except SealError as err:
+            err.data.setdefault("cid", blob.cid.text)
+            raise
+
+    def close(self) -> None:
+        """Let the derivation thread end; a running derivation is waited for."""
+        self._derivations.shutdown()
+
+    async def _open(self, blob: VerifiedBlob, grant: Grant, sources: Sequence[KeySource]) -> OpenedModel:
+        with _opened_blob(blob) as sealed:
+            # At most 64 KiB, in the page cache since they were verified: no more than a change of threads costs.
+            preamble, _ = read_preamble(io.FileIO(sealed, closefd=False))
+            order = self._order(preamble, blob.size)
+            key = await self._key(preamble, grant, sources)
+            try:
+                answer, descriptors = await _run_process(order, key, sealed)
+            finally:
+                key.wipe()
+        with _closed_on_failure(descriptors):
+            files = _checked_files(answer, descriptors, self._max_bytes)
+            return OpenedModel(
+                model=grant.model.model,
+                cid=blob.cid,
+                plaintext_sha256=Digest(bytes.fromhex(answer.sha256)),
+                size=sum(file.size for file in files),
+                files=files,
+            )
+
+    def _order(self, preamble: Preamble, size: int) -> _Order:
+        plain = plain_size(preamble, size)
+        # An armored file tells its size only roughly; the process may write no more than the limit in any case.
+        if plain > self._max_bytes and preamble.spelling is Spelling.BINARY:
+            raise TooLarge(
+                f"the model has {plain} bytes after opening, this node takes {self._max_bytes}",
+                limit_bytes=self._max_bytes,
+                have_bytes=plain,
+                limit="model",
+            )
+        iv = preamble.salt.hex() if preamble.format is SealFormat.LIGHTHOUSE else ""
+        armored = preamble.spelling is Spelling.ARMORED
+        return _Order(preamble.format.value, armored, preamble.size, iv, self._max_bytes)
+
+    async def _key(self, preamble: Preamble, grant: Grant, sources: Sequence[KeySource]) -> Secret:
+        threads = self._derivations if costs_a_derivation(preamble.header) else None
+        return await _in_thread(threads, lambda: payload_key(preamble, sources, grant))
+
+
+async def _in_thread(threads: ThreadPoolExecutor | None, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+
+@contextlib.contextmanager
+def _opened_blob(blob: VerifiedBlob) -> Iterator[int]:
+    """The descriptor of the cached file, which must still have the size that was verified."""
+    try:
+        sealed = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        raise _gone(blob) from None
+    try:
+        if os.fstat(sealed).st_size != blob.size:
+            raise _gone(blob)
+        yield sealed
+    finally:
+        os.close(sealed)
+
+
+def _gone(blob: VerifiedBlob) -> StorageFailed:
+    return StorageFailed(
+        "the verified file left the cache before it was opened: ask again, it is fetched anew",
+        cid=blob.cid.text,
+        reason="cache_file_gone",
+    )
+
+
+async def _run_process(order: _Order, key: Secret, sealed: int) -> tuple[_Opened, list[int]]:
+    """Start the process, send key and order, and wait for its one answer; it is gone when this returns or raises."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near, far:
+        near.setblocking(False)  # noqa: FBT003  # the standard library's signature
+        root = str(Path(divault.__file__).parent.parent)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-I", "-c", _BOOTSTRAP, root, str(far.fileno()), str(sealed)),
+            pass_fds=(far.fileno(), sealed),
+            env=_ENVIRONMENT,
+            cwd="/",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        far.close()
+        try:
+            near.send(key.reveal() + msgspec.json.encode(order))
+            await _readable(near)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        # Last, with nothing awaited after it: descriptors waiting in the socket end with it, received ones would leak.
+        return _received(near)
+
+
+async def _readable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(connection, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(connection)
+
+
+def _received(connection: socket.socket) -> tuple[_Opened, list[int]]:
+    """The answer with its descriptors. Raises what the process reported, or ModelFailed for anything malformed."""
+    data, descriptors, flags, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, MAX_FILES, socket.MSG_CMSG_CLOEXEC)
+    with _closed_on_failure(descriptors):
+        if not data:
+            raise _crashed("it ended without an answer")
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise _crashed("its answer is over the limit")
+        try:
+            answer = msgspec.json.decode(data, type=_Opened | _Refused)
+        except msgspec.MsgspecError:
+            raise _crashed("its answer is malformed") from None
+        if isinstance(answer, _Refused):
+            raise _refusal(answer)
+        return answer, descriptors
+
+
+def _refusal(answer: _Refused) -> DivaultError:
+    error = from_code(answer.code, answer.detail, dict(answer.data))
+    return error if isinstance(error, _EXPECTED) else _crashed("it reported an error that it can't have")
+
+
+def _checked_files(answer: _Opened, descriptors: list[int], max_bytes: int) -> tuple[MemoryFile, ...]:
+    if len(descriptors) != len(answer.files):
+        raise _crashed("it sent another number of files than it named")
+    for told, descriptor in zip(answer.files, descriptors, strict=True):
+        if os.fstat(descriptor).st_size != told.size or fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALED != _SEALED:
+            raise _crashed("a file it sent is not what it named, or is not sealed")
+    if sum(told.size for told in answer.files) > max_bytes:
+        raise _crashed("it sent more than it may")
+    return tuple(MemoryFile(t.name, d, t.size) for t, d in zip(answer.files, descriptors, strict=True))
+
+
+def _crashed(how: str) -> ModelFailed:
+    return ModelFailed(f"the process that opens the model failed: {how}", kind="opening")
+
+
+@contextlib.contextmanager
+def _closed_on_failure(descriptors: Sequence[int]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
