@@ -6,10 +6,10 @@ WORKDIR /build
 RUN python -m venv /opt/divault
 COPY requirements.txt ./
 COPY requirements/build.txt requirements/
-RUN /opt/divault/bin/pip install --no-cache-dir --no-deps --require-hashes --only-binary=:all: -r requirements.txt -r requirements/build.txt
+RUN /opt/divault/bin/pip install --no-deps --require-hashes --only-binary=:all: -r requirements.txt -r requirements/build.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-RUN /opt/divault/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
+RUN /opt/divault/bin/pip install --no-deps --no-build-isolation .
 
 FROM python:3.11-slim-bookworm
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin divault
