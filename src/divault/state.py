@@ -64,6 +64,7 @@ _MIGRATIONS: tuple[str, ...] = (
         log TEXT NOT NULL, sequence INTEGER NOT NULL, hash BLOB NOT NULL UNIQUE, previous BLOB NOT NULL,
         request BLOB NOT NULL, user BLOB NOT NULL, model BLOB NOT NULL, status INTEGER NOT NULL, envelope BLOB NOT NULL,
         PRIMARY KEY(log, sequence)) WITHOUT ROWID;
+    CREATE INDEX receipt_request ON receipt(request);
     CREATE INDEX receipt_success ON receipt(log, model) WHERE status = 1;
     CREATE TABLE charge(
         payment_key TEXT PRIMARY KEY, request BLOB NOT NULL UNIQUE, account INTEGER NOT NULL REFERENCES credit(id),
@@ -161,7 +162,7 @@ class State:
         if self._closed:
             raise NotReady("the ledger is closed", retry_after=_RETRY_S)
         loop = asyncio.get_running_loop()
-        job = _Job(work, loop, loop.create_future())
+        job: _Job[T] = _Job(work, loop, loop.create_future())
         self._jobs.put(job)
         return await job.future
 

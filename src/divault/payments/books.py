@@ -1,0 +1,326 @@
+"""The ledger's rows. Every function works on the connection it is given; those that write, in the writer's transaction.
+
+Rules:
+
+1. `0 <= reserved` and, on every reservation, `reserved + price <= balance`; what a request reserved is given back
+   exactly once, by the move that takes it out of `reserved`.
+2. A transfer log is inserted into `spent` in the transaction that credits it; its primary key makes a second credit
+   impossible. Charges are keyed by payment key and by request, with the same effect.
+3. A payment key belongs to one request for good: it is numbered when the request first reserves, and kept when the same
+   request reserves again after a release.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import orjson
+
+from divault.payments.stages import Stage, check_move
+from divault.receipts import redact
+from divault.values import Address, Digest, ModelId, Principal, Receipt, Usdc
+
+TRANSFER = "transfer"
+"""Kind of a spent key: `<transaction hash>:<log index>`."""
+_CLOCK_MARGIN_S = 300  # nonces outlive their signatures by this much, should the clock be set back
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Whose prepaid credit, with which owner, in which token."""
+
+    chain_id: int
+    token: Address
+    payer: Address
+    owner: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """An account's balance in atomic units, and how much of it running requests hold."""
+
+    id: int
+    balance: int
+    reserved: int
+
+    @property
+    def available(self) -> int:
+        """What a new request can reserve."""
+        return self.balance - self.reserved
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What the ledger knows of one (user, nonce)."""
+
+    digest: Digest
+    stage: Stage
+    priced: bool
+    attempt: bytes | None
+    lease_until: int
+    price: int
+    account: int | None
+    payment_key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a request reserves: `account` is None for a free run, whose price is 0."""
+
+    attempt: bytes
+    lease_until: int
+    price: Usdc
+    account: Account | None
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A transfer to credit: its transaction, and (log index, atomic units) of each."""
+
+    tx: Digest
+    logs: tuple[tuple[int, int], ...]
+
+
+class AlreadySpent(Exception):
+    """A log of the transfer was credited before. Stays inside `divault.payments`."""
+
+
+class CreditTooLow(Exception):
+    """The account can't cover the price now; `held`: it could, if no other run held part of it. Stays inside."""
+
+    def __init__(self, *, held: bool) -> None:
+        super().__init__()
+        self.held = held
+
+
+# --- requests -----------------------------------------------------------------------------------------------------
+
+
+def find(db: sqlite3.Connection, principal: Principal) -> Row | None:
+    """The row of the principal's nonce."""
+    found = db.execute(
+        "SELECT digest, stage, priced, attempt, lease_until, price, account, payment_key FROM request"
+        " WHERE user = ? AND nonce = ?",
+        (principal.user.raw, principal.nonce.raw),
+    ).fetchone()
+    if found is None:
+        return None
+    digest, stage, priced, attempt, lease_until, price, account, payment_key = found
+    return Row(Digest(digest), Stage(stage), bool(priced), attempt, lease_until or 0, int(price), account, payment_key)
+
+
+def reserve(db: sqlite3.Connection, principal: Principal, row: Row | None, wanted: Reservation) -> str | None:
+    """Reserve the run, and its price on the account; gives the payment key, None for a free run.
+
+    Raises CreditTooLow.
+    """
+    check_move(row.stage if row is not None else Stage.UNSEEN, Stage.RESERVED)
+    account = key = None
+    if wanted.account is not None:
+        credit = credit_of(db, wanted.account)
+        if credit is None or credit.available < wanted.price.atomic:
+            raise CreditTooLow(held=credit is not None and credit.balance >= wanted.price.atomic)
+        account = credit.id
+        kept = row is not None and row.account == credit.id
+        key = row.payment_key if row is not None and kept else _next_key(db, wanted.account, credit)
+        _set_reserved(db, credit.id, credit.reserved + wanted.price.atomic)
+    _put(db, principal, Stage.RESERVED, priced=wanted.account is not None)
+    db.execute(
+        "UPDATE request SET attempt = ?, lease_until = ?, price = ?, account = ?, payment_key = ?"
+        " WHERE user = ? AND nonce = ?",
+        (wanted.attempt, wanted.lease_until, str(wanted.price.atomic), account, key, *_key(principal)),
+    )
+    return key
+
+
+def finish(
+    db: sqlite3.Connection, principal: Principal, row: Row | None, stage: Stage, *, priced: bool = False
+) -> None:
+    """Move the request to a stage after its run, giving back what it had reserved (a charge is drawn separately)."""
+    check_move(row.stage if row is not None else Stage.UNSEEN, stage)
+    if row is not None and row.stage is Stage.RESERVED and row.account is not None:
+        credit = _credit_by_id(db, row.account)
+        _set_reserved(db, credit.id, credit.reserved - row.price)
+    if stage is Stage.UNSEEN:
+        db.execute("DELETE FROM request WHERE user = ? AND nonce = ?", _key(principal))
+        return
+    _put(db, principal, stage, priced=row.priced if row is not None else priced)
+
+
+def release_lapsed(db: sqlite3.Connection, now: int) -> int:
+    """Give back what runs reserved whose lease ended before `now`; gives their number."""
+    lapsed = db.execute(
+        "SELECT user, nonce, price, account FROM request WHERE stage = 'reserved' AND lease_until < ?", (now,)
+    ).fetchall()
+    for user, nonce, price, account in lapsed:
+        after = Stage.CONSUMED if account is None else Stage.RELEASED
+        check_move(Stage.RESERVED, after)
+        if account is not None:
+            credit = _credit_by_id(db, account)
+            _set_reserved(db, account, credit.reserved - int(price))
+        db.execute("UPDATE request SET stage = ? WHERE user = ? AND nonce = ?", (after, user, nonce))
+    return len(lapsed)
+
+
+def purge(db: sqlite3.Connection, now: int) -> None:
+    """Forget nonces whose signatures are long out of date, and answers past their time; receipts and charges stay."""
+    db.execute("DELETE FROM request WHERE keep_until < ? AND stage != 'reserved'", (now,))
+    db.execute("DELETE FROM outcome WHERE expires_at < ?", (now,))
+
+
+def _put(db: sqlite3.Connection, principal: Principal, stage: Stage, *, priced: bool) -> None:
+    db.execute(
+        "INSERT INTO request(user, nonce, digest, stage, priced, keep_until) VALUES (?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT(user, nonce) DO UPDATE SET stage = excluded.stage, priced = excluded.priced",
+        (*_key(principal), principal.request.raw, stage, priced, principal.expires_at + _CLOCK_MARGIN_S),
+    )
+
+
+def _key(principal: Principal) -> tuple[bytes, bytes]:
+    return principal.user.raw, principal.nonce.raw
+
+
+# --- money --------------------------------------------------------------------------------------------------------
+
+
+def credit_of(db: sqlite3.Connection, account: Account) -> Credit | None:
+    """What the account holds; None if nothing was ever credited to it."""
+    found = db.execute(
+        "SELECT id, balance, reserved FROM credit WHERE chain = ? AND token = ? AND payer = ? AND owner = ?",
+        _columns(account),
+    ).fetchone()
+    return None if found is None else Credit(found[0], int(found[1]), int(found[2]))
+
+
+def credit_incoming(db: sqlite3.Connection, account: Account, request: Digest, transfer: Incoming, now: int) -> None:
+    """Spend the logs and credit their sum. Raises AlreadySpent, and then nothing of it may stay."""
+    for index, amount in transfer.logs:
+        try:
+            db.execute(
+                "INSERT INTO spent VALUES (?, ?, ?, ?, ?, ?)",
+                (account.chain_id, TRANSFER, f"{transfer.tx}:{index}", request.raw, str(amount), now),
+            )
+        except sqlite3.IntegrityError:
+            raise AlreadySpent from None
+    db.execute(
+        "INSERT INTO credit(chain, token, payer, owner, balance, reserved, next_charge)"
+        " VALUES (?, ?, ?, ?, '0', '0', 1) ON CONFLICT DO NOTHING",
+        _columns(account),
+    )
+    credit = credit_of(db, account)
+    if credit is not None:
+        total = credit.balance + sum(amount for _, amount in transfer.logs)
+        db.execute("UPDATE credit SET balance = ? WHERE id = ?", (str(total), credit.id))
+
+
+def spent_logs(db: sqlite3.Connection, chain_id: int, tx: Digest) -> dict[int, Digest]:
+    """Log indexes of the transaction that were credited, with the request that claimed each."""
+    rows = db.execute(
+        "SELECT key, request FROM spent WHERE chain = ? AND kind = ? AND key >= ? AND key < ?",
+        (chain_id, TRANSFER, f"{tx}:", f"{tx};"),  # ";" follows ":" in ASCII: every key of this transaction
+    )
+    return {int(key.rpartition(":")[2]): Digest(request) for key, request in rows}
+
+
+def draw(db: sqlite3.Connection, principal: Principal, row: Row, model: Digest, receipt: Digest, now: int) -> None:
+    """Take the price of a reserved run from its account and record the charge; `finish` gives back the reservation."""
+    if row.account is None or row.payment_key is None:
+        return
+    credit = _credit_by_id(db, row.account)
+    db.execute("UPDATE credit SET balance = ? WHERE id = ?", (str(credit.balance - row.price), credit.id))
+    db.execute(
+        "INSERT INTO charge(payment_key, request, account, model, price, receipt, at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (row.payment_key, principal.request.raw, credit.id, model.raw, str(row.price), receipt.raw, now),
+    )
+
+
+def _credit_by_id(db: sqlite3.Connection, number: int) -> Credit:
+    found = db.execute("SELECT id, balance, reserved FROM credit WHERE id = ?", (number,)).fetchone()
+    return Credit(found[0], int(found[1]), int(found[2]))
+
+
+def _set_reserved(db: sqlite3.Connection, number: int, reserved: int) -> None:
+    if reserved < 0:
+        raise ValueError("more was given back than reserved")
+    db.execute("UPDATE credit SET reserved = ? WHERE id = ?", (str(reserved), number))
+
+
+def _next_key(db: sqlite3.Connection, account: Account, credit: Credit) -> str:
+    number = db.execute("SELECT next_charge FROM credit WHERE id = ?", (credit.id,)).fetchone()[0]
+    db.execute("UPDATE credit SET next_charge = ? WHERE id = ?", (number + 1, credit.id))
+    names = (account.token, account.payer, account.owner)
+    return f"credit:{account.chain_id}:{':'.join('0x' + name.raw.hex() for name in names)}:{number}"
+
+
+def _columns(account: Account) -> Sequence[int | bytes]:
+    return account.chain_id, account.token.raw, account.payer.raw, account.owner.raw
+
+
+# --- receipts and outcomes ------------------------------------------------------------------------------------------
+
+
+def last_receipt(db: sqlite3.Connection, log: str) -> tuple[int, Digest]:
+    """Sequence number and hash that the next receipt of the log follows: (-1, zero) for the first."""
+    found = db.execute("SELECT sequence, hash FROM receipt WHERE log = ? ORDER BY sequence DESC LIMIT 1", (log,))
+    row = found.fetchone()
+    return (-1, Digest.ZERO) if row is None else (row[0], Digest(row[1]))
+
+
+def keep_outcome(
+    db: sqlite3.Connection, principal: Principal, body: bytes, *, code: str | None, expires_at: int
+) -> None:
+    """Keep an answer (`code` None), or an error as JSON, for the user who signed the request."""
+    db.execute(
+        "INSERT INTO outcome(request, user, code, body, expires_at) VALUES (?, ?, ?, ?, ?)",
+        (principal.request.raw, principal.user.raw, code, body, expires_at),
+    )
+
+
+def outcome_of(db: sqlite3.Connection, request: Digest, user: Address, now: int) -> tuple[str | None, bytes] | None:
+    """The kept (code, body) of a request, None if there is none for this user."""
+    found: tuple[str | None, bytes] | None = db.execute(
+        "SELECT code, body FROM outcome WHERE request = ? AND user = ? AND expires_at >= ?",
+        (request.raw, user.raw, now),
+    ).fetchone()
+    return found
+
+
+def receipt_of(db: sqlite3.Connection, request: Digest, user: Address) -> bytes | None:
+    """The redacted envelope of the request's receipt, None if there is none for this user."""
+    found = db.execute(
+        "SELECT envelope FROM receipt WHERE request = ? AND user = ?", (request.raw, user.raw)
+    ).fetchone()
+    return None if found is None else bytes(found[0])
+
+
+def append_receipt(
+    db: sqlite3.Connection, log: str, receipt: Receipt, previous: Digest, principal: Principal, model: ModelId | None
+) -> None:
+    """Append to the log, without the private part of the envelope."""
+    key = model.key if model is not None else Digest.ZERO
+    envelope = orjson.dumps(redact(receipt.envelope))
+    db.execute(
+        "INSERT INTO receipt(log, sequence, hash, previous, request, user, model, status, envelope)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            log,
+            receipt.sequence,
+            receipt.hash.raw,
+            previous.raw,
+            principal.request.raw,
+            principal.user.raw,
+            key.raw,
+            receipt.status,
+            envelope,
+        ),
+    )
+
+
+def count_successes(db: sqlite3.Connection, log: str, model: ModelId | None) -> int:
+    """Receipts of status 1 in the log: of one model, or of all."""
+    query = "SELECT count(*) FROM receipt WHERE log = ? AND status = 1"
+    if model is None:
+        return int(db.execute(query, (log,)).fetchone()[0])
+    return int(db.execute(query + " AND model = ?", (log, model.key.raw)).fetchone()[0])

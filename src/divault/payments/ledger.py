@@ -1,0 +1,467 @@
+"""Each request runs at most once, each price is drawn at most once, each outcome is on disk before it is told.
+
+Rules:
+
+1. A nonce is used up exactly when a run is reserved or a receipt is issued, in that transaction (table: `stages`).
+2. `outcome` stands around everything that follows authentication. Whatever is raised inside, the reservation ends
+   there: with an error that earns a receipt, release and receipt are one transaction and the receipt is the error's
+   `evidence`; with any other end, the credit comes back and nothing is charged.
+3. `charge` is one transaction: the price, the request's stage, the receipt's number and signature, the kept answer.
+   Receipts are signed in the one writer thread, in the order of their numbers: the chain has neither gap nor fork.
+4. A run that outlasted its reservation is not charged and not answered.
+
+```python
+async with ledger.outcome(principal, call):
+    grant = await gates.check(principal, model)
+    async with payments.hold(grant, call) as hold:
+        output = await workers.run(opened, hold, call)
+        return await ledger.charge(hold, call, output)
+```
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import orjson
+
+from divault.errors import (
+    ContentInvalid,
+    DeadlineExceeded,
+    DivaultError,
+    ModelFailed,
+    NonceUsed,
+    NotReady,
+    RequestRunning,
+    ResultUnknown,
+    StorageFailed,
+    from_code,
+)
+from divault.payments import books
+from divault.payments.books import Account, Credit, Incoming, Reservation, Row
+from divault.payments.stages import Stage
+from divault.receipts import ReceiptDraft, ReceiptIssuer, answer_body
+from divault.state import State
+from divault.values import (
+    Address,
+    Answer,
+    Digest,
+    Grant,
+    Hold,
+    ModelId,
+    Output,
+    Principal,
+    Receipt,
+    ReceiptStatus,
+    SignedCall,
+    Usdc,
+)
+
+_RETRY_S = 1
+_PURGE_EVERY_S = 60
+_FOREVER = 2**62
+
+
+class Budget(Protocol):
+    """How many refusals are signed; `divault.limits.RefusalBudget` is one."""
+
+    def spend(self, peer: str) -> None:
+        """Count one. Raises RateLimited when there is none left."""
+
+
+@dataclass(slots=True)
+class _Trail:
+    """How far one presentation of a request got. `attempt` tells it from other presentations of the same bytes."""
+
+    principal: Principal
+    call: SignedCall
+    attempt: bytes
+    grant: Grant | None = None
+    hold: Hold | None = None
+    payment_key: str | None = None
+    charged: bool = False
+    plaintext: Digest | None = None
+    runtime: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a payment method has to know before it reserves."""
+
+    credit: int
+    """What the account can still reserve, atomic units."""
+    spent: dict[int, Digest]
+    """Logs of the claimed transaction that were credited, by whose request."""
+
+
+class Ledger:
+    """The node's books, over one `State`. Safe for concurrent use within one event loop."""
+
+    def __init__(
+        self,
+        state: State,
+        issuer: ReceiptIssuer,
+        *,
+        clock: Callable[[], float] = time.time,
+        lease_s: int = 180,
+        keep_results_s: int = 86_400,
+    ) -> None:
+        """`lease_s`: at least load and inference timeout together. `keep_results_s`: how long a paid answer stays."""
+        self._state = state
+        self._issuer = issuer
+        self._clock = clock
+        self._lease_s = lease_s
+        self._keep_results_s = keep_results_s
+        self._log = f"{issuer.domain.chain_id}:{issuer.domain.contract}:{issuer.node}".lower()
+        self._trails: dict[int, _Trail] = {}
+        self._purge_at = 0
+
+    @property
+    def chain_id(self) -> int:
+        """The chain of the accounts and receipts."""
+        return self._issuer.domain.chain_id
+
+    @property
+    def node(self) -> Address:
+        """Who signs the receipts."""
+        return self._issuer.node
+
+    async def recover(self) -> int:
+        """Release what an earlier process had reserved when it died; gives the number. Call it once, at the start.
+
+        One process owns the state, so nobody else's run can be among them. Without this call the leases do the same.
+        """
+        return await self._state.write(lambda db: books.release_lapsed(db, _FOREVER))
+
+    # --- before and beside a run ------------------------------------------------------------------------------------
+
+    async def answered(self, principal: Principal) -> Answer | None:
+        """The kept answer of a priced request that ran before; None when this one may run.
+
+        `Answer.receipt` is None: the receipt stands in the body, which is the same byte for byte. Raises NonceUsed,
+        RequestRunning, or the error that the request ended with, with its receipt.
+        """
+        now = self._now()
+
+        def look(db: sqlite3.Connection) -> tuple[bool, tuple[str | None, bytes] | None]:
+            may_run = _may_run(books.find(db, principal), principal, now)
+            return may_run, None if may_run else books.outcome_of(db, principal.request, principal.user, now)
+
+        may_run, kept = await self._state.read(look)
+        if may_run:
+            return None
+        if kept is None:
+            raise _nonce_used()
+        return _restored(*kept)
+
+    async def consume(self, principal: Principal) -> None:
+        """Use up the nonce of a call that has no receipt (load, unload, results). Raises NonceUsed."""
+        now = self._now()
+
+        def work(db: sqlite3.Connection) -> None:
+            self._tidy(db, now)
+            if books.find(db, principal) is not None:
+                raise _nonce_used()
+            books.finish(db, principal, None, Stage.CONSUMED)
+
+        await self._state.write(work)
+
+    async def result(self, request: Digest, user: Address) -> Answer:
+        """The kept answer of a priced request, for the wallet that signed it.
+
+        Raises ResultUnknown (with the receipt as evidence, if only the answer has expired), or the error that the
+        request ended with.
+        """
+        now = self._now()
+
+        def look(db: sqlite3.Connection) -> tuple[tuple[str | None, bytes] | None, bytes | None]:
+            return books.outcome_of(db, request, user, now), books.receipt_of(db, request, user)
+
+        kept, envelope = await self._state.read(look)
+        if kept is not None:
+            return _restored(*kept)
+        if envelope is None:
+            raise ResultUnknown("this node keeps no result of that request for this wallet")
+        expired = ResultUnknown("the answer is not kept any more; its receipt is")
+        expired.evidence = orjson.loads(envelope)
+        raise expired
+
+    async def successes(self, model: ModelId | None = None) -> int:
+        """Number of receipts with status 1: of one model, or of all."""
+        return await self._state.read(lambda db: books.count_successes(db, self._log, model))
+
+    async def credit(self, account: Account) -> Usdc:
+        """What the account can still spend."""
+        found = await self._state.read(lambda db: books.credit_of(db, account))
+        return Usdc(max(found.available, 0) if found is not None else 0)
+
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def outcome(
+        self, principal: Principal, call: SignedCall, budget: Budget | None = None
+    ) -> AsyncIterator[None]:
+        """Bring whatever happens inside to an end that is on disk (rule 2).
+
+        Raises what was raised inside, with `evidence` where there is a receipt; RateLimited instead of a refusal when
+        `budget` is spent; NonceUsed or RequestRunning instead when another copy of the request was faster.
+        """
+        trail = _Trail(principal, call, os.urandom(16))
+        self._trails[id(principal)] = trail
+        try:
+            yield
+            if trail.hold is not None and not trail.charged:
+                await self._release(trail, turned_away=False)
+        except DivaultError as err:
+            await self._end(trail, err, budget)
+            raise
+        except BaseException:  # cancelled, or a fault of ours
+            await self._release(trail, turned_away=False)
+            raise
+        finally:
+            del self._trails[id(principal)]
+
+    async def standing(self, grant: Grant, account: Account, tx: Digest | None, payment_key: str | None) -> Standing:
+        """Credit of the account and logs spent of the transaction, and remember what was presented as payment."""
+        self._trail(grant).payment_key = payment_key
+
+        def look(db: sqlite3.Connection) -> tuple[Credit | None, dict[int, Digest]]:
+            spent = books.spent_logs(db, self.chain_id, tx) if tx is not None else {}
+            return books.credit_of(db, account), spent
+
+        credit, spent = await self._state.read(look)
+        return Standing(credit.available if credit is not None else 0, spent)
+
+    async def reserve(
+        self, grant: Grant, price: Usdc, account: Account | None = None, incoming: Incoming | None = None
+    ) -> Hold:
+        """Reserve the one run of this request, and its price: credits `incoming` in the same transaction.
+
+        Raises NonceUsed, RequestRunning; inside `payments` also AlreadySpent and CreditTooLow.
+        """
+        trail, principal, now = self._trail(grant), grant.principal, self._now()
+        wanted = Reservation(trail.attempt, now + self._lease_s, price, account)
+
+        def work(db: sqlite3.Connection) -> str | None:
+            self._tidy(db, now)
+            row = books.find(db, principal)
+            if not _may_run(row, principal, now):
+                raise RequestRunning("this request has just ended: ask again with the same bytes", retry_after=_RETRY_S)
+            if account is not None and incoming is not None:
+                books.credit_incoming(db, account, principal.request, incoming, now)
+            return books.reserve(db, principal, row, wanted)
+
+        key = await self._state.write(work)
+        payer = account.payer if account is not None else Address.ZERO
+        trail.hold = Hold(grant, price, payer, key, wanted.lease_until)
+        return trail.hold
+
+    def opened(self, hold: Hold, plaintext: Digest, runtime: dict[str, Any] | None) -> None:
+        """Note what the run stands on (sha256 of the opened model, runtime object), for the receipt of a failed run."""
+        trail = self._trail(hold.grant)
+        trail.plaintext, trail.runtime = plaintext, runtime
+
+    async def charge(self, hold: Hold, call: SignedCall, output: Output) -> Answer:
+        """The answer, with everything that it implies on disk (rule 3).
+
+        Raises DeadlineExceeded when the reservation is gone (rule 4), NotReady when the ledger can't be written.
+        """
+        trail, grant, now = self._trail(hold.grant), hold.grant, self._now()
+        principal = grant.principal
+        draft = _success(call, hold, output, now)
+
+        def work(db: sqlite3.Connection) -> Answer:
+            row = books.find(db, principal)
+            if row is None or not _is_held(row, trail):
+                raise DeadlineExceeded("the run outlasted its reservation; nothing was charged", limit_s=self._lease_s)
+            receipt = self._issue(db, draft, trail)
+            body = answer_body(grant.model.model.text, output.result, receipt.envelope, "inference completed")
+            books.draw(db, principal, row, grant.model.model.key, receipt.hash, now)
+            books.finish(db, principal, row, Stage.DONE)
+            if row.priced:
+                books.keep_outcome(db, principal, body, code=None, expires_at=now + self._keep_results_s)
+            return Answer(body, receipt)
+
+        answer = await self._state.write(work)
+        trail.charged = True
+        return answer
+
+    async def refuse(
+        self,
+        principal: Principal,
+        call: SignedCall,
+        error: DivaultError,
+        *,
+        grant: Grant | None = None,
+        hold: Hold | None = None,
+    ) -> Receipt | None:
+        """End the request with a receipt of what went wrong, and give back what it had reserved, in one transaction.
+
+        None when this error earns no receipt. Raises NonceUsed or RequestRunning when a copy was faster, NotReady.
+        """
+        trail = self._trails.get(id(principal)) or _Trail(principal, call, b"")
+        trail.grant, trail.hold = grant or trail.grant, hold or trail.hold
+        return await self._fail(trail, error) if error.receipt else None
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    async def _end(self, trail: _Trail, err: DivaultError, budget: Budget | None) -> None:
+        if not err.receipt:
+            await self._release(trail, turned_away=True)
+            return
+        try:
+            if budget is not None and status_of(err) is ReceiptStatus.REFUSED:
+                budget.spend(trail.call.peer)
+            receipt = await self._fail(trail, err)
+        except DivaultError as instead:
+            await self._release(trail, turned_away=True)
+            raise instead from err
+        err.evidence = receipt.envelope
+
+    async def _fail(self, trail: _Trail, err: DivaultError) -> Receipt:
+        now, principal = self._now(), trail.principal
+        draft = _failure(trail, err, now)
+
+        def work(db: sqlite3.Connection) -> Receipt:
+            self._tidy(db, now)
+            row = books.find(db, principal)
+            held = row is not None and _is_held(row, trail)
+            if not held and not _may_run(row, principal, now):
+                raise _nonce_used()
+            receipt = self._issue(db, draft, trail)
+            priced = trail.grant is not None and trail.grant.model.price.atomic > 0
+            books.finish(db, principal, row, Stage.FAILED, priced=priced)
+            if priced:
+                body = orjson.dumps([err.detail, err.data, receipt.envelope], default=str)
+                books.keep_outcome(db, principal, body, code=err.code, expires_at=now + self._keep_results_s)
+            return receipt
+
+        return await self._state.write(work)
+
+    async def _release(self, trail: _Trail, *, turned_away: bool) -> None:
+        """Give back what this presentation reserved, if it did; another presentation's reservation stays.
+
+        Writes happen in the order of the calls, so this one finds the reservation even of a caller that was cancelled
+        while it waited for it.
+        """
+
+        def work(db: sqlite3.Connection) -> None:
+            row = books.find(db, trail.principal)
+            if row is None or not _is_held(row, trail):
+                return
+            given_up = Stage.UNSEEN if turned_away else Stage.CONSUMED
+            books.finish(db, trail.principal, row, Stage.RELEASED if row.priced else given_up)
+
+        try:
+            await self._state.write(work)
+        except NotReady:  # the ledger can't be written: the lease will run out by itself
+            return
+
+    def _issue(self, db: sqlite3.Connection, draft: ReceiptDraft, trail: _Trail) -> Receipt:
+        sequence, previous = books.last_receipt(db, self._log)
+        receipt = self._issuer.issue(draft, sequence + 1, previous)
+        books.append_receipt(db, self._log, receipt, previous, trail.principal, trail.call.model)
+        return receipt
+
+    def _tidy(self, db: sqlite3.Connection, now: int) -> None:
+        books.release_lapsed(db, now)
+        if now >= self._purge_at:
+            self._purge_at = now + _PURGE_EVERY_S
+            books.purge(db, now)
+
+    def _trail(self, grant: Grant) -> _Trail:
+        try:
+            trail = self._trails[id(grant.principal)]
+        except KeyError:
+            raise RuntimeError("reserve and charge inside `async with ledger.outcome(principal, call)`") from None
+        trail.grant = grant
+        return trail
+
+    def _now(self) -> int:
+        return int(self._clock())
+
+
+def status_of(error: DivaultError) -> ReceiptStatus:
+    """The status of the receipt that this error earns."""
+    if isinstance(error, DeadlineExceeded):
+        return ReceiptStatus.TIMED_OUT
+    failed = isinstance(error, ModelFailed) or (
+        isinstance(error, StorageFailed) and not isinstance(error, ContentInvalid)
+    )
+    return ReceiptStatus.FAILED if failed else ReceiptStatus.REFUSED
+
+
+def _success(call: SignedCall, hold: Hold, output: Output, now: int) -> ReceiptDraft:
+    model = hold.grant.model
+    return ReceiptDraft(
+        hold.grant.principal,
+        model.model,
+        ReceiptStatus.OK,
+        now,
+        hold.grant,
+        output,
+        input_data=call.input_data,
+        parameters=call.parameters,
+        price=hold.price,
+        token=model.payment_token if hold.payment_key is not None else Address.ZERO,
+        payer=hold.payer,
+        payment_key=hold.payment_key,
+    )
+
+
+def _failure(trail: _Trail, err: DivaultError, now: int) -> ReceiptDraft:
+    grant, call = trail.grant, trail.call
+    if call.model is None:
+        raise TypeError("receipts are for calls that name a model")
+    key = trail.hold.payment_key if trail.hold is not None else trail.payment_key
+    paying = grant is not None and key is not None
+    return ReceiptDraft(
+        trail.principal,
+        call.model,
+        status_of(err),
+        now,
+        grant,
+        plaintext=trail.plaintext,
+        runtime=trail.runtime,
+        input_data=call.input_data,
+        parameters=call.parameters,
+        token=grant.model.payment_token if grant is not None and paying else Address.ZERO,
+        payer=trail.principal.user if paying else Address.ZERO,
+        payment_key=key,
+        code=err.code,
+    )
+
+
+def _may_run(row: Row | None, principal: Principal, now: int) -> bool:
+    """True: it may run; False: it is priced and its outcome is kept. Raises NonceUsed, RequestRunning."""
+    if row is None:
+        return True
+    if row.digest != principal.request or not row.priced:
+        raise _nonce_used()
+    if row.stage is Stage.RESERVED and row.lease_until >= now:
+        raise RequestRunning("this request is running: ask again with the same bytes", retry_after=_RETRY_S)
+    return row.stage in (Stage.RELEASED, Stage.RESERVED)
+
+
+def _is_held(row: Row, trail: _Trail) -> bool:
+    return row.stage is Stage.RESERVED and row.attempt == trail.attempt
+
+
+def _restored(code: str | None, body: bytes) -> Answer:
+    """The kept answer; a kept error is raised."""
+    if code is None:
+        return Answer(body, None)
+    detail, data, envelope = orjson.loads(body)
+    error = from_code(code, detail, data)
+    error.evidence = envelope
+    raise error
+
+
+def _nonce_used() -> NonceUsed:
+    return NonceUsed("this nonce was used before: sign again with a fresh one", reason="replay")

@@ -1,0 +1,202 @@
+"""A nonce works once: under a flood of copies, after a restart, whatever the first use came to."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from divault.errors import AccessDenied, DivaultError, ModelFailed, NonceUsed, Overloaded, RateLimited
+from divault.limits import RefusalBudget
+from divault.values import Answer, Hold, Usdc
+from tests.counter import STRANGER, Counter, principal_of, signed
+
+FREE = Usdc(0)
+
+
+@pytest.fixture
+async def counter(tmp_path: Path) -> AsyncIterator[Counter]:
+    async with Counter(tmp_path) as opened:
+        yield opened
+
+
+async def slow_yes(_: Hold) -> bytes:
+    await asyncio.sleep(0.05)
+    return b'"yes"'
+
+
+async def fails(_: Hold) -> bytes:
+    raise ModelFailed("it raised", kind="ValueError")
+
+
+async def overloaded(_: Hold) -> bytes:
+    raise Overloaded("queue full", retry_after=1)
+
+
+async def test_of_100_copies_of_a_free_request_exactly_one_runs(counter: Counter) -> None:
+    _, call = signed(max_price=0)
+    ends = await asyncio.gather(
+        *(counter.infer(call, slow_yes, price=FREE) for _ in range(100)), return_exceptions=True
+    )
+
+    assert counter.runs == 1
+    assert sum(isinstance(end, Answer) for end in ends) == 1
+    assert sum(isinstance(end, NonceUsed) for end in ends) == 99
+    assert await counter.chain_is_whole() == 1
+
+
+@pytest.mark.parametrize("work", [slow_yes, fails])
+async def test_a_restart_does_not_forget_a_nonce(tmp_path: Path, work) -> None:
+    _, call = signed(max_price=0)
+    async with Counter(tmp_path) as counter:
+        await asyncio.gather(counter.infer(call, work, price=FREE), return_exceptions=True)
+    async with Counter(tmp_path) as counter:
+        await counter.ledger.recover()
+        with pytest.raises(NonceUsed):
+            await counter.infer(call, price=FREE)
+
+    assert counter.runs == 0
+
+
+async def test_another_body_under_a_used_nonce_is_refused(counter: Counter) -> None:
+    _, first = signed(max_price=0, nonce="n", body="a")
+    _, other = signed(max_price=0, nonce="n", body="b")
+    await counter.infer(first, price=FREE)
+    with pytest.raises(NonceUsed):
+        await counter.infer(other, price=FREE)
+
+
+async def test_the_same_nonce_of_another_wallet_is_another_nonce(counter: Counter) -> None:
+    _, first = signed(max_price=0, nonce="n")
+    _, other = signed(max_price=0, nonce="n", user=STRANGER)
+    await counter.infer(first, price=FREE)
+    await counter.infer(other, price=FREE)
+
+    assert counter.runs == 2
+
+
+async def test_a_nonce_is_consumed_once_by_calls_without_receipt(counter: Counter) -> None:
+    principal, call = signed(max_price=0)
+    ends = await asyncio.gather(
+        *(counter.ledger.consume(principal_of(call)) for _ in range(50)), return_exceptions=True
+    )
+
+    assert sum(end is None for end in ends) == 1
+    assert sum(isinstance(end, NonceUsed) for end in ends) == 49
+    with pytest.raises(NonceUsed):
+        await counter.infer(call, price=FREE)
+    with pytest.raises(NonceUsed):
+        await counter.ledger.answered(principal)
+
+
+async def test_a_run_that_was_turned_away_uses_no_nonce(counter: Counter) -> None:
+    _, call = signed(max_price=0)
+    with pytest.raises(Overloaded):
+        await counter.infer(call, overloaded, price=FREE)
+    await counter.infer(call, price=FREE)
+
+    assert await counter.chain_is_whole() == 1
+
+
+async def test_a_refusal_uses_the_nonce_and_has_a_receipt(counter: Counter) -> None:
+    principal, call = signed(max_price=0)
+    with pytest.raises(AccessDenied) as caught:
+        async with counter.ledger.outcome(principal, call):
+            raise AccessDenied("hold 100 more", have="0", need="100")
+
+    assert caught.value.evidence is not None
+    assert caught.value.evidence["receipt"]["status"] in (3, "3")
+    with pytest.raises(NonceUsed):
+        await counter.infer(call, price=FREE)
+    assert await counter.chain_is_whole() == 1
+
+
+async def test_copies_of_a_refused_request_get_one_receipt(counter: Counter) -> None:
+    _, call = signed(max_price=0)
+
+    async def refused() -> None:
+        async with counter.ledger.outcome(principal_of(call), call):
+            await asyncio.sleep(0)
+            raise AccessDenied("hold 100 more", have="0", need="100")
+
+    ends = await asyncio.gather(*(refused() for _ in range(20)), return_exceptions=True)
+
+    assert sum(isinstance(end, AccessDenied) for end in ends) == 1
+    assert sum(isinstance(end, NonceUsed) for end in ends) == 19
+    assert await counter.chain_is_whole() == 1
+
+
+async def test_beyond_the_budget_a_refusal_has_no_receipt_and_uses_no_nonce(counter: Counter) -> None:
+    budget = RefusalBudget(per_peer=2)
+    ends: list[DivaultError] = []
+    for _ in range(3):
+        principal, call = signed(max_price=0)
+        with pytest.raises(DivaultError) as caught:
+            async with counter.ledger.outcome(principal, call, budget):
+                raise AccessDenied("hold 100 more")
+        ends.append(caught.value)
+
+    assert [type(end) for end in ends] == [AccessDenied, AccessDenied, RateLimited]
+    assert await counter.chain_is_whole() == 2
+    await counter.infer(call, price=FREE)
+
+
+async def test_a_failed_run_is_not_held_to_the_budget_of_refusals(counter: Counter) -> None:
+    budget = RefusalBudget(per_peer=1)
+    for _ in range(3):
+        with pytest.raises(ModelFailed):
+            await counter.infer(signed(max_price=0)[1], fails, price=FREE, budget=budget)
+
+    assert await counter.chain_is_whole() == 3
+
+
+async def test_errors_without_receipt_leave_no_trace(counter: Counter) -> None:
+    principal, call = signed(max_price=0)
+    with pytest.raises(RateLimited):
+        async with counter.ledger.outcome(principal, call):
+            raise RateLimited("slow down")
+
+    assert await counter.rows("SELECT * FROM request") == []
+    assert await counter.chain_is_whole() == 0
+
+
+async def test_a_cancelled_free_run_keeps_its_nonce_used(counter: Counter) -> None:
+    _, call = signed(max_price=0)
+    running = asyncio.Event()
+
+    async def long(_: Hold) -> bytes:
+        running.set()
+        return await asyncio.sleep(60, b"")
+
+    task = asyncio.create_task(counter.infer(call, long, price=FREE))
+    await running.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(NonceUsed):
+        await counter.infer(call, price=FREE)
+
+
+async def test_nonces_are_forgotten_long_after_their_signature_ended(tmp_path: Path) -> None:
+    now = time.time()
+    async with Counter(tmp_path, clock=lambda: now) as counter:
+        for _ in range(3):
+            await counter.infer(signed(max_price=0)[1], price=FREE)
+        now += 60 + 299
+        await counter.infer(signed(max_price=0)[1], price=FREE)
+        kept = len(await counter.rows("SELECT * FROM request"))
+        now += 62
+        await counter.infer(signed(max_price=0)[1], price=FREE)
+
+        assert kept == 4
+        assert len(await counter.rows("SELECT * FROM request")) == 1
+        assert await counter.chain_is_whole() == 5
+
+
+async def test_a_free_answer_is_not_kept(counter: Counter) -> None:
+    await counter.infer(signed(max_price=0)[1], price=FREE)
+
+    assert await counter.rows("SELECT * FROM outcome") == []
