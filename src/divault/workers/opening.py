@@ -22,6 +22,7 @@ import io
 import os
 import socket
 import sys
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ from divault.vault.sealed import Preamble, Spelling, payload_key, plain_size, re
 from divault.workers.opening_child import MAX_MESSAGE_BYTES
 
 T = TypeVar("T")
+
+_DESCRIPTOR = array("i")
 
 _BOOTSTRAP = (
     "import sys; root = sys.argv[1]; root in sys.path or sys.path.insert(0, root); "
@@ -225,7 +228,10 @@ async def _readable(connection: socket.socket) -> None:
 
 def _received(connection: socket.socket) -> tuple[_Opened, list[int]]:
     """The answer with its descriptors. Raises what the process reported, or ModelFailed for anything malformed."""
-    data, descriptors, flags, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, MAX_FILES, socket.MSG_CMSG_CLOEXEC)
+    # Not socket.recv_fds: it drops its flags, and descriptors without CLOEXEC would reach every process started here.
+    room = socket.CMSG_SPACE(MAX_FILES * _DESCRIPTOR.itemsize)
+    data, ancillary, flags, _ = connection.recvmsg(MAX_MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+    descriptors = _descriptors(ancillary)
     with _closed_on_failure(descriptors):
         if not data:
             raise _crashed("it ended without an answer")
@@ -238,6 +244,14 @@ def _received(connection: socket.socket) -> tuple[_Opened, list[int]]:
         if isinstance(answer, _Refused):
             raise _refusal(answer)
         return answer, descriptors
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    found = array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            found.frombytes(data[: len(data) // _DESCRIPTOR.itemsize * _DESCRIPTOR.itemsize])
+    return list(found)
 
 
 def _refusal(answer: _Refused) -> DivaultError:
