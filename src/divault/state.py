@@ -30,6 +30,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -134,12 +135,12 @@ class State:
             self._lock = _Lock(path.with_name(path.name + ".lock"))
         except OSError as err:
             raise _out_of_reach(path, err.strerror or type(err).__name__) from err
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._lock.release)
             self._writer = _open(path)
+            undo.callback(self._writer.close)
             self._reader = _connect(path, query_only=True)
-        except BaseException:
-            self._lock.release()
-            raise
+            undo.pop_all()
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._closed = False
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="divault-state-read")
@@ -220,15 +221,31 @@ class State:
                 job.error = _unusable(err)
 
     def _run(self, job: _Job[Any]) -> None:
-        self._writer.execute("SAVEPOINT job")
-        try:
+        with _Savepoint(self._writer) as point:
             job.result = job.work(self._writer)
-        except Exception as err:  # it is the caller's, who awaits it
-            if not self._writer.in_transaction:
-                raise sqlite3.OperationalError("the transaction was rolled back") from err  # SQLite did, on I/O errors
-            job.error = _unusable(err) if isinstance(err, sqlite3.Error) else err
-            self._writer.execute("ROLLBACK TO job")
-        self._writer.execute("RELEASE job")
+        if point.error is not None:
+            job.error = _unusable(point.error) if isinstance(point.error, sqlite3.Error) else point.error
+
+
+class _Savepoint:
+    """One write among those of a commit. What it raises is kept as `error`, and undone."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        self._db.execute("SAVEPOINT job")
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> bool:
+        if error is not None and not self._db.in_transaction:  # SQLite undid everything: a full disk, a failing one
+            raise sqlite3.OperationalError("the transaction was rolled back") from error
+        if error is not None:
+            self._db.execute("ROLLBACK TO job")
+        self._db.execute("RELEASE job")
+        self.error = error
+        return True
 
 
 def _settle(batch: Sequence[_Job[Any]]) -> None:

@@ -85,7 +85,8 @@ class _Trail:
     grant: Grant | None = None
     hold: Hold | None = None
     payment_key: str | None = None
-    charged: bool = False
+    reserving: bool = False
+    """It has asked for a reservation, and nothing has ended it yet."""
     plaintext: Digest | None = None
     runtime: dict[str, Any] | None = None
 
@@ -216,16 +217,13 @@ class Ledger:
         self._trails[id(principal)] = trail
         try:
             yield
-            if trail.hold is not None and not trail.charged:
-                await self._release(trail, turned_away=False)
         except DivaultError as err:
             await self._end(trail, err, budget)
             raise
-        except BaseException:  # cancelled, or a fault of ours
-            await self._release(trail, turned_away=False)
-            raise
-        finally:
+        finally:  # also after a cancellation, or a fault of ours
             del self._trails[id(principal)]
+            if trail.reserving:
+                await self._release(trail, turned_away=False)
 
     async def standing(self, grant: Grant, account: Account, tx: Digest | None, payment_key: str | None) -> Standing:
         """Credit of the account and logs spent of the transaction, and remember what was presented as payment."""
@@ -257,6 +255,7 @@ class Ledger:
                 books.credit_incoming(db, account, principal.request, incoming, now)
             return books.reserve(db, principal, row, wanted)
 
+        trail.reserving = True
         key = await self._state.write(work)
         payer = account.payer if account is not None else Address.ZERO
         trail.hold = Hold(grant, price, payer, key, wanted.lease_until)
@@ -289,7 +288,7 @@ class Ledger:
             return Answer(body, receipt)
 
         answer = await self._state.write(work)
-        trail.charged = True
+        trail.reserving = False
         return answer
 
     async def refuse(
@@ -312,17 +311,16 @@ class Ledger:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     async def _end(self, trail: _Trail, err: DivaultError, budget: Budget | None) -> None:
-        if not err.receipt:
-            await self._release(trail, turned_away=True)
-            return
         try:
-            if budget is not None and status_of(err) is ReceiptStatus.REFUSED:
+            if err.receipt and budget is not None and status_of(err) is ReceiptStatus.REFUSED:
                 budget.spend(trail.call.peer)
-            receipt = await self._fail(trail, err)
+            if err.receipt:
+                err.evidence = (await self._fail(trail, err)).envelope
         except DivaultError as instead:
-            await self._release(trail, turned_away=True)
             raise instead from err
-        err.evidence = receipt.envelope
+        finally:
+            if trail.reserving:
+                await self._release(trail, turned_away=True)
 
     async def _fail(self, trail: _Trail, err: DivaultError) -> Receipt:
         now, principal = self._now(), trail.principal
@@ -342,7 +340,9 @@ class Ledger:
                 books.keep_outcome(db, principal, body, code=err.code, expires_at=now + self._keep_results_s)
             return receipt
 
-        return await self._state.write(work)
+        receipt = await self._state.write(work)
+        trail.reserving = False
+        return receipt
 
     async def _release(self, trail: _Trail, *, turned_away: bool) -> None:
         """Give back what this presentation reserved, if it did; another presentation's reservation stays.
@@ -350,6 +350,7 @@ class Ledger:
         Writes happen in the order of the calls, so this one finds the reservation even of a caller that was cancelled
         while it waited for it.
         """
+        trail.reserving = False
 
         def work(db: sqlite3.Connection) -> None:
             row = books.find(db, trail.principal)
