@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+import pytest
 
 from divault.chain import contracts
 from divault.chain.answers import Request
@@ -13,6 +16,7 @@ from divault.chain.gates import Gates
 from divault.chain.rpc import Rpc
 from divault.chain.vault import VaultReader
 from divault.chain.wallet import Wallet
+from divault.devnet import Devnet, start_devnet
 from divault.values import Address, Digest, ModelId, Nonce, Principal, PrincipalKind, Secret, Usdc
 
 CID = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
@@ -27,7 +31,7 @@ def principal(user: Address) -> Principal:
 class World:
     """Contracts deployed by `owner`, who also owns the models."""
 
-    url: str
+    devnet: Devnet
     chain: Chain
     owner: Wallet
     usdc: Address
@@ -45,7 +49,7 @@ class World:
 
     def new_chain(self, **options: Any) -> Chain:
         """Another client of the same node; close it."""
-        return Chain(Rpc([Secret.of_text(self.url)], self.chain.chain_id), **options)
+        return Chain(Rpc([Secret.of_text(self.devnet.url)], self.chain.chain_id), **options)
 
     async def wallet(self, tokens: int = 0) -> Wallet:
         """A fresh wallet with coins for gas and this many raw gate tokens."""
@@ -75,12 +79,27 @@ class World:
         return await self.chain.rpc.call(Request(method, params, lambda value: value))
 
 
-async def build(url: str, chain_id: int, funded_key: bytes) -> World:
+@pytest.fixture(scope="module", params=["embedded", "anvil"])
+def both_devnets(request: pytest.FixtureRequest) -> Iterator[Devnet]:
+    """One chain per test file, and the file's tests on each kind."""
+    with start_devnet(anvil=request.param == "anvil") as devnet:
+        yield devnet
+
+
+@pytest.fixture
+async def world(both_devnets: Devnet) -> AsyncIterator[World]:
+    """Contracts of its own for every test."""
+    world = await build(both_devnets)
+    yield world
+    await world.chain.close()
+
+
+async def build(devnet: Devnet) -> World:
     """Deploy everything. The head is read anew by every check: each transaction makes a block."""
-    chain = Chain(Rpc([Secret.of_text(url)], chain_id), head_ttl_s=0.0)
-    assert await chain.connect() == chain_id  # before the first write
-    owner = Wallet(Secret(funded_key), chain)
+    chain = Chain(Rpc([Secret.of_text(devnet.url)], devnet.chain_id), head_ttl_s=0.0)
+    assert await chain.connect() == devnet.chain_id  # before the first write
+    owner = Wallet(devnet.accounts[0].key, chain)
     usdc = await owner.deploy("TestUSDC")
     vault = await owner.deploy("ModelVault", usdc)
     token = await owner.deploy("ModelAccessToken", "Gate", "GATE", owner.address)
-    return World(url, chain, owner, usdc, vault, token)
+    return World(devnet, chain, owner, usdc, vault, token)
