@@ -194,6 +194,17 @@ def credit_of(db: sqlite3.Connection, account: Account) -> Credit | None:
     return None if found is None else Credit(found[0], int(found[1]), int(found[2]))
 
 
+def spendable(db: sqlite3.Connection, account: Account, now: int) -> int:
+    """What a new request could reserve: also what runs still hold whose lease has ended. May be negative."""
+    credit = credit_of(db, account)
+    if credit is None:
+        return 0
+    lapsed = db.execute(
+        "SELECT price FROM request WHERE stage = 'reserved' AND lease_until < ? AND account = ?", (now, credit.id)
+    )
+    return credit.available + sum(int(price) for (price,) in lapsed)
+
+
 def credit_incoming(db: sqlite3.Connection, account: Account, request: Digest, transfer: Incoming, now: int) -> None:
     """Spend the logs and credit their sum. Raises AlreadySpent, and then nothing of it may stay."""
     for index, amount in transfer.logs:

@@ -44,7 +44,7 @@ from divault.errors import (
     from_code,
 )
 from divault.payments import books
-from divault.payments.books import Account, Credit, Incoming, Reservation, Row
+from divault.payments.books import Account, Incoming, Reservation, Row
 from divault.payments.stages import Stage
 from divault.receipts import ReceiptDraft, ReceiptIssuer, answer_body
 from divault.state import State
@@ -199,8 +199,8 @@ class Ledger:
 
     async def credit(self, account: Account) -> Usdc:
         """What the account can still spend."""
-        found = await self._state.read(lambda db: books.credit_of(db, account))
-        return Usdc(max(found.available, 0) if found is not None else 0)
+        now = self._now()
+        return Usdc(max(await self._state.read(lambda db: books.spendable(db, account, now)), 0))
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
@@ -228,13 +228,13 @@ class Ledger:
     async def standing(self, grant: Grant, account: Account, tx: Digest | None, payment_key: str | None) -> Standing:
         """Credit of the account and logs spent of the transaction, and remember what was presented as payment."""
         self._trail(grant).payment_key = payment_key
+        now = self._now()
 
-        def look(db: sqlite3.Connection) -> tuple[Credit | None, dict[int, Digest]]:
+        def look(db: sqlite3.Connection) -> Standing:
             spent = books.spent_logs(db, self.chain_id, tx) if tx is not None else {}
-            return books.credit_of(db, account), spent
+            return Standing(books.spendable(db, account, now), spent)
 
-        credit, spent = await self._state.read(look)
-        return Standing(credit.available if credit is not None else 0, spent)
+        return await self._state.read(look)
 
     async def reserve(
         self, grant: Grant, price: Usdc, account: Account | None = None, incoming: Incoming | None = None
