@@ -64,7 +64,9 @@ def is_tar(first_bytes: bytes) -> bool:
     """True when the first 512 bytes are a tar header with its magic and checksum."""
     block = first_bytes[:BLOCK]
     told = _OCTAL.fullmatch(block[148:156])
-    return block[257:262] == b"ustar" and told is not None and int(told[1], 8) == _checksum(block)
+    return (
+        len(block) == BLOCK and block[257:262] == b"ustar" and told is not None and int(told[1], 8) == _checksum(block)
+    )
 
 
 def list_members(read_at: ReadAt, size: int) -> list[Member]:
