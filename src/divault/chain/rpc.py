@@ -182,6 +182,7 @@ class _Endpoint:
         self._next_id = 1
 
     def resting(self) -> bool:
+        """True for a while after a fault: it is asked last."""
         return time.monotonic() < self._rest_until
 
     async def ask(self, requests: Sequence[Request[Any]]) -> list[Any]:

@@ -123,6 +123,7 @@ class _Words:
         self._base = 0
 
     def take(self, size: int) -> bytes:
+        """The next bytes."""
         piece = self._data[self._at : self._at + size]
         if len(piece) != size:
             raise Malformed("cut short")
@@ -130,21 +131,25 @@ class _Words:
         return piece
 
     def number(self) -> int:
+        """A uint256."""
         return int.from_bytes(self.take(32), "big")
 
     def address(self) -> Address:
+        """A word that is an address, zero included."""
         word = self.take(32)
         if any(word[:12]):
             raise Malformed("an address of more than 20 bytes")
         return Address(word[12:])
 
     def bool(self) -> bool:
+        """A word that is 0 or 1."""
         value = self.number()
         if value > 1:
             raise Malformed("a truth value other than 0 and 1")
         return value == 1
 
     def text(self) -> str:
+        """A text of at most `_MAX_TEXT` bytes. Raises OverflowError beyond that, or when it isn't UTF-8."""
         size = self.number()
         if size > _MAX_TEXT:
             raise OverflowError(f"a text of more than {_MAX_TEXT} bytes")
@@ -157,6 +162,7 @@ class _Words:
             raise OverflowError("a text that is not UTF-8") from None
 
     def texts(self) -> tuple[str, ...]:
+        """At most `_MAX_TAGS` texts. Raises OverflowError beyond that."""
         count = self.number()
         if count > _MAX_TAGS:
             raise OverflowError(f"more than {_MAX_TAGS} tags")
