@@ -22,7 +22,7 @@ _ROUNDS = 300
 _WARM = 20_000
 
 
-async def _prepare(chain: Chain, owner: Wallet) -> tuple[Address, Address, Address]:
+async def _prepare(owner: Wallet) -> tuple[Address, Address, Address]:
     """Vault, payment token and gate token, with one model that the owner himself may use."""
     usdc = await owner.deploy("TestUSDC")
     vault = await owner.deploy("ModelVault", usdc)
@@ -45,7 +45,7 @@ async def _median_s(rounds: int, work: Callable[[], Awaitable[Any]]) -> float:
 async def _measure(devnet: Devnet) -> list[dict[str, Any]]:
     chain = Chain(Rpc([Secret.of_text(devnet.url)], devnet.chain_id), head_ttl_s=3600)
     owner = Wallet(devnet.accounts[0].key, chain)
-    vault, usdc, token = await _prepare(chain, owner)
+    vault, usdc, token = await _prepare(owner)
     caller = Principal(owner.address, PrincipalKind.BODY, Digest.ZERO, Nonce(bytes(32)), 0, 0, Usdc(0))
     vault_abi = contracts.load("ModelVault")
     entry, paid_in, gate = (vault_abi.encode(name, _MODEL) for name in ("getModelInfo", "paymentToken", "gate"))
