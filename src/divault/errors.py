@@ -47,6 +47,8 @@ class DivaultError(Exception):
         self.data: dict[str, Any] = data
         self.evidence: dict[str, Any] | None = None
         """Envelope of the signed receipt of this refusal or failure, once there is one."""
+        self.request_id: str | None = None
+        """Digest of the authenticated request that met this error."""
 
     @classmethod
     def all_fields(cls) -> tuple[str, ...]:
@@ -118,10 +120,10 @@ class Unauthenticated(RequestError):
 
 
 class SignatureIncomplete(Unauthenticated):
-    """Fields of the signature are missing or malformed; `typed_data` is what has to be signed."""
+    """Fields of the signature are missing or malformed: sign `typed_data` and put the members of `send` into the body."""
 
     code = "signature_incomplete"
-    fields: ClassVar[tuple[str, ...]] = ("missing", "malformed", "typed_data")
+    fields: ClassVar[tuple[str, ...]] = ("missing", "malformed", "typed_data", "send")
 
 
 class SignatureInvalid(Unauthenticated):
@@ -308,7 +310,7 @@ class StorageFailed(DivaultError):
     code = "storage_failed"
     actor = Actor.OPERATOR
     receipt = True
-    fields: ClassVar[tuple[str, ...]] = ("cid", "gateway", "reason")
+    fields: ClassVar[tuple[str, ...]] = ("cid", "gateway", "reason", "retry_after")
 
 
 class ContentInvalid(StorageFailed):

@@ -337,7 +337,7 @@ class Principal:
     user: Address
     kind: PrincipalKind
     request: Digest
-    """The request id: EIP-712 digest, or keccak256 of the ERC-8128 signature base."""
+    """The request id, which is the digest that was signed: EIP-712's, or EIP-191's of the ERC-8128 signature base."""
     nonce: Nonce
     expires_at: int
     received_at: int
@@ -370,9 +370,12 @@ class Hold:
     lease_until: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class VerifiedBlob:
-    """Proof that the file at `path` is, byte for byte, what `cid` names. Made by `storage` alone."""
+    """Proof that the file at `path` is, byte for byte, what `cid` names. Made by `storage` alone.
+
+    While the object lives, the cache does not evict the file.
+    """
 
     cid: Cid
     path: Path

@@ -1,0 +1,265 @@
+"""From a signed call to a `Principal`: who asks, proved for this node, this call and this moment.
+
+Rules:
+
+1. The node fills in its own chain, vault, address, method and path; so a request that was signed for another node or
+   path recovers somebody else and is `signer_mismatch`. Nothing is believed because the caller says it.
+2. Body signatures cover the canonical body, header signatures the raw bytes; both have a window and a nonce.
+3. A nonce is not remembered here: (user, nonce) is a row of the ledger, written in the transaction that reserves a run
+   or issues a receipt. `Principal` carries what that row needs.
+4. Missing and malformed fields are answered first, with the exact typed data to sign, so that a client written without
+   them learns what to do.
+
+Contract wallets (ERC-1271, ERC-6492) are not accepted yet. They join in `_by_body`, after `require_signer` failed
+and behind a rate limit; that is why `authenticate` is a coroutine.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from divault.errors import BadRequest, InputInvalid, SignatureIncomplete, SignatureInvalid
+from divault.messages import (
+    MAX_TTL_S,
+    HeaderPolicy,
+    HttpMessage,
+    InferenceRequest,
+    RequestContext,
+    body_hash,
+    refusal,
+    request_domain,
+    require_signer,
+    verify_headers,
+)
+from divault.messages.headers import DEFAULT_TTL_S
+from divault.messages.signatures import signature_bytes
+from divault.values import (
+    Address,
+    BodySignature,
+    HeaderSignature,
+    ModelId,
+    Nonce,
+    Principal,
+    PrincipalKind,
+    SignedCall,
+    Usdc,
+)
+
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}", re.ASCII)
+_LATEST = 2**53 - 1  # largest integer that every JSON reader keeps
+
+
+class Authenticator:
+    """Proves callers to one node. Holds no state but its own identity; safe to share."""
+
+    def __init__(
+        self,
+        *,
+        chain_id: int,
+        vault: Address,
+        node: Address,
+        authority: str,
+        clock: Callable[[], float] = time.time,
+        max_header_ttl_s: int = DEFAULT_TTL_S,
+    ) -> None:
+        """`authority` is host[:port] of the public URL (`messages.authority_of`); `clock` gives unix seconds."""
+        self._domain = request_domain(chain_id, vault)
+        self._node = node
+        self._authority = authority
+        self._clock = clock
+        self._max_header_ttl_s = max_header_ttl_s
+
+    async def authenticate(self, call: SignedCall) -> Principal:
+        """The proof that `call.user` signed exactly this call, now valid.
+
+        Raises SignatureInvalid, SignatureExpired and WrongChain, each with the reason.
+        """
+        now = int(self._clock())
+        match call.proof:
+            case BodySignature() as proof:
+                return self._by_body(call, proof, now)
+            case HeaderSignature() as proof:
+                return self._by_headers(call, proof, now)
+
+    def require_complete(
+        self, members: Mapping[str, Any], *, method: str, path: str, price: Usdc | None = None
+    ) -> None:
+        """Return only if a body has all fields of a signature, well-formed enough to be checked.
+
+        Reads nothing else strictly. `price` is what the call would cost, where that is known: the maximum to suggest.
+        Raises SignatureIncomplete with the typed data to sign and the members to send; InputInvalid when no address can
+        be made out; BadRequest for a `model_id` that is none.
+        """
+        text = members.get("user_address")
+        if not isinstance(text, str) or not _ADDRESS.fullmatch(text):
+            raise InputInvalid("user_address is your wallet: 0x and 40 hex digits", field="user_address")
+        missing = [name for name in _SHAPES if name not in members and name not in _OPTIONAL]
+        malformed = [name for name, fits in _SHAPES.items() if name in members and not fits(members[name])]
+        # a well-typed signature or address that is wrong by itself gets its exact reason later
+        if missing or set(malformed) - _JUDGED_LATER or not isinstance(members["user_signature"], str):
+            request = self._suggest(members, method=method, path=path, price=price)
+            raise _incomplete(request, request.typed_data(self._domain), missing, malformed)
+
+    def headers_missing(self, *, method: str, path: str) -> SignatureIncomplete:
+        """The error for a route without a body that came without header signature."""
+        return SignatureIncomplete(
+            f"sign {method} {path} in the headers Signature-Input and Signature (ERC-8128), for {self._authority} "
+            f"on chain {self._domain.chain_id}",
+            missing=["signature-input", "signature"],
+            malformed=[],
+        )
+
+    def _by_body(self, call: SignedCall, proof: BodySignature, now: int) -> Principal:
+        self._require_own_chain(proof)
+        if call.model is None:
+            raise BadRequest("a signed body names a model", field="model_id")
+        request = InferenceRequest(
+            user=call.user,
+            node=self._node,
+            model=call.model.key,
+            method=call.method,
+            path=call.path,
+            body_hash=proof.body_hash,
+            max_price=call.max_price,
+            nonce=proof.nonce,
+            issued_at=proof.issued_at,
+            expires_at=proof.expires_at,
+        )
+        request.check(RequestContext(self._node, call.method, call.path, proof.body_hash, now))
+        digest = request.digest(self._domain)
+        require_signer(digest, proof.signature, call.user)
+        return Principal(
+            user=call.user,
+            kind=PrincipalKind.BODY,
+            request=digest,
+            nonce=proof.nonce,
+            expires_at=proof.expires_at,
+            received_at=now,
+            max_price=call.max_price,
+            typed_message=request.message(),
+            signature=proof.signature,
+        )
+
+    def _by_headers(self, call: SignedCall, proof: HeaderSignature, now: int) -> Principal:
+        message = HttpMessage(call.method, self._authority, call.path, proof.query, proof.headers, call.body)
+        policy = HeaderPolicy(self._domain.chain_id, self._authority, now, self._max_header_ttl_s)
+        signed = verify_headers(message, policy)
+        if signed.user != call.user:
+            raise refusal("signer_mismatch", "the headers are signed by another wallet than the call names")
+        return Principal(
+            user=signed.user,
+            kind=PrincipalKind.HEADERS,
+            request=signed.digest,
+            nonce=signed.nonce,
+            expires_at=signed.expires,
+            received_at=now,
+            max_price=signed.max_price,
+            signature=signed.signature,
+        )
+
+    def _require_own_chain(self, proof: BodySignature) -> None:
+        need = {"chain_id": self._domain.chain_id, "vault": str(self._domain.contract)}
+        if proof.chain_id not in (None, self._domain.chain_id):
+            raise refusal("wrong_chain", f"this node serves chain {self._domain.chain_id}", **need)
+        if proof.vault not in (None, self._domain.contract):
+            raise refusal("wrong_domain", f"this node serves the vault {self._domain.contract}", **need)
+
+    def _suggest(self, members: Mapping[str, Any], *, method: str, path: str, price: Usdc | None) -> InferenceRequest:
+        """A fresh request over the body, with its address in an accepted spelling."""
+        text = members["user_address"]
+        user = Address(bytes.fromhex(text[2:]))
+        spelled = dict(members) if _is_address(text) else {**members, "user_address": str(user)}
+        now = int(self._clock())
+        return InferenceRequest(
+            user=user,
+            node=self._node,
+            model=ModelId.parse(members.get("model_id", "")).key,
+            method=method,
+            path=path,
+            body_hash=body_hash(spelled),
+            max_price=_limit(members, price),
+            nonce=Nonce(secrets.token_bytes(32)),
+            issued_at=now,
+            expires_at=now + MAX_TTL_S,
+        )
+
+
+def _incomplete(
+    request: InferenceRequest, typed_data: dict[str, Any], missing: list[str], malformed: list[str]
+) -> SignatureIncomplete:
+    send: dict[str, Any] = {
+        "user_signature": "the signature of typed_data, 0x and 130 hex digits",
+        "nonce": str(request.nonce),
+        "issued_at": request.issued_at,
+        "expires_at": request.expires_at,
+        "max_price": str(request.max_price.atomic),
+    }
+    if "user_address" in malformed:
+        send["user_address"] = str(request.user)
+    named = [f"{', '.join(names)} {what}" for names, what in ((missing, "missing"), (malformed, "malformed")) if names]
+    return SignatureIncomplete(
+        f"{'; '.join(named)}: sign typed_data with your wallet (eth_signTypedData_v4) and send the body again with the "
+        "members in send",
+        missing=missing,
+        malformed=malformed,
+        typed_data=typed_data,
+        send=send,
+    )
+
+
+def _is_address(value: Any) -> bool:
+    try:
+        Address.parse(value)
+    except SignatureInvalid:
+        return False
+    return True
+
+
+def _is_signature(value: Any) -> bool:
+    try:
+        return len(signature_bytes(value)) in (64, 65)
+    except SignatureInvalid:
+        return False
+
+
+def _is_nonce(value: Any) -> bool:
+    try:
+        Nonce.parse(value)
+    except BadRequest:
+        return False
+    return True
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LATEST
+
+
+def _is_amount(value: Any) -> bool:
+    try:
+        Usdc.parse_atomic(value)
+    except BadRequest:
+        return False
+    return True
+
+
+def _limit(members: Mapping[str, Any], price: Usdc | None) -> Usdc:
+    if _is_amount(members.get("max_price")):
+        return Usdc.parse_atomic(members["max_price"])
+    return price or Usdc(0)
+
+
+_SHAPES: dict[str, Callable[[Any], bool]] = {
+    "user_address": _is_address,
+    "user_signature": _is_signature,
+    "nonce": _is_nonce,
+    "issued_at": _is_time,
+    "expires_at": _is_time,
+    "max_price": _is_amount,
+}
+"""What a body signature consists of, and what each part has to look like."""
+_OPTIONAL = frozenset({"max_price"})
+_JUDGED_LATER = frozenset({"user_address", "user_signature"})
