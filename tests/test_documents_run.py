@@ -1,0 +1,41 @@
+"""The code in README and tutorial does what the text around it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.markdown_blocks import blocks, run_script, script
+
+ROOT = Path(__file__).parent.parent
+DEMO = "divault demo --port 0 --json demo.json > demo.log &\nuntil [ -s demo.json ]; do sleep 0.5; done\n"
+
+
+@pytest.mark.timeout(180)
+def test_tutorial_sells_a_model(tmp_path: Path) -> None:
+    done = run_script(script(ROOT / "docs/tutorial/sell-a-model.md"), tmp_path, timeout_s=170)
+    output = done.stdout
+
+    assert done.returncode == 0, output
+    assert output.count("as it should be") == 2
+    assert "code: access_denied" in output
+    assert "code: receipt_invalid" in output
+    assert "charged 0.02 USDC" in output
+    assert "you have 0.02 USDC" in output
+    assert json.loads((tmp_path / "receipt.json").read_text())["receipt"]["price"] == "20000"
+    assert (tmp_path / "look.age").read_bytes().startswith(b"age-encryption.org/v1\n")
+    assert b"LogisticRegression" not in (tmp_path / "look.age").read_bytes()
+
+
+@pytest.mark.timeout(120)
+def test_example_of_the_readme_works_against_the_demo(tmp_path: Path) -> None:
+    (example,) = [block.code for block in blocks(ROOT / "README.md") if block.language == "python"]
+    before = "set -eu\ntrap 'kill $(jobs -p) 2>/dev/null; wait' EXIT\n" + DEMO
+    done = run_script(f"{before}python - <<'END'\n{example}END\n", tmp_path, timeout_s=110)
+
+    assert done.returncode == 0, done.stdout
+    assert len(example.strip().splitlines()) <= 12
+    assert re.search(r"for 0\.02 USDC, receipt 0x[0-9a-f]{64}", done.stdout)
