@@ -27,6 +27,8 @@ class Stub:
         self.number = 7
         self.timestamp = 1_700_000_000
         self.answers: dict[str, Any] = {"eth_blockNumber": {"result": "0x7"}}
+        self.contracts: dict[str, dict[str, Any]] = {}
+        """Outcome of an `eth_call` by the selector of its data."""
         self.counted: Counter[str] = Counter()
         self.breaks: Misbehaviour | None = None
         self.delay_s = 0.0
@@ -45,6 +47,8 @@ class Stub:
             outcome: dict[str, Any] = {"result": hex(self.chain_id)}
         elif method == "eth_getBlockByNumber":
             outcome = {"result": self._block(call["params"][0])}
+        elif method == "eth_call":
+            outcome = self.contracts[call["params"][0]["data"][2:10]]
         else:
             outcome = self.answers.get(method, {"error": {"code": -32601, "message": "no such method"}})
         return {"jsonrpc": "2.0", "id": call["id"], **outcome}

@@ -207,12 +207,12 @@ async def test_a_chain_id_that_is_not_configured_is_learned_once() -> None:
 )
 async def test_a_failed_execution_is_an_answer_and_not_an_outage(error: dict[str, Any], reason: str) -> None:
     async with serving() as first, serving() as second, connected(first, second) as rpc:
-        first.answers["eth_call"] = {"error": error}
+        first.answers["eth_estimateGas"] = {"error": error}
         with pytest.raises(Reverted) as caught:
-            await rpc.call(Request("eth_call", (), quantity))
+            await rpc.call(Request("eth_estimateGas", (), quantity))
 
     assert caught.value.reason == reason
-    assert second.counted["eth_call"] == 0
+    assert second.counted["eth_estimateGas"] == 0
 
 
 async def test_a_refusal_is_asked_of_the_next_endpoint_and_kept_when_all_refuse() -> None:
@@ -222,6 +222,22 @@ async def test_a_refusal_is_asked_of_the_next_endpoint_and_kept_when_all_refuse(
         good.answers["eth_blockNumber"] = {"error": {"code": -32005, "message": "limit\x1b[2J exceeded"}}
         with pytest.raises(Refused, match=r"limit\?\[2J exceeded"):
             await rpc.call(NUMBER)
+
+
+async def test_a_providers_words_about_the_key_are_not_repeated(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as stub, connected(stub) as rpc:
+        stub.answers["eth_blockNumber"] = {
+            "error": {"code": -32005, "message": "KEY-THAT-NOBODY-SEES is over its limit"}
+        }
+        with pytest.raises(Refused) as caught:
+            await rpc.call(NUMBER)
+        stub.breaks = says({"jsonrpc": "2.0", "id": None, "error": {"code": 1, "message": "KEY-THAT-NOBODY-SEES?"}})
+        with pytest.raises(ChainUnavailable) as outage:
+            await rpc.batch([NUMBER, NUMBER])
+
+    assert caught.value.message == "*** is over its limit"
+    assert "KEY-THAT" not in outage.value.detail
+    assert "KEY-THAT" not in caplog.text
 
 
 async def test_a_batch_is_matched_by_id_and_split_at_the_limit() -> None:

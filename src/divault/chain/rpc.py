@@ -239,9 +239,21 @@ class _Endpoint:
         except _Dropped:  # the server closed an idle connection: that is no fault yet, a new one is asked once
             body, new_connection = await self._post(payload)
         try:
-            return parse_answers(body, requests, first_id), new_connection
+            answers = parse_answers(body, requests, first_id)
         except Malformed as err:
-            raise _Fault(f"answered {requests[0].method} with {err}") from None
+            raise _Fault(f"answered {requests[0].method} with {self._without_key(str(err))}") from None
+        for answer in answers:
+            if isinstance(answer, Reverted | Refused):
+                answer.message = self._without_key(answer.message)
+        return answers, new_connection
+
+    def _without_key(self, text: str) -> str:
+        """A stranger's words without any part of the URL that could be an API key: providers do quote them."""
+        url = URL(self._url.reveal().decode())
+        for part in {*url.parts, *url.query.values(), url.user or "", url.password or ""}:
+            if len(part) >= 6:  # shorter ones ("v2", "/") are no keys
+                text = text.replace(part, "***")
+        return text
 
     async def _post(self, payload: bytes) -> tuple[bytes, bool]:
         trace = SimpleNamespace(new=False)

@@ -14,15 +14,13 @@ import asyncio
 import time
 from typing import Any
 
-from coincurve import PrivateKey
-
 from divault.chain import contracts, erc20
 from divault.chain.answers import Reverted
 from divault.chain.chain import Chain, ContractCall
 from divault.chain.contracts import Contract
 from divault.chain.records import TransactionReceipt
 from divault.errors import ChainUnavailable, TransactionFailed
-from divault.keccak import keccak256
+from divault.messages.signatures import address_of
 from divault.values import Address, Digest, Secret, Usdc
 
 _TIP_LIMIT_WEI = 10**9
@@ -39,7 +37,7 @@ class Wallet:
         """`max_fee_wei` bounds the price per gas. Raises ValueError for bytes that are no secp256k1 key."""
         self._key = key
         self.chain = chain
-        self.address = _address_of(key)
+        self.address = address_of(key)
         self._timeout_s = timeout_s
         self._max_fee_wei = max_fee_wei
         self._sending = asyncio.Lock()
@@ -198,8 +196,3 @@ class Wallet:
 
 def _with_margin(gas: int) -> int:
     return gas + gas // 5  # estimates are exact for a state that the next block may have changed a little
-
-
-def _address_of(key: Secret) -> Address:
-    public = PrivateKey(key.reveal()).public_key.format(compressed=False)
-    return Address(keccak256(public[1:])[12:])
