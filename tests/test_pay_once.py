@@ -15,7 +15,6 @@ from divault.errors import (
     DivaultError,
     InputInvalid,
     ModelFailed,
-    NonceUsed,
     Overloaded,
     PaymentRequired,
     RequestRunning,
@@ -206,7 +205,7 @@ async def test_a_run_that_outlasts_its_lease_is_not_charged(tmp_path: Path) -> N
             await counter.infer(call)  # the lease is over: the same bytes run again, and finish first
             return b'"late"'
 
-        with pytest.raises(NonceUsed):
+        with pytest.raises(RequestRunning, match="same bytes"):
             await counter.infer(call, overtaken)
 
         assert counter.runs == 2

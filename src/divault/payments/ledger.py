@@ -250,7 +250,7 @@ class Ledger:
             self._tidy(db, now)
             row = books.find(db, principal)
             if not _may_run(row, principal, now):
-                raise RequestRunning("this request has just ended: ask again with the same bytes", retry_after=_RETRY_S)
+                raise _just_ended()
             if account is not None and incoming is not None:
                 books.credit_incoming(db, account, principal.request, incoming, now)
             return books.reserve(db, principal, row, wanted)
@@ -331,7 +331,7 @@ class Ledger:
             row = books.find(db, principal)
             held = row is not None and _is_held(row, trail)
             if not held and not _may_run(row, principal, now):
-                raise _nonce_used()
+                raise _just_ended()
             receipt = self._issue(db, draft, trail)
             priced = trail.grant is not None and trail.grant.model.price.atomic > 0
             books.finish(db, principal, row, Stage.FAILED, priced=priced)
@@ -462,6 +462,10 @@ def _restored(code: str | None, body: bytes) -> Answer:
     error = from_code(code, detail, data)
     error.evidence = envelope
     raise error
+
+
+def _just_ended() -> RequestRunning:
+    return RequestRunning("another copy of this request has ended: send the same bytes for its answer", retry_after=1)
 
 
 def _nonce_used() -> NonceUsed:
