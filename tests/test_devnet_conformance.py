@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import time
 from collections.abc import Iterator
 
@@ -10,6 +12,7 @@ from eth_account import Account
 
 from divault.chain import contracts
 from divault.devnet import DEVNET_CHAIN_ID, MULTICALL, rlp, start_devnet
+from divault.devnet.blocks import list_root
 from divault.keccak import keccak256
 from tests.jsonrpc import Node, post
 
@@ -72,9 +75,9 @@ def test_block_hash_is_the_hash_of_the_header_and_names_its_parent(node: Node) -
 
 
 HEADER = (
-    ("parentHash", "sha3Uncles", "miner", "stateRoot", "transactionsRoot", "receiptsRoot", "logsBloom")
-    + ("difficulty", "number", "gasLimit", "gasUsed", "timestamp", "extraData", "mixHash", "nonce")
-    + ("baseFeePerGas", "withdrawalsRoot", "blobGasUsed", "excessBlobGas", "parentBeaconBlockRoot")
+    *("parentHash", "sha3Uncles", "miner", "stateRoot", "transactionsRoot", "receiptsRoot", "logsBloom"),
+    *("difficulty", "number", "gasLimit", "gasUsed", "timestamp", "extraData", "mixHash", "nonce"),
+    *("baseFeePerGas", "withdrawalsRoot", "blobGasUsed", "excessBlobGas", "parentBeaconBlockRoot"),
 )
 NUMBERS = {"difficulty", "number", "gasLimit", "gasUsed", "timestamp", "baseFeePerGas", "blobGasUsed", "excessBlobGas"}
 
@@ -220,23 +223,39 @@ def test_waiting_transaction_has_no_receipt_until_it_is_mined(node: Node) -> Non
 
 
 def test_several_transactions_share_a_block(node: Node, usdc: str) -> None:
+    """Enough of them for every shape of node in the tries behind the two roots, computed here from what was sent."""
     node.ask("evm_setAutomine", False)
     try:
         data = USDC.encode("mint", "0x" + "66" * 20, 5)
         start = node.nonce(node.accounts[0])
-        for offset in range(3):
-            node.ask("eth_sendRawTransaction", node.sign(node.accounts[0], to=usdc, data=data, nonce=start + offset))
+        raws = [node.sign(node.accounts[0], to=usdc, data=data, nonce=start + offset) for offset in range(20)]
+        hashes = [node.ask("eth_sendRawTransaction", raw) for raw in raws]
         node.ask("evm_mine")
     finally:
         node.ask("evm_setAutomine", True)
     block = node.head()
     receipts = [node.ask("eth_getTransactionReceipt", tx) for tx in block["transactions"]]
 
-    assert [receipt["transactionIndex"] for receipt in receipts] == ["0x0", "0x1", "0x2"]
-    assert [log["logIndex"] for receipt in receipts for log in receipt["logs"]] == ["0x0", "0x1", "0x2"]
+    assert block["transactions"] == hashes
+    assert [receipt["transactionIndex"] for receipt in receipts] == [hex(i) for i in range(20)]
+    assert [log["logIndex"] for receipt in receipts for log in receipt["logs"]] == [hex(i) for i in range(20)]
     assert receipts[-1]["cumulativeGasUsed"] == block["gasUsed"]
     assert node.ask("eth_getBlockReceipts", block["number"]) == receipts
-    assert usdc_balance(node, usdc, "0x" + "66" * 20) == 15
+    assert usdc_balance(node, usdc, "0x" + "66" * 20) == 100
+    assert block["transactionsRoot"] == "0x" + list_root([bytes.fromhex(raw[2:]) for raw in raws]).hex()
+    assert block["receiptsRoot"] == "0x" + list_root([receipt_bytes(receipt) for receipt in receipts]).hex()
+    blooms = [int(receipt["logsBloom"], 16) for receipt in receipts]
+    assert int(block["logsBloom"], 16) == functools.reduce(operator.or_, blooms) != 0
+
+
+def receipt_bytes(receipt: dict) -> bytes:
+    logs = [[raw(log["address"]), [raw(topic) for topic in log["topics"]], raw(log["data"])] for log in receipt["logs"]]
+    numbers = [int(receipt["status"], 16), int(receipt["cumulativeGasUsed"], 16)]
+    return raw("0x0" + receipt["type"][2:]) + rlp.encode([*numbers, raw(receipt["logsBloom"]), logs])
+
+
+def raw(text: str) -> bytes:
+    return bytes.fromhex(text[2:])
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------
