@@ -120,7 +120,7 @@ class Unauthenticated(RequestError):
 
 
 class SignatureIncomplete(Unauthenticated):
-    """Fields of the signature are missing or malformed: sign `typed_data` and put the members of `send` into the body."""
+    """Fields of the signature are missing or malformed: sign `typed_data`, send `send` with the body again."""
 
     code = "signature_incomplete"
     fields: ClassVar[tuple[str, ...]] = ("missing", "malformed", "typed_data", "send")

@@ -9,6 +9,8 @@
 | `requests` | `InferenceRequest`, the signature inside a JSON body |
 | `bodies` | strict JSON and its canonical hash (RFC 8785) |
 | `headers` | ERC-8128: header signatures over the raw request (RFC 9421) |
+| `sign_in` | EIP-4361, Sign-In with Ethereum |
+| `wrappers` | ERC-6492 wrappers, parsed only |
 | `nodes` | `NodeDescriptor`, a node's signed word on who it is |
 | `windows` | the one rule for validity windows |
 """
@@ -29,6 +31,7 @@ from divault.messages.nodes import NodeDescriptor
 from divault.messages.personal import personal_digest
 from divault.messages.reasons import refusal
 from divault.messages.requests import InferenceRequest, RequestContext, request_domain, verify_typed_data
+from divault.messages.sign_in import SignInContext, SignInMessage, verify_sign_in
 from divault.messages.signatures import (
     address_of,
     parse_key,
@@ -39,6 +42,7 @@ from divault.messages.signatures import (
 )
 from divault.messages.typed import Domain, Struct
 from divault.messages.windows import CLOCK_SKEW_S, MAX_TTL_S
+from divault.messages.wrappers import WrappedSignature, unwrap
 
 __all__ = [
     "CLOCK_SKEW_S",
@@ -52,7 +56,10 @@ __all__ = [
     "InferenceRequest",
     "NodeDescriptor",
     "RequestContext",
+    "SignInContext",
+    "SignInMessage",
     "Struct",
+    "WrappedSignature",
     "address_of",
     "authority_of",
     "body_hash",
@@ -71,6 +78,8 @@ __all__ = [
     "signature_text",
     "strict_json",
     "strict_object",
+    "unwrap",
     "verify_headers",
+    "verify_sign_in",
     "verify_typed_data",
 ]
