@@ -44,8 +44,14 @@ class MemoryOutput:
     def __init__(self) -> None:
         self.files: dict[str, bytearray] = {}
 
+    def begin(self, path: str, size: int) -> None:
+        self.files[path] = bytearray()
+
+    def node(self, multihash: bytes, shell: object) -> None:
+        pass
+
     def write(self, path: str, offset: int, data: bytes) -> None:
-        file = self.files.setdefault(path, bytearray())
+        file = self.files[path]
         file.extend(bytes(max(0, offset + len(data) - len(file))))
         file[offset : offset + len(data)] = data
 
@@ -95,7 +101,7 @@ def outcome(case: dict[str, Any], pieces: Iterable[bytes]) -> dict[str, Any] | s
         verifier.finish()
     except ContentInvalid as err:
         return type(err).__name__
-    files = {path: bytes(output.files.get(path, b"")) for path in verifier.files}
+    files = {path: bytes(data) for path, data in output.files.items()}
     assert verifier.complete
     assert verifier.files == {path: len(data) for path, data in files.items()}
     if case["op"] == "dir":

@@ -47,22 +47,28 @@ _SHARD_HASH_BITS = 64
 """murmur3-x64-64 gives 64 bits, so at fanout 256 a tree of shards has at most 8 levels."""
 
 
-class Output(Protocol):
-    """Where verified bytes go. `path` is empty for a single file; entries of a directory have slashes."""
-
-    def write(self, path: str, offset: int, data: Bytes) -> None:
-        """Keep these verified bytes of the file."""
-
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        """Bytes written before, for blocks that occur twice."""
-
-
 class Shell(NamedTuple):
     """A dag-pb block without the file data inside it, which is in the output: `head + data[:size] + tail`."""
 
     head: bytes
     tail: bytes
     size: int
+
+
+class Output(Protocol):
+    """Where verified content goes. `path` is empty for a single file; entries of a directory have slashes."""
+
+    def begin(self, path: str, size: int) -> None:
+        """A file of this size, within the limits, is about to be written."""
+
+    def node(self, multihash: bytes, shell: Shell) -> None:
+        """A dag-pb block was verified: with the file's bytes, enough to verify everything again."""
+
+    def write(self, path: str, offset: int, data: Bytes) -> None:
+        """Keep these verified bytes of the file."""
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """Bytes written before, for blocks that occur twice."""
 
 
 class Wanted(NamedTuple):
@@ -121,7 +127,7 @@ class Verifier:
         self.visited_bytes = 0
         """Bytes of all blocks used, repeats counted."""
         self.nodes: dict[bytes, Shell] = {}
-        """Verified dag-pb blocks by multihash: with the output, enough to verify everything again."""
+        """Verified dag-pb blocks by multihash, in the order in which they came."""
         self._output = output
         self._wants: dict[bytes, list[_Want]] = {}
         self._leaves: dict[bytes, _Place] = {}
@@ -301,6 +307,7 @@ class Verifier:
         if len(self.files) >= self.limits.max_entries:
             raise TooManyNodes(f"over {self.limits.max_entries} files")
         self.files[want.path] = size
+        self._output.begin(want.path, size)
 
     def _write(self, want: _Want, data: Bytes, places: dict[bytes, _Place]) -> None:
         self._output.write(want.path, want.offset, data)
@@ -315,6 +322,7 @@ class Verifier:
         if self.node_bytes > self.limits.max_node_bytes:
             raise TooManyNodes(f"over {self.limits.max_node_bytes} bytes of nodes")
         self.nodes[cid.multihash] = shell
+        self._output.node(cid.multihash, shell)
 
     # --- directories ----------------------------------------------------------------------------------------------
 

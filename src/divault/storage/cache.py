@@ -1,0 +1,406 @@
+"""Ciphertext on the disk: bounded, private, and verified again whenever it is read.
+
+An entry is two files: the content, and beside it the dag-pb nodes of its DAG (`.nodes`), so that every leaf can be
+hashed again without asking anybody. Both are written under `.part` names and renamed when the DAG is complete, nodes
+first: a file under its final name is complete.
+
+Rules:
+
+1. Key: codec and multihash. The two spellings of a CID share an entry; the same block read as raw or dag-pb does not.
+2. Directory 0700, files 0600.
+3. Content, nodes and unfinished parts together stay under `max_bytes`: the least recently used go first.
+4. Nothing in use goes: readers and writers hold a lock (flock) on the content file, also across processes.
+5. A part that a dead process left is taken over: what is verified in it need not be fetched again.
+6. Plaintext never comes here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import struct
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from divault.errors import ContentInvalid, HashMismatch, SettingsInvalid, StorageFailed
+from divault.ipfs.cid import RAW, multihash
+from divault.ipfs.limits import Limits
+from divault.ipfs.verifier import Shell, Verifier, Wanted
+from divault.values import Cid
+
+Bytes = bytes | bytearray | memoryview
+_NODES = ".nodes"
+_PART = ".part"
+_RECORD = struct.Struct(">BIII")
+"""Of a node: lengths of multihash, head and tail, and how many bytes of the file stand between the two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the cache holds: bytes (nodes and parts included), complete entries, and the bound."""
+
+    bytes: int
+    entries: int
+    max_bytes: int
+
+
+class CiphertextCache:
+    """A directory of verified files. Several processes may share it."""
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        """Makes the directory where it does not exist. Raises SettingsInvalid."""
+        self._directory, self.max_bytes = directory, max_bytes
+        self._lock = threading.Lock()
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.chmod(0o700)
+        except OSError as err:
+            raise SettingsInvalid(
+                f"the model cache can't be used: {err.strerror}; name a directory of this user",
+                setting="MODEL_CACHE_DIR",
+            ) from err
+
+    def open(self, cid: Cid, limits: Limits) -> Entry | None:
+        """The entry, locked and every byte verified just now; None when there is none.
+
+        A damaged one is removed, so None too. Blocking: hashes at about 1.5 GiB/s.
+        """
+        path = self._path(cid)
+        fd = _lock_shared(path)
+        if fd is None:
+            return None
+        try:
+            checked = _Checked(fd, os.fstat(fd).st_size)
+            verifier = Verifier(cid, checked, limits)
+            restore(verifier, checked, _read_nodes(path)[0])
+        except (ContentInvalid, OSError):
+            verifier = None
+        if verifier is None or not verifier.complete or verifier.size != checked.size:
+            self._discard(path)
+            os.close(fd)
+            return None
+        os.utime(fd)
+        return Entry(path, checked.size, fd)
+
+    def begin(self, cid: Cid) -> Part:
+        """A place for the content to be written to, perhaps with some of it from an earlier try.
+
+        Raises StorageFailed (`disk`).
+        """
+        path = self._path(cid)
+        with _disk_errors():
+            fd = _lock_exclusive(path.with_name(path.name + _PART))
+            if fd is not None:
+                return Part(self, path, path.with_name(path.name + _PART), fd)
+            alone = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_PART}")  # another process is at the usual one
+            fd = _lock_exclusive(alone)
+            if fd is None:
+                raise StorageFailed("the cache can't lock its files", reason="disk")
+            return Part(self, path, alone, fd)
+
+    def make_room(self, size: int, but: Path) -> None:
+        """Evict until `size` more bytes fit beside everything except the file `but`.
+
+        Raises StorageFailed (`cache_full`).
+        """
+        with self._lock, _disk_errors():
+            files = sorted(self._contents(but), key=lambda file: file.used_at)
+            total = sum(file.size for file in files)
+            for file in files:
+                if total + size <= self.max_bytes:
+                    return
+                if _remove_unused(file.path):
+                    total -= file.size
+            if total + size > self.max_bytes:
+                raise StorageFailed(
+                    f"{size} bytes don't fit into the cache of {self.max_bytes}, of which {total} are in use; raise its"
+                    " bound or unload models",
+                    reason="cache_full",
+                )
+
+    def clear(self) -> int:
+        """Remove everything that is not in use; the bytes freed."""
+        with self._lock:
+            return sum(file.size for file in list(self._contents()) if _remove_unused(file.path))
+
+    def usage(self) -> Usage:
+        """What is there now."""
+        files = list(self._contents())
+        entries = sum(not file.path.name.endswith(_PART) for file in files)
+        return Usage(sum(file.size for file in files), entries, self.max_bytes)
+
+    def _path(self, cid: Cid) -> Path:
+        key = multihash(cid)
+        spelled = key.hex() if len(key) <= 72 else "long-" + hashlib.sha256(key).hexdigest()
+        return self._directory / f"{cid.codec:x}-{spelled}"
+
+    def _contents(self, but: Path | None = None) -> Iterator[_Content]:
+        """Entries and parts, each with its nodes."""
+        for path in self._directory.iterdir():
+            if path.name.endswith(_NODES) or path == but:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                yield _Content(path, stat.st_size + _size(_nodes_of(path)), stat.st_mtime)
+
+    def _discard(self, path: Path) -> None:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            _nodes_of(path).unlink(missing_ok=True)
+
+
+class Entry:
+    """A verified file and its descriptor, whose lock keeps it from eviction until `close`."""
+
+    def __init__(self, path: Path, size: int, fd: int) -> None:
+        self.path, self.size, self.fd = path, size, fd
+        self._unlock = weakref.finalize(self, os.close, fd)
+
+    def close(self) -> None:
+        """Give up this hold; copies of the descriptor (`os.dup`) keep theirs."""
+        self._unlock()
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    path: Path
+    size: int
+    used_at: float
+
+
+class _OnDisk:
+    """Reading the content file for `restore`."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd, self.size = fd, size
+
+    def read(self, path: str, offset: int, size: int) -> bytes:  # noqa: ARG002  # one file: no path needed
+        """Bytes at the offset; fewer where the file ends."""
+        return os.pread(self.fd, size, offset)
+
+
+class _Checked(_OnDisk):
+    """A complete entry under verification: nothing is written, everything is compared."""
+
+    def begin(self, path: str, size: int) -> None:
+        """Nothing to prepare."""
+
+    def node(self, multihash: bytes, shell: Shell) -> None:
+        """Nothing to keep."""
+
+    def write(self, path: str, offset: int, data: Bytes) -> None:
+        """Raises HashMismatch when the file has other bytes here."""
+        if self.read(path, offset, len(data)) != data:
+            raise HashMismatch("the cached file does not have the bytes that its DAG says")
+
+
+class Part(_OnDisk):
+    """An output for the verifier, in the cache's directory. `commit` makes it an entry; `close` leaves it for later."""
+
+    def __init__(self, cache: CiphertextCache, final: Path, path: Path, fd: int) -> None:
+        super().__init__(fd, os.fstat(fd).st_size)
+        self._cache, self._final, self._path = cache, final, path
+        self._unlock = weakref.finalize(self, os.close, fd)
+        self._restoring = False
+        self._nodes: BinaryIO = os.fdopen(_append(_nodes_of(path)), "ab")
+
+    def restore(self, verifier: Verifier) -> None:
+        """Give the verifier what an earlier try left here and still hashes right. Blocking."""
+        nodes, whole = _read_nodes(self._path)
+        self._restoring = True
+        with _disk_errors():
+            os.ftruncate(self._nodes.fileno(), whole)
+            restore(verifier, self, nodes)
+        self._restoring = False
+
+    def begin(self, path: str, size: int) -> None:
+        """Make room in the cache and on the disk, before the content comes. Raises StorageFailed."""
+        del path
+        self._cache.make_room(size, self._path)
+        with _disk_errors():
+            os.ftruncate(self.fd, size)
+            if size:
+                _allocate(self.fd, size)
+        self.size = size
+
+    def write(self, path: str, offset: int, data: Bytes) -> None:
+        """Write at the offset. Raises StorageFailed (`disk`)."""
+        with _disk_errors():
+            if self._restoring and self.read(path, offset, len(data)) == data:
+                return
+            view = memoryview(data)
+            while view:
+                written = os.pwrite(self.fd, view, offset)
+                view, offset = view[written:], offset + written
+
+    def node(self, multihash: bytes, shell: Shell) -> None:
+        """Append the node to its file. Raises StorageFailed (`disk`)."""
+        if self._restoring:
+            return
+        record = _RECORD.pack(len(multihash), len(shell.head), len(shell.tail), shell.size)
+        with _disk_errors():
+            self._nodes.write(record + multihash + shell.head + shell.tail)
+
+    def flush(self) -> None:
+        """Hand buffered nodes to the system, so that a killed process loses none."""
+        with _disk_errors():
+            self._nodes.flush()
+
+    def commit(self, verifier: Verifier) -> Entry:
+        """Sync and rename; the entry, still locked. Raises MissingBlock when the DAG is not complete, StorageFailed."""
+        verifier.finish()
+        with _disk_errors():
+            self._nodes.flush()
+            os.fsync(self._nodes.fileno())
+            self._nodes.close()
+            os.fsync(self.fd)
+            _nodes_of(self._path).replace(_nodes_of(self._final))
+            self._path.replace(self._final)
+            _sync_directory(self._final.parent)
+            fcntl.flock(self.fd, fcntl.LOCK_SH)
+        self._unlock.detach()
+        return Entry(self._final, self.size, self.fd)
+
+    def close(self, *, remove: bool) -> None:
+        """Give up: `remove` the files, or leave what is verified for another try. Does nothing after `commit`."""
+        if not self._unlock.alive:
+            return
+        with contextlib.suppress(OSError):
+            self._nodes.close()
+        if remove:
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
+                _nodes_of(self._path).unlink(missing_ok=True)
+        self._unlock()
+
+
+def restore(verifier: Verifier, stored: _OnDisk, nodes: dict[bytes, Shell]) -> None:
+    """Feed the verifier from the disk whatever it wants and the disk has, each block hashed like any other."""
+    tried: set[tuple[bytes, int]] = set()
+    while fresh := [w for w in verifier.missing() if (w.multihash, w.offset) not in tried]:
+        for wanted in fresh:
+            tried.add((wanted.multihash, wanted.offset))
+            block = _stored_block(wanted, stored, nodes)
+            if block is not None:
+                with contextlib.suppress(HashMismatch):
+                    verifier.accept(wanted.multihash, block)
+
+
+def _stored_block(wanted: Wanted, stored: _OnDisk, nodes: dict[bytes, Shell]) -> bytes | None:
+    if wanted.codec == RAW:
+        size = stored.size if wanted.size is None else wanted.size
+        return stored.read("", wanted.offset, size) if size <= Limits().max_block_bytes else None
+    shell = nodes.get(wanted.multihash)
+    return None if shell is None else shell.head + stored.read("", wanted.offset, shell.size) + shell.tail
+
+
+def _read_nodes(path: Path) -> tuple[dict[bytes, Shell], int]:
+    """All whole records and their length; a torn one at the end is what a killed process leaves."""
+    try:
+        data = _nodes_of(path).read_bytes()
+    except OSError:
+        return {}, 0
+    nodes, at, whole = {}, 0, 0
+    while at + _RECORD.size <= len(data):
+        key_size, head_size, tail_size, size = _RECORD.unpack_from(data, at)
+        key_at = at + _RECORD.size
+        head_at = key_at + key_size
+        tail_at = head_at + head_size
+        at = tail_at + tail_size
+        if at > len(data) or size > Limits().max_block_bytes:
+            break
+        nodes[data[key_at:head_at]] = Shell(data[head_at:tail_at], data[tail_at:at], size)
+        whole = at
+    return nodes, whole
+
+
+def _nodes_of(path: Path) -> Path:
+    return path.with_name(path.name + _NODES)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _append(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def _lock_shared(path: Path) -> int | None:
+    """An open, locked descriptor of a file that is still in the directory; None when there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    if os.fstat(fd).st_nlink:
+        return fd
+    os.close(fd)
+    return None
+
+
+def _lock_exclusive(path: Path) -> int | None:
+    """The part's descriptor, made if needed; None when somebody else has it locked."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    if os.fstat(fd).st_nlink:
+        return fd
+    os.close(fd)  # removed between opening and locking: make it anew
+    return _lock_exclusive(path)
+
+
+def _remove_unused(path: Path) -> bool:
+    """True when nobody had the file locked and it is gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+        _nodes_of(path).unlink(missing_ok=True)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _allocate(fd: int, size: int) -> None:
+    """A full disk shows now, not after an hour; file systems that can't reserve are left alone."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as err:
+        if err.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise StorageFailed(f"the cache can't be written: {err.strerror}", reason="disk") from err
