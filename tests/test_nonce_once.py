@@ -12,7 +12,7 @@ import pytest
 from divault.errors import AccessDenied, DivaultError, ModelFailed, NonceUsed, Overloaded, RateLimited
 from divault.limits import RefusalBudget
 from divault.values import Answer, Hold, Usdc
-from tests.counter import STRANGER, Counter, principal_of, signed
+from tests.counter import PRICE, STRANGER, Counter, principal_of, signed
 
 FREE = Usdc(0)
 
@@ -67,6 +67,38 @@ async def test_another_body_under_a_used_nonce_is_refused(counter: Counter) -> N
     await counter.infer(first, price=FREE)
     with pytest.raises(NonceUsed):
         await counter.infer(other, price=FREE)
+
+
+@pytest.mark.parametrize("work", [slow_yes, fails, overloaded])
+async def test_another_body_under_a_priced_nonce_is_refused(counter: Counter, work) -> None:
+    """Also after a release: the nonce belongs to the bytes that used it first."""
+    _, first = signed(tx=counter.chain.pay(PRICE.atomic), nonce="n", body="a")
+    _, other = signed(tx=counter.chain.pay(PRICE.atomic), nonce="n", body="b")
+    await asyncio.gather(counter.infer(first, work), return_exceptions=True)
+    with pytest.raises(NonceUsed):
+        await counter.infer(other)
+    with pytest.raises(NonceUsed):
+        await counter.ledger.answered(principal_of(other))
+
+
+async def test_a_free_run_whose_lease_ran_out_keeps_its_nonce_used(tmp_path: Path) -> None:
+    now = time.time()
+    async with Counter(tmp_path, clock=lambda: now) as counter:
+        _, call = signed(max_price=0)
+
+        async def stuck(_: Hold) -> bytes:
+            nonlocal now
+            now += 181
+            with pytest.raises(NonceUsed):
+                await counter.infer(call, price=FREE)
+            await counter.infer(signed(max_price=0)[1], price=FREE)
+            assert await counter.rows("SELECT count(*) FROM request WHERE stage = 'consumed'") == [(1,)]
+            return b'"late"'
+
+        with pytest.raises(NonceUsed):
+            await counter.infer(call, stuck, price=FREE)
+
+    assert counter.runs == 2
 
 
 async def test_the_same_nonce_of_another_wallet_is_another_nonce(counter: Counter) -> None:

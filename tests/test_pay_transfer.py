@@ -320,6 +320,25 @@ def judged(found: Evidence, spent: Collection[int] = (), price: int = 1, binding
     return judge(claim, Terms(frozenset({TOKEN}), 1, 60), found, spent=spent, now=1030)
 
 
+def honest(topics: tuple[Digest, ...] = HONEST, data: bytes = BINDING.raw) -> Evidence:
+    log = Log(TOKEN, topics, (1).to_bytes(32, "big"), 100, HERE.hash, TX, 0)
+    receipt = TransactionReceipt(TX, True, 100, HERE.hash, USER, TOKEN, None, 0, (log,))
+    return Evidence(Transaction(TX, CHAIN_ID, USER, TOKEN, 0, 0, data, 100, HERE.hash), receipt, HERE, 100)
+
+
+@pytest.mark.parametrize("topics", [HONEST[:1], HONEST[:2], (*HONEST, HONEST[0])])
+def test_a_transfer_log_has_three_topics(topics: tuple[Digest, ...]) -> None:
+    """Four are an ERC-721 token's: its last topic is an id, not an amount."""
+    assert judged(honest()).verdict is Verdict.ACCEPT
+    assert judged(honest(topics)).reason == "wrong_token"
+
+
+@pytest.mark.parametrize("data", [b"", BINDING.raw[:-1], BINDING.raw + b"\0", BINDING.raw + bytes(32)])
+def test_only_the_end_of_the_calldata_binds(data: bytes) -> None:
+    assert judged(honest(data=b"\xa9" + BINDING.raw)).verdict is Verdict.ACCEPT
+    assert judged(honest(data=data)).reason == "not_bound_to_node"
+
+
 def test_the_fuzz_reaches_accepted_claims() -> None:
     assert find(evidence(), lambda found: judged(found).verdict is Verdict.ACCEPT)
 
