@@ -12,9 +12,11 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 import pytest
 
+from divault.api.routes import routes
 from divault.errors import error_classes
 from divault.settings import Settings
 
@@ -140,6 +142,17 @@ def test_every_code_is_in_the_error_table() -> None:
     page = (ROOT / "docs/reference/errors.md").read_text()
 
     assert [cls.code for cls in error_classes() if f"`{cls.code}`" not in page] == []
+
+
+def test_every_route_is_documented_and_no_other() -> None:
+    served = {
+        f"{method} {route.path}"
+        for route in routes(cast("Any", None)).routes
+        for method in getattr(route, "methods", ())
+    }
+    page = (ROOT / "docs/reference/api.md").read_text()
+
+    assert served == set(re.findall(r"^## `([A-Z]+ /\S+)`$", page, flags=re.MULTILINE))
 
 
 def test_unreleased_changes_stand_in_the_changelog() -> None:
