@@ -49,8 +49,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     # --- chain ---
-    web3_provider_url: Names = Field(
-        ("http://127.0.0.1:8545",), description="JSON-RPC endpoints of one chain, separated by commas; tried in order"
+    web3_provider_url: SecretText = Field(
+        default_factory=lambda: Secret.of_text("http://127.0.0.1:8545"),
+        description="JSON-RPC endpoints of one chain, separated by commas; tried in order",
     )
     vault_contract_address: OneAddress | None = Field(None, description="the ModelVault; required to serve")
     usdc_contract_address: OneAddress | None = Field(None, description="the payment token; required to serve")
@@ -132,6 +133,16 @@ class Settings(BaseModel):
         """Where the age identity lies."""
         return self.divault_age_identity_file or self.divault_state_dir / "age.key"
 
+    @property
+    def vault(self) -> Address:
+        """The vault's address. Raises SettingsInvalid when it is not set."""
+        return _set(self.vault_contract_address, "VAULT_CONTRACT_ADDRESS")
+
+    @property
+    def payment_token(self) -> Address:
+        """The payment token's address. Raises SettingsInvalid when it is not set."""
+        return _set(self.usdc_contract_address, "USDC_CONTRACT_ADDRESS")
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.divault_allow_code_models:
@@ -170,16 +181,22 @@ class Settings(BaseModel):
         shown: dict[str, str] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if isinstance(value, Secret):
+            if name == "web3_provider_url":
+                text = ",".join(_without_path(url.strip()) for url in value.reveal().decode().split(","))
+            elif isinstance(value, Secret):
                 text = "***"
-            elif name == "web3_provider_url":
-                text = ",".join(_without_path(url) for url in value)
             elif isinstance(value, tuple):
                 text = ",".join(str(part) for part in value)
             else:
                 text = "" if value is None else str(value)
             shown[name.upper()] = text
         return shown
+
+
+def _set(address: Address | None, name: str) -> Address:
+    if address is None:
+        raise SettingsInvalid(f"set {name}; `divault demo` shows a whole node without any setting", setting=name)
+    return address
 
 
 def _without_path(url: str) -> str:

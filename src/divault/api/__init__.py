@@ -1,0 +1,79 @@
+"""The HTTP face of a node: FastAPI routes behind a guard, errors as problem documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from divault.api.guard import Guard
+from divault.api.problems import problem_response
+from divault.api.routes import Node, routes
+from divault.errors import BadRequest, DivaultError, MethodNotAllowed, RouteUnknown
+from divault.limits import PeerLimits
+from divault.telemetry import log, new_request_id
+
+__all__ = ["ApiLimits", "Node", "create_api"]
+
+_log = log("api")
+_ABOUT = (
+    "Runs sealed models for wallets that may: gated by tokens, paid to their owners, answered with signed receipts."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ApiLimits:
+    """What is decided before a request is read."""
+
+    peers: PeerLimits
+    max_body_bytes: int
+    cors_origins: Sequence[str] = ()
+    """Browser origins that may call; none by default."""
+
+
+def create_api(node: Node, limits: ApiLimits) -> ASGIApp:
+    """Build the ASGI application of a node."""
+    app = FastAPI(title="DIV Inference Backend", version=node.version, description=_ABOUT)
+    app.include_router(routes(node))
+    app.add_exception_handler(DivaultError, _refused)
+    app.add_exception_handler(HTTPException, _unrouted)
+    app.add_exception_handler(Exception, _failed)
+    guarded: ASGIApp = Guard(app, limits=limits.peers, max_body_bytes=limits.max_body_bytes)
+    if limits.cors_origins:
+        guarded = CORSMiddleware(
+            guarded,
+            allow_origins=list(limits.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["payment-required", "payment-response", "retry-after", "x-request-id"],
+        )
+    return guarded
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    if not isinstance(error, DivaultError):
+        raise error
+    return problem_response(error, error.request_id or new_request_id())
+
+
+async def _unrouted(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 500)
+    if status == 405:
+        allowed = (getattr(error, "headers", None) or {}).get("Allow", "")
+        refusal: DivaultError = MethodNotAllowed(f"{request.method} is not answered here", allowed=allowed)
+    elif status == 404:
+        refusal = RouteUnknown("no such route; GET /docs lists them")
+    else:
+        refusal = BadRequest("the request can't be read")
+    return problem_response(refusal, new_request_id())
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    request_id = new_request_id()
+    _log.error("internal error", request_id=request_id, path=request.url.path, exc_info=error)
+    return problem_response(DivaultError("the node made a mistake; its log has this request id"), request_id)

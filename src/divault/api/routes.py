@@ -1,0 +1,182 @@
+"""The HTTP routes: each parses, calls one method of the service and shows what it gave.
+
+Authentication has no list of protected paths: a route that touches a model or changes state can only be written with a
+`SignedCall`, and only the service turns one into an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from divault.api import schemas, views
+from divault.api.envelope import Envelopes, Incoming
+from divault.chain.gates import Gates
+from divault.errors import BadRequest
+from divault.health import Health
+from divault.payments import Ledger
+from divault.service import Service
+from divault.values import Answer, Digest, ModelId, SignedCall
+from divault.workers.pool import WorkerPool
+
+JSON = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What the routes show and call."""
+
+    service: Service
+    envelopes: Envelopes
+    health: Health
+    gates: Gates
+    ledger: Ledger
+    workers: WorkerPool
+    describe: Callable[[], Awaitable[dict[str, Any]]]
+    """Body of `GET /api/v1/node`."""
+    sandbox: Callable[[], dict[str, Any]]
+    version: str
+
+
+def routes(node: Node) -> APIRouter:
+    """Build the router of one node."""
+    router = APIRouter()
+    _add_public(router, node)
+    _add_models(router, node)
+    _add_inference(router, node)
+    return router
+
+
+def _add_public(router: APIRouter, node: Node) -> None:
+    @router.get("/health", tags=["node"], responses=_documented(schemas.HealthOut, 503))
+    async def health() -> Response:
+        """Every part of the node, really probed within the last 5 seconds."""
+        checks = await node.health.checks()
+        body = views.health_view(checks, node.sandbox(), node.version)
+        return _json(body, 200 if body["status"] == "healthy" else 503)
+
+    @router.get("/health/live", tags=["node"])
+    async def live() -> Response:
+        """Answer as long as the process serves at all."""
+        return _json({"status": "alive"})
+
+    @router.get("/health/ready", tags=["node"], responses=_documented(schemas.HealthOut, 503))
+    async def ready() -> Response:
+        """Whether calls can be served now."""
+        checks = await node.health.checks()
+        ok = all(check.ok for check in checks)
+        return _json({"status": "ready" if ok else "not ready"}, 200 if ok else 503)
+
+    @router.get("/api/v1/node", tags=["node"])
+    async def node_route() -> Response:
+        """Who this node is: address, age recipient, chain, vault, rails, limits, and its signed descriptor."""
+        return _json(await node.describe())
+
+
+def _add_models(router: APIRouter, node: Node) -> None:
+    @router.post(
+        "/api/v1/models/load",
+        tags=["models"],
+        openapi_extra=_body(schemas.LoadBody),
+        responses=_documented(schemas.LoadAnswer, 400, 401, 403, 404, 409, 413, 429, 502, 503, 504),
+    )
+    async def load(request: Request) -> Response:
+        """Fetch, verify, open and load a model. Signed; the gate must be open for the wallet."""
+        result = await node.service.load(await _call(node, request))
+        return _json(views.load_view(result, await node.ledger.successes(result.model.model)))
+
+    @router.get("/api/v1/models", tags=["models"], responses=_documented(schemas.ModelsAnswer))
+    async def models() -> Response:
+        """What is loaded."""
+        rows = [views.worker_view(loaded) for loaded in node.workers.loaded()]
+        ids = [row["model_id"] for row in rows]
+        return _json({"status": "success", "loaded_models": ids, "count": len(ids), "models": rows})
+
+    @router.get("/api/v1/models/{model_id}", tags=["models"], responses=_documented(schemas.ModelAnswer, 404, 503))
+    async def model(model_id: str) -> Response:
+        """What the vault says of a model, and what its worker says if it is loaded."""
+        parsed = ModelId.parse(model_id)
+        info = await node.gates.info(parsed)
+        view: dict[str, Any] = {"model_id": model_id, "state": "not loaded"}
+        view |= views.vault_view(info, await node.ledger.successes(parsed))
+        for loaded in node.workers.loaded():
+            if loaded.model.key == parsed.key:
+                view |= views.worker_view(loaded)
+        return _json({"status": "success", "model_info": view})
+
+    @router.delete("/api/v1/models/{model_id}", tags=["models"], responses=_documented(schemas.Answer, 401, 403, 404))
+    async def unload(request: Request, model_id: str) -> Response:
+        """End the model's worker. ERC-8128 headers of an operator or of the model's owner."""
+        parsed = await node.service.unload(await _call(node, request, ModelId.parse(model_id)))
+        return _json({"status": "success", "message": f"{parsed} is unloaded"})
+
+    @router.delete("/api/v1/cache", tags=["models"], responses=_documented(schemas.Answer, 401, 403))
+    async def clear(request: Request) -> Response:
+        """Unload all models and drop cached ciphertext. ERC-8128 headers of an operator."""
+        models, freed = await node.service.clear_caches(await _call(node, request))
+        message = f"{models} models unloaded, {freed} bytes of ciphertext dropped"
+        return _json({"status": "success", "message": message, "models_unloaded": models, "bytes_freed": freed})
+
+
+def _add_inference(router: APIRouter, node: Node) -> None:
+    documented: Any = {
+        "tags": ["inference"],
+        "openapi_extra": _body(schemas.InferenceBody),
+        "responses": _documented(schemas.InferenceAnswer, 400, 401, 402, 403, 404, 409, 413, 422, 429, 502, 503, 504),
+    }
+
+    @router.post("/api/v1/inference", **documented)
+    async def inference(request: Request) -> Response:
+        """Run a loaded model. Signed, gated, paid for if it has a price; answers with a signed receipt."""
+        return _answer(await node.service.infer(await _call(node, request), load=False))
+
+    @router.post("/api/v1/inference/run", **documented)
+    async def run(request: Request) -> Response:
+        """Load the model if need be, and run it."""
+        return _answer(await node.service.infer(await _call(node, request), load=True))
+
+    @router.get(
+        "/api/v1/results/{request_id}", tags=["inference"], responses=_documented(schemas.InferenceAnswer, 401, 404)
+    )
+    async def result(request: Request, request_id: str) -> Response:
+        """Give the stored answer and receipt of a request, to the wallet that signed it. ERC-8128 headers."""
+        call = await _call(node, request)
+        return _answer(await node.service.result(call, Digest.parse(request_id)))
+
+
+async def _call(node: Node, request: Request, model: ModelId | None = None) -> SignedCall:
+    if request.method == "POST" and not request.headers.get("content-type", JSON).startswith(JSON):
+        raise BadRequest(f"send the body as {JSON}", field="content-type")
+    incoming = Incoming(
+        raw=await request.body(),
+        method=request.method,
+        path=request.scope["raw_path"].decode("latin-1"),
+        query=request.scope["query_string"].decode("latin-1"),
+        headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw],
+        peer=request.client.host if request.client else "",
+    )
+    return node.envelopes.parse(incoming, model)
+
+
+def _answer(answer: Answer) -> Response:
+    return Response(answer.body, 200, {"cache-control": "no-store"}, JSON)
+
+
+def _json(body: Mapping[str, Any], status: int = 200) -> Response:
+    return Response(orjson.dumps(body), status, {"cache-control": "no-store"}, JSON)
+
+
+def _body(schema: type[schemas.SignedBody]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {JSON: {"schema": schema.model_json_schema()}}}}
+
+
+def _documented(success: Any, *problems: int) -> dict[int | str, dict[str, Any]]:
+    found: dict[int | str, dict[str, Any]] = {200: {"model": success}}
+    for status in problems:
+        found[status] = {"model": schemas.Problem, "content": {"application/problem+json": {}}}
+    return found

@@ -1,0 +1,141 @@
+"""Request and answer bodies as OpenAPI shows them. Only shown: requests are parsed by `envelope`, from raw bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_ADDRESS = "0xB2A1c543Abe6C496Fe658f34dda1e023885D293E"
+_SIGNATURE = "0x" + "ab" * 64 + "1b"
+_NONCE = "0x" + "5a" * 32
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class Payment(_Body):
+    """A plain USDC transfer to the model's owner, claimed by its transaction."""
+
+    tx_hash: str = Field(description="0x and 64 lower-case hex digits", examples=["0x" + "7c" * 32])
+
+
+class SignedBody(_Body):
+    """What every signed body holds. The signature is EIP-712 `InferenceRequest`; see docs/reference/api.md."""
+
+    model_id: str = Field(examples=["breast-cancer"], description="name, or 0x and 64 hex digits")
+    user_address: str = Field(examples=[_ADDRESS], description="the wallet that signs")
+    user_signature: str = Field(examples=[_SIGNATURE])
+    nonce: str = Field(examples=[_NONCE], description="32 random bytes, used once")
+    issued_at: int = Field(examples=[1790000000], description="unix seconds")
+    expires_at: int = Field(examples=[1790000060], description="unix seconds, at most 300 after issued_at")
+    chain_id: int | None = Field(None, description="to choose among several vaults")
+    vault: str | None = Field(None, description="to choose among several vaults")
+    decryption_key: str | None = Field(
+        None, description="age identity, passphrase or Kavach key, if the node's own does not open it"
+    )
+
+
+class LoadBody(SignedBody):
+    """Load a model."""
+
+    cid: str | None = Field(None, description="must equal the vault's; default: the vault's")
+
+
+class InferenceBody(SignedBody):
+    """Run a model."""
+
+    input_data: dict[str, Any] = Field(
+        examples=[{"features": [5.1, 3.5, 1.4, 0.2]}], description="what the model takes"
+    )
+    parameters: dict[str, Any] | None = None
+    max_price: str = Field(
+        "0", description="most that may be charged, atomic units of the payment token", examples=["20000"]
+    )
+    payment: Payment | None = None
+    cid: str | None = None
+
+
+class Answer(_Body):
+    """Every success."""
+
+    status: str = "success"
+    message: str
+
+
+class InferenceAnswer(Answer):
+    """The result and its receipt."""
+
+    model_id: str
+    result: Any
+    receipt: dict[str, Any] = Field(description="signed InferenceReceipt; check it with `divault verify`")
+
+
+class ModelInfoOut(_Body):
+    """What the vault says."""
+
+    cid: str
+    token_contract: str
+    price_per_inference: int = Field(
+        description="atomic units of the payment token; `price` repeats it as decimal text"
+    )
+    owner: str
+    active: bool
+    total_inferences: int = Field(description="receipts of status 1 that this node issued for the model")
+
+
+class LoadResultOut(_Body):
+    """What the worker says."""
+
+    status: str
+    message: str
+    model_type: str
+    device: str
+    bytes: int
+    sandbox: str
+    seconds: float
+
+
+class LoadAnswer(Answer):
+    """A loaded model."""
+
+    model_id: str
+    model_info: dict[str, Any]
+    load_result: LoadResultOut
+
+
+class ModelsAnswer(_Body):
+    """What is loaded."""
+
+    status: str = "success"
+    loaded_models: list[str]
+    count: int
+    models: list[dict[str, Any]]
+
+
+class ModelAnswer(_Body):
+    """One model."""
+
+    status: str = "success"
+    model_info: dict[str, Any]
+
+
+class Problem(_Body):
+    """RFC 9457 problem details."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    error: str
+    request_id: str
+
+
+class HealthOut(_Body):
+    """What was tested just now."""
+
+    status: str
+    message: str
+    services: dict[str, str]

@@ -1,0 +1,301 @@
+"""The composition root: settings in, a running node out.
+
+A node that can't keep its promises refuses to start and says why: chain out of reach or another one than configured, no
+vault at its address, a payment token with other decimals, a sandbox level that is not there, a state that another
+process uses.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+import divault
+from divault import keyfiles, messages
+from divault.api import ApiLimits, Node, create_api
+from divault.api.envelope import MAX_SELF_SIGNED_BYTES, Envelopes
+from divault.auth import Authenticator
+from divault.chain import erc20
+from divault.chain.chain import Chain
+from divault.chain.gates import Gates
+from divault.chain.rpc import Rpc
+from divault.chain.vault import VaultReader
+from divault.errors import SettingsInvalid, StorageFailed
+from divault.health import Health
+from divault.limits import PeerLimits, RefusalBudget, WalletLimits
+from divault.messages import NodeDescriptor, authority_of
+from divault.payments import Ledger, Payments, Terms, TransferCredit
+from divault.receipts import ReceiptIssuer
+from divault.service import Parts, Service
+from divault.settings import MB, Settings
+from divault.state import State
+from divault.storage.cache import CiphertextCache
+from divault.storage.fetcher import Fetcher
+from divault.storage.gateway import GatewayStorage
+from divault.telemetry import configure_logs, log
+from divault.values import Address, Digest, Secret, Usdc
+from divault.vault.age import Identity
+from divault.vault.keys import NodeIdentity
+from divault.workers.opening import Opener
+from divault.workers.pool import WorkerPool
+
+_log = log("app")
+LEDGER_FILE = "ledger.sqlite3"
+_BODIES_IN_FLIGHT = 16  # full-size bodies that may be held at once; beyond it 503
+RAILS = ("transfer",)
+
+
+@dataclass(frozen=True, slots=True)
+class Identities:
+    """Who the node is: its signing key and the age identity that models are sealed to."""
+
+    key: Secret
+    address: Address
+    age: Identity
+
+    @classmethod
+    def of(cls, settings: Settings) -> Identities:
+        """Read the key files, or make them at the first start. Raises SettingsInvalid."""
+        key = keyfiles.signing_key(settings.node_key_file)
+        return cls(key, messages.address_of(key), keyfiles.identity(settings.age_identity_file))
+
+
+@dataclass(frozen=True, slots=True)
+class Contracts:
+    """The chain, vault and payment token that this node works with, all proved to be there."""
+
+    chain: Chain
+    vault: Address
+    token: Address
+
+
+@asynccontextmanager
+async def running(settings: Settings, url: str | None = None) -> AsyncIterator[ASGIApp]:
+    """A node's ASGI application while the context lasts; everything is closed after it, in reverse order.
+
+    `url`: where callers reach it, unless `DIVAULT_PUBLIC_URL` says so. Raises SettingsInvalid, ChainUnavailable.
+    """
+    async with AsyncExitStack() as stack:
+        contracts = await _contracts(settings, stack)
+        identities = Identities.of(settings)
+        public_url = settings.divault_public_url or url or f"http://127.0.0.1:{settings.port}"
+        node = await _node(settings, contracts, identities, public_url, stack)
+        peers = PeerLimits(
+            settings.divault_rate_limit_per_ip_per_minute, _BODIES_IN_FLIGHT * settings.divault_max_body_bytes
+        )
+        yield create_api(node, ApiLimits(peers, settings.divault_max_body_bytes, settings.divault_cors_origins))
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM; then finish what runs, and close. Raises as `running`.
+
+    The log line `serving` names the URL; connections are accepted from then on.
+    """
+    configure_logs(settings.divault_log_dir, debug=settings.debug)
+    listening = _listen(settings)
+    host, port = listening.getsockname()[:2]
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"  # noqa: S104 - compared, not bound
+    async with running(settings, url) as app:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(settings.inference_timeout_seconds) + 1,
+        )
+        _log.info("serving", url=url, version=divault.__version__)
+        await uvicorn.Server(config).serve(sockets=[listening])
+
+
+def _listen(settings: Settings) -> socket.socket:
+    try:
+        return socket.create_server((settings.host, settings.port), backlog=2048)
+    except OSError as err:
+        raise SettingsInvalid(
+            f"can't listen on {settings.host}:{settings.port} ({err.strerror}): set PORT to a free port", setting="PORT"
+        ) from err
+
+
+async def _contracts(settings: Settings, stack: AsyncExitStack) -> Contracts:
+    vault, token = settings.vault, settings.payment_token
+    chain = Chain(
+        Rpc.parse(settings.web3_provider_url, settings.divault_chain_id),
+        head_ttl_s=settings.divault_head_ttl_seconds,
+        max_head_age_s=settings.divault_head_max_age_seconds,
+    )
+    stack.push_async_callback(chain.close)
+    await require_contracts(chain, vault, (token, *settings.divault_payment_tokens))
+    return Contracts(chain, vault, token)
+
+
+async def require_contracts(chain: Chain, vault: Address, tokens: tuple[Address, ...]) -> None:
+    """Return only if the vault has code and every token reports 6 decimals. Raises SettingsInvalid."""
+    await chain.rpc.connect()
+    head = await chain.head(fresh=True)
+    if not await chain.code(vault, head):
+        raise SettingsInvalid(
+            f"there is no contract at {vault} on chain {chain.chain_id}: check the address and the RPC endpoint",
+            setting="VAULT_CONTRACT_ADDRESS",
+        )
+    for token in tokens:
+        decimals = erc20.parse_uint(await chain.call(token, erc20.decimals(), head))
+        if decimals != Usdc.DECIMALS:
+            raise SettingsInvalid(
+                f"the token {token} has {decimals} decimals; prices are in tokens with {Usdc.DECIMALS}",
+                setting="USDC_CONTRACT_ADDRESS",
+            )
+
+
+async def _node(
+    settings: Settings, contracts: Contracts, identities: Identities, url: str, stack: AsyncExitStack
+) -> Node:
+    chain, vault = contracts.chain, contracts.vault
+    state = State(settings.divault_state_dir / LEDGER_FILE)
+    stack.push_async_callback(state.close)
+    lease_s = int(settings.divault_load_timeout_seconds + settings.inference_timeout_seconds) + 10
+    ledger = Ledger(state, ReceiptIssuer(identities.key, chain.chain_id, vault), lease_s=lease_s)
+    await ledger.recover()
+    workers = WorkerPool(
+        predict_timeout_s=settings.inference_timeout_seconds, load_timeout_s=settings.divault_load_timeout_seconds
+    )
+    stack.push_async_callback(workers.close)
+    require_sandbox(settings, workers)
+    opener = Opener(max_model_bytes=settings.max_model_bytes, timeout_s=settings.divault_load_timeout_seconds)
+    stack.callback(opener.close)
+    cache = CiphertextCache(settings.model_cache_dir, settings.divault_cache_max_mb * MB)
+    gateways = [GatewayStorage(gateway) for gateway in settings.divault_gateway_urls]
+    for gateway in gateways:
+        stack.callback(gateway.close)
+    tokens = frozenset({contracts.token, *settings.divault_payment_tokens})
+    terms = Terms(tokens, settings.divault_transfer_confirmations, settings.divault_transfer_max_age_seconds)
+    rail = TransferCredit(ledger, chain, terms, sole_node_for=settings.divault_sole_node_for)
+    gates = Gates(chain, VaultReader(chain, vault, contracts.token), tokens)
+    authenticator = Authenticator(
+        chain_id=chain.chain_id, vault=vault, node=identities.address, authority=authority_of(url)
+    )
+    service = Service(
+        Parts(
+            authenticator=authenticator,
+            ledger=ledger,
+            gates=gates,
+            payments=Payments(ledger, rail),
+            fetcher=Fetcher(gateways, cache, max_model_bytes=settings.max_model_bytes),
+            cache=cache,
+            opener=opener,
+            identity=NodeIdentity(identities.age),
+            workers=workers,
+            limits=WalletLimits(settings.rate_limit_per_minute, settings.max_concurrent_inferences),
+            refusals=RefusalBudget(),
+            operators=frozenset(settings.divault_operators),
+        )
+    )
+    return Node(
+        service=service,
+        envelopes=Envelopes(authenticator),
+        health=_health(identities, gateways, workers, ledger, chain),
+        gates=gates,
+        ledger=ledger,
+        workers=workers,
+        describe=_describer(settings, contracts, identities, url, workers),
+        sandbox=workers.sandbox_report,
+        version=divault.__version__,
+    )
+
+
+def require_sandbox(settings: Settings, workers: WorkerPool) -> None:
+    """Return only if workers are confined as far as the operator asked. Raises SettingsInvalid."""
+    wanted, have = settings.divault_sandbox, workers.sandbox_level
+    if wanted in ("strict", "standard") and have != wanted and not settings.divault_sandbox_allow_downgrade:
+        raise SettingsInvalid(
+            f"DIVAULT_SANDBOX={wanted}, but this release confines workers at the level {have}: set auto, or "
+            "DIVAULT_SANDBOX_ALLOW_DOWNGRADE=1 to accept that",
+            setting="DIVAULT_SANDBOX",
+        )
+    if have != "strict":
+        _log.warning("workers are not fully confined", level=have, accepts="models of formats without code only")
+
+
+def _health(
+    identities: Identities, gateways: Sequence[GatewayStorage], workers: WorkerPool, ledger: Ledger, chain: Chain
+) -> Health:
+    async def access() -> str:
+        digest = Digest.keccak(str(time.time()).encode())
+        messages.require_signer(digest, messages.signature_text(identities.key, digest), identities.address)
+        return "signed and verified a message"
+
+    async def storage() -> str:
+        failed = ""
+        for gateway in gateways:
+            try:
+                trustless = await gateway.probe()
+            except StorageFailed as err:
+                failed = err.detail
+                continue
+            return f"{gateway.name} answers" + ("" if trustless else ", plain files only")
+        raise StorageFailed(f"no gateway answers: {failed}")
+
+    async def engine() -> str:
+        return await workers.probe()
+
+    async def books() -> str:
+        return f"{await ledger.successes()} answers were charged or given"
+
+    async def head() -> str:
+        block = await chain.head(fresh=True)
+        return f"chain {chain.chain_id} at block {block.number}"
+
+    return Health(
+        {
+            "access_validator": access,
+            "lighthouse_client": storage,
+            "inference_engine": engine,
+            "ledger": books,
+            "chain": head,
+        }
+    )
+
+
+def _describer(settings: Settings, contracts: Contracts, identities: Identities, url: str, workers: WorkerPool) -> Any:
+    descriptor = NodeDescriptor(
+        node=identities.address,
+        age_recipient=str(identities.age.recipient),
+        url=url,
+        chain_id=contracts.chain.chain_id,
+        vault=contracts.vault,
+        not_before=int(time.time()),
+    )
+    body: dict[str, Any] = {
+        "status": "success",
+        "version": divault.__version__,
+        "address": str(identities.address),
+        "age_recipient": str(identities.age.recipient),
+        "chain_id": contracts.chain.chain_id,
+        "vault": str(contracts.vault),
+        "payment_token": str(contracts.token),
+        "payment_tokens": [str(contracts.token), *map(str, settings.divault_payment_tokens)],
+        "rails": list(RAILS),
+        "authority": authority_of(url),
+        "url": url,
+        "limits": {
+            "self_signed_body_bytes": MAX_SELF_SIGNED_BYTES,
+            "body_bytes": settings.divault_max_body_bytes,
+            "model_bytes": settings.max_model_bytes,
+            "inference_seconds": settings.inference_timeout_seconds,
+            "calls_per_minute": settings.rate_limit_per_minute,
+            "runs_at_once": settings.max_concurrent_inferences,
+        },
+        "descriptor": descriptor.sign(identities.key),
+    }
+
+    async def describe() -> dict[str, Any]:
+        return body | {"sandbox": workers.sandbox_report()}
+
+    return describe

@@ -1,0 +1,20 @@
+"""The command line: `divault serve | demo | publish | seal | open | call | verify | doctor | keys | config`."""
+
+from __future__ import annotations
+
+import sys
+
+from divault.cli.commands import app
+from divault.cli.console import fail
+from divault.errors import DivaultError
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Run the command line. Exit status: 0 done, 1 a typed error (its code is printed), 2 wrong usage."""
+    try:
+        app()
+    except DivaultError as err:
+        fail(err)
+        sys.exit(1)

@@ -1,0 +1,101 @@
+"""`divault call`, `divault verify` and `divault receipt`: the consumer's side."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from divault import keyfiles, receipts
+from divault.cli.console import say, show
+from divault.client import Client
+from divault.errors import BadRequest
+from divault.values import Address
+
+app = typer.Typer()
+receipt_app = typer.Typer(no_args_is_help=True, help="Work on receipts. Example: divault receipt redact receipt.json")
+
+
+@app.command()
+def call(
+    model: Annotated[str, typer.Argument(help="model id")],
+    input_data: Annotated[str, typer.Argument(help="JSON, for example '{\"features\": [1, 2]}', or @FILE")],
+    node: Annotated[str, typer.Option("--node", help="URL of the node, with #0xADDRESS to pin it")],
+    key: Annotated[Path, typer.Option("--key", "-k", help="wallet key file (divault keys new)")],
+    max_price: Annotated[str, typer.Option("--max-price", help="most the call may cost, in USDC")] = "0",
+    save: Annotated[Path | None, typer.Option("--save", help="where the whole answer goes, receipt included")] = None,
+) -> None:
+    """Run a model: sign, pay if --max-price covers it (needs WEB3_PROVIDER_URL), verify the receipt, print the answer.
+
+    Example: divault call breast-cancer @row.json --node http://127.0.0.1:8000 -k consumer.key --max-price 0.02
+    """
+    url, _, pinned = node.partition("#")
+    rpc = os.environ.get("WEB3_PROVIDER_URL", "").split(",")[0].strip() or None
+    with Client(url, keyfiles.read_signing_key(key), node=pinned or None, rpc=rpc) as client:
+        result = client.run(model, _input(input_data), max_price=max_price)
+    if save is not None:
+        save.write_bytes(result.response)
+    say(f"charged {result.price} USDC, receipt {result.receipt['receipt_hash']} verified")
+    show(result.output)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="a receipt, or an answer that holds one")],
+    node: Annotated[str | None, typer.Option("--node", help="address that must have signed it")] = None,
+    chain_id: Annotated[int | None, typer.Option("--chain-id", help="chain it must be for")] = None,
+    vault: Annotated[str | None, typer.Option("--vault", help="vault it must be for")] = None,
+    input_file: Annotated[Path | None, typer.Option("--input", help="file with the exact bytes of input_data")] = None,
+) -> None:
+    """Check a receipt offline; each step passes, fails by name, or is said to be not checked.
+
+    Example: divault verify receipt.json --node 0x05b7cc97C107184f736Dc0f04E6231593c821384
+    """
+    envelope, result = receipts.read_receipt(_bytes(file))
+    steps = receipts.check(
+        envelope,
+        chain_id=chain_id,
+        vault=Address.parse(vault) if vault else None,
+        node=Address.parse(node) if node else None,
+        input_data=_bytes(input_file) if input_file else None,
+        result=result,
+    )
+    for step in steps:
+        show(f"{step.outcome:<11} {step.name}" + (f": {step.detail}" if step.detail else ""))
+    receipts.require_valid(steps)
+    say("the receipt holds")
+
+
+@receipt_app.command()
+def redact(
+    file: Annotated[Path, typer.Argument(help="a receipt")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="default: standard output")] = None,
+) -> None:
+    """Drop the private part (request, its signature, salts); what is left still verifies.
+
+    Example: divault receipt redact receipt.json -o public.json
+    """
+    text = json.dumps(receipts.redact(receipts.read_receipt(_bytes(file))[0]), indent=1)
+    if output is None:
+        show(text)
+    else:
+        output.write_text(text + "\n", encoding="utf-8")
+
+
+def _input(text: str) -> Any:
+    try:
+        return json.loads(Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text)
+    except OSError as err:
+        raise BadRequest(f"{text[1:]} can't be read: {err.strerror}", field="input_data") from err
+    except ValueError as err:
+        raise BadRequest(f"the input is no JSON: {err}", field="input_data") from err
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as err:
+        raise BadRequest(f"{file} can't be read: {err.strerror}", field="file") from err

@@ -1,0 +1,143 @@
+"""The tests of `divault doctor`: each does what the node will do, and says cause and fix where it can't."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from divault import app
+from divault.chain import contracts, erc20
+from divault.chain.chain import Chain
+from divault.chain.rpc import Rpc
+from divault.errors import DivaultError, SettingsInvalid
+from divault.settings import MB, Settings
+from divault.state import State
+from divault.storage.gateway import GatewayStorage
+from divault.values import Usdc
+from divault.workers.pool import WorkerPool
+
+_MAX_CLOCK_OFFSET_S = 5  # signatures excuse a clock 5 s ahead, no more
+_TIMEOUT_S = 15.0
+_MIN_FREE_MB = 1000  # of the cache's disk: one model of the default largest size
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One test's result, with the fix where it failed."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+async def diagnose(settings: Settings) -> list[Finding]:
+    """Run every test; they don't depend on each other's success. Raises nothing for what a test finds."""
+    chain = Chain(Rpc.parse(settings.web3_provider_url, settings.divault_chain_id), head_ttl_s=0)
+    try:
+        tests: list[tuple[str, Callable[[], Awaitable[str]]]] = [
+            ("keys", lambda: _keys(settings)),
+            ("state", lambda: _state(settings)),
+            ("disk", lambda: _disk(settings)),
+            ("rpc", lambda: _rpc(chain)),
+            ("vault", lambda: _vault(chain, settings)),
+            ("payment token", lambda: _token(chain, settings)),
+            ("clock", lambda: _clock(chain)),
+            ("gateways", lambda: _gateways(settings)),
+            ("sandbox", lambda: _sandbox(settings)),
+        ]
+        return [await _run(name, test) for name, test in tests]
+    finally:
+        await chain.close()
+
+
+async def _run(name: str, test: Callable[[], Awaitable[str]]) -> Finding:
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            return Finding(name, ok=True, detail=await test())
+    except TimeoutError:
+        return Finding(name, ok=False, detail=f"no answer within {_TIMEOUT_S:.0f} s")
+    except (DivaultError, OSError) as err:
+        return Finding(name, ok=False, detail=str(err))
+
+
+async def _keys(settings: Settings) -> str:
+    who = app.Identities.of(settings)
+    return f"node {who.address}, models are sealed to {who.age.recipient}"
+
+
+async def _state(settings: Settings) -> str:
+    state = State(settings.divault_state_dir / app.LEDGER_FILE)
+    try:
+        receipts = await state.read(lambda db: db.execute("SELECT count(*) FROM receipt").fetchone()[0])
+    finally:
+        await state.close()
+    return f"the ledger opens and holds {receipts} receipts"
+
+
+async def _disk(settings: Settings) -> str:
+    settings.model_cache_dir.mkdir(parents=True, exist_ok=True)
+    probe = settings.model_cache_dir / f".doctor-{os.getpid()}"
+    probe.write_bytes(b"x")
+    probe.unlink()
+    room = os.statvfs(settings.model_cache_dir)
+    free = room.f_bavail * room.f_frsize // MB
+    if free < _MIN_FREE_MB:
+        raise SettingsInvalid(f"{free} MB are free for the cache, {_MIN_FREE_MB} MB are needed: free some or move it")
+    return f"the cache can be written, {free} MB are free"
+
+
+async def _rpc(chain: Chain) -> str:
+    chain_id = await chain.rpc.connect()
+    head = await chain.head(fresh=True)
+    return f"chain {chain_id}, block {head.number}"
+
+
+async def _vault(chain: Chain, settings: Settings) -> str:
+    vault = settings.vault
+    head = await chain.head(fresh=True)
+    contract = contracts.load("ModelVault")
+    total = contract.decode("totalModels", await chain.call(vault, contract.encode("totalModels"), head))
+    return f"{vault} answers and lists {total} models"
+
+
+async def _token(chain: Chain, settings: Settings) -> str:
+    token = settings.payment_token
+    head = await chain.head(fresh=True)
+    decimals = erc20.parse_uint(await chain.call(token, erc20.decimals(), head))
+    if decimals != Usdc.DECIMALS:
+        raise SettingsInvalid(f"{token} has {decimals} decimals; prices need {Usdc.DECIMALS}")
+    return f"{token} has {decimals} decimals"
+
+
+async def _clock(chain: Chain) -> str:
+    head = await chain.head(fresh=True)
+    ahead = head.timestamp - time.time()
+    if ahead > _MAX_CLOCK_OFFSET_S:
+        raise SettingsInvalid(f"this clock is {ahead:.0f} s behind the newest block: set it (NTP)")
+    return f"the newest block is {max(0.0, -ahead):.0f} s old"
+
+
+async def _gateways(settings: Settings) -> str:
+    answers = []
+    for url in settings.divault_gateway_urls:
+        gateway = GatewayStorage(url)
+        try:
+            kind = "trustless" if await gateway.probe() else "plain files only"
+            answers.append(f"{gateway.name} ({kind})")
+        finally:
+            gateway.close()
+    return ", ".join(answers)
+
+
+async def _sandbox(settings: Settings) -> str:
+    workers = WorkerPool(
+        predict_timeout_s=settings.inference_timeout_seconds, load_timeout_s=settings.divault_load_timeout_seconds
+    )
+    try:
+        app.require_sandbox(settings, workers)
+        return f"workers are confined at the level {workers.sandbox_level}"
+    finally:
+        await workers.close()

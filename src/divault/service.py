@@ -1,0 +1,182 @@
+"""The pipeline and nothing else: from a signed call to an answer with a receipt.
+
+`Service.infer` is the specification. Each step takes the proof that the step before it made (`values`), so a version
+with one step left out, or two swapped, does not type-check; a test tries them all.
+
+    SignedCall -> authenticate -> Principal -> gate -> Grant -> hold -> Hold
+    Cid -> fetch -> VerifiedBlob -> open -> OpenedModel -> run -> Output -> charge -> Answer with Receipt
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from divault.auth import Authenticator
+from divault.chain.gates import Gates
+from divault.errors import CidMismatch, DivaultError, ModelNotLoaded, NotOperator
+from divault.ipfs.cid import parse_cid
+from divault.limits import RefusalBudget, WalletLimits
+from divault.payments import Ledger, Payments
+from divault.storage.cache import CiphertextCache
+from divault.storage.fetcher import Fetcher
+from divault.telemetry import log
+from divault.values import Address, Answer, Digest, Grant, ModelId, ModelInfo, OpenedModel, Principal, SignedCall
+from divault.vault.keys import CallerKey, KeySource, NodeIdentity
+from divault.workers.opening import Opener
+from divault.workers.pool import Loaded, WorkerPool
+
+_log = log("service")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a service is made of; `app` puts it together."""
+
+    authenticator: Authenticator
+    ledger: Ledger
+    gates: Gates
+    payments: Payments
+    fetcher: Fetcher
+    cache: CiphertextCache
+    opener: Opener
+    identity: NodeIdentity
+    workers: WorkerPool
+    limits: WalletLimits
+    refusals: RefusalBudget
+    operators: frozenset[Address]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """A model that is loaded now: what the vault says of it, and what its worker says."""
+
+    model: ModelInfo
+    loaded: Loaded
+
+
+class Service:
+    """One node's answers to signed calls. All methods are safe to call concurrently on one event loop."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._authenticator = parts.authenticator
+        self._ledger = parts.ledger
+        self._gates = parts.gates
+        self._payments = parts.payments
+        self._fetcher = parts.fetcher
+        self._cache = parts.cache
+        self._opener = parts.opener
+        self._identity = parts.identity
+        self._workers = parts.workers
+        self._limits = parts.limits
+        self._refusals = parts.refusals
+        self._operators = parts.operators
+        self._loading: defaultdict[Digest, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def infer(self, call: SignedCall, *, load: bool) -> Answer:
+        """Run the model on the call's input, once, and answer with a signed receipt.
+
+        `load` fetches and opens a model that is not loaded yet; without it such a model is `model_not_loaded`.
+        Every error after the signature that concerns money or access carries a receipt as its `evidence`.
+        """
+        principal = await self._authenticator.authenticate(call)
+        with _named(principal):
+            stored = await self._ledger.answered(principal)
+            if stored is not None:
+                return stored
+            async with self._limits.admit(principal), self._ledger.outcome(principal, call, self._refusals):
+                grant = await self._gates.check(principal, _model_of(call))
+                if not load:
+                    self._require_loaded(grant)
+                async with self._payments.hold(grant, call) as hold:
+                    opened = await self._open(hold.grant, call)
+                    output = await self._workers.run(opened, hold, call)
+                    return await self._ledger.charge(hold, call, output)
+
+    async def load(self, call: SignedCall) -> LoadResult:
+        """Fetch, verify, open and load the model, unless it is loaded already."""
+        principal = await self._authenticator.authenticate(call)
+        with _named(principal):
+            async with self._limits.admit(principal):
+                grant = await self._gates.check(principal, _model_of(call))
+                await self._ledger.consume(principal)
+                opened = await self._open(grant, call)
+                return LoadResult(grant.model, self._workers.describe(opened))
+
+    async def unload(self, call: SignedCall) -> ModelId:
+        """End the model's worker, for an operator or the model's owner."""
+        principal = await self._authenticator.authenticate(call)
+        model = _model_of(call)
+        with _named(principal):
+            if principal.user not in self._operators and principal.user != (await self._gates.info(model)).owner:
+                raise NotOperator("only the model's owner or an operator of this node may unload it")
+            await self._ledger.consume(principal)
+            if not await self._workers.unload(model.key):
+                raise ModelNotLoaded(f"{model} is not loaded here", model_id=model.text)
+            return model
+
+    async def clear_caches(self, call: SignedCall) -> tuple[int, int]:
+        """Unload all models and drop all cached ciphertext, for an operator. Gives (models, bytes) freed."""
+        principal = await self._authenticator.authenticate(call)
+        with _named(principal):
+            if principal.user not in self._operators:
+                raise NotOperator("only an operator of this node may clear its caches")
+            await self._ledger.consume(principal)
+            models = [loaded.model for loaded in self._workers.loaded()]
+            for model in models:
+                await self._workers.unload(model.key)
+            return len(models), await asyncio.to_thread(self._cache.clear)
+
+    async def result(self, call: SignedCall, request: Digest) -> Answer:
+        """Give the stored answer of a request, to the wallet that signed it."""
+        principal = await self._authenticator.authenticate(call)
+        with _named(principal):
+            answer = await self._ledger.result(request, principal.user)
+            await self._ledger.consume(principal)
+            return answer
+
+    async def _open(self, grant: Grant, call: SignedCall) -> OpenedModel:
+        """Give the loaded model of the grant, after loading it if need be; one load of a model at a time."""
+        cid = parse_cid(grant.model.cid)
+        if call.cid is not None and call.cid != grant.model.cid:
+            raise CidMismatch("the vault names another CID for this model", have=call.cid, need=grant.model.cid)
+        async with self._loading[grant.model.model.key]:
+            found = self._workers.find(grant.model.model, cid)
+            if found is not None:
+                return found
+            blob = await self._fetcher.fetch(cid)
+            opened = await self._opener.open(blob, grant, self._keys(call))
+            await self._workers.load(opened)
+            _log.info("loaded", model_id=grant.model.model.text, cid=cid.text, bytes=opened.size)
+            return opened
+
+    def _keys(self, call: SignedCall) -> list[KeySource]:
+        own: list[KeySource] = [self._identity]
+        return [CallerKey(call.decryption_key), *own] if call.decryption_key is not None else own
+
+    def _require_loaded(self, grant: Grant) -> None:
+        model = grant.model
+        if self._workers.find(model.model, parse_cid(model.cid)) is None:
+            raise ModelNotLoaded(
+                f"{model.model} is not loaded here: POST /api/v1/models/load first, or call /api/v1/inference/run",
+                model_id=model.model.text,
+            )
+
+
+@contextmanager
+def _named(principal: Principal) -> Iterator[None]:
+    """Give every error from here on the id of the authenticated request."""
+    try:
+        yield
+    except DivaultError as err:
+        err.request_id = str(principal.request)
+        raise
+
+
+def _model_of(call: SignedCall) -> ModelId:
+    if call.model is None:
+        raise TypeError("this route needs a call that names a model")
+    return call.model
