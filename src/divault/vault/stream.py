@@ -6,7 +6,7 @@ Rules:
 2. The last chunk is the one at the end of the source; it is empty only when the whole payload is.
 3. Only authenticated chunks are written. A missing end shows at the last chunk alone: until the function returns,
    what the sink holds may be cut short.
-4. 16 chunks are worked on at a time: larger batches gain nothing, and buffers stay at 2 MiB.
+4. 8 chunks are worked on at a time: half a MiB stays in the caches of a core, and more gains nothing (measured).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from divault.vault.streams import Reader, Writer, fill, write_all
 CHUNK = 64 * 1024
 TAG = 16
 SEALED_CHUNK = CHUNK + TAG
-BATCH = 16
+BATCH = 8
 
 
 def sealed_size(plain: int) -> int:

@@ -208,10 +208,12 @@ async def _run_process(order: _Order, key: Secret, sealed: int) -> tuple[_Opened
         try:
             near.send(key.reveal() + msgspec.json.encode(order))
             await _readable(near)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
             await process.wait()
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
         # Last, with nothing awaited after it: descriptors waiting in the socket end with it, received ones would leak.
         return _received(near)
 
