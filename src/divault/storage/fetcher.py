@@ -121,6 +121,7 @@ class Fetcher:
 
     def _tell(self, key: tuple[int, bytes]) -> Progress:
         def tell(done: int, total: int) -> None:
+            """Pass on to whoever listens now."""
             running = self._running.get(key)
             for listener in running.listeners if running else ():
                 listener(done, total)

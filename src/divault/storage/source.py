@@ -17,10 +17,11 @@ early), `encoded`, `redirect`, or `http_` and the status.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from enum import StrEnum
 from typing import Protocol
 
-from divault.errors import StorageFailed
+from divault.errors import BlockTooLarge, StorageFailed
 from divault.values import Cid
 
 
@@ -44,6 +45,17 @@ class Storage(Protocol):
 
         Raises StorageFailed, before or between pieces.
         """
+
+
+async def short_answer(source: Storage, cid: Cid, form: Form, most: int) -> bytes:
+    """An answer that can't be longer than a block. Raises BlockTooLarge over `most` bytes, or as `read` does."""
+    answer = bytearray()
+    async with aclosing(source.read(cid, (), form)) as pieces:
+        async for piece in pieces:
+            answer += piece
+            if len(answer) > most:
+                raise BlockTooLarge(f"over {most} bytes for one block")
+    return bytes(answer)
 
 
 def refused(source: str, cid: Cid, reason: str, detail: str, *, retry_after: float | None = None) -> StorageFailed:

@@ -34,7 +34,7 @@ from divault.errors import (
 from divault.ipfs.cid import DAG_PB, RAW, make_cid, split_cid
 from divault.ipfs.verifier import CarStream, Verifier, Wanted
 from divault.storage.cache import Part
-from divault.storage.source import Form, Storage
+from divault.storage.source import Form, Storage, short_answer
 from divault.values import Cid
 
 P = ParamSpec("P")
@@ -122,17 +122,9 @@ class Transfer:
         if reason in NODE_REASONS or (isinstance(err, ContentInvalid) and not isinstance(err, SOURCE_FAULTS)):
             raise named(err, self._cid, "" if reason in NODE_REASONS else name) from err
         self._errors.append((name, err))
-        if isinstance(err, HashMismatch) and form is not Form.BLOCK:
-            peer.refused.update(Form)  # it sends wrong bytes: quarantine
-        elif isinstance(err, HashMismatch):
-            peer.refused.update((Form.BLOCK, Form.CAR))  # perhaps it ignores `format` and sends the plain file
-        elif reason == "not_found":
-            peer.refused.update(Form)
-        elif isinstance(err, ContentInvalid) or reason in ("unsupported", "encoded"):
-            peer.refused.add(form)
-        elif reason == "busy":
-            wait = min(float(err.data.get("retry_after", 1)), MAX_WAIT_S)
-            peer.ready_at = time.monotonic() + wait
+        peer.refused |= _useless_after(err, form)
+        if reason == "busy":
+            peer.ready_at = time.monotonic() + min(float(err.data.get("retry_after", 1)), MAX_WAIT_S)
         return reason not in _LEAVES_SOURCE
 
     async def _root(self, source: Storage) -> None:
@@ -168,17 +160,8 @@ class Transfer:
             parts, _ = split_cid(b"\x01" + bytes([codec]) + multihash)
             cid = self._cid if self._verifier.size is None else make_cid(1, codec, parts.hash_code, parts.digest)
             if self._verifier.wants(multihash):
-                await self._use(self._verifier.accept, multihash, await self._whole(source, cid, form))
-
-    async def _whole(self, source: Storage, cid: Cid, form: Form) -> bytes:
-        """An answer that can't be longer than a block."""
-        answer, most = bytearray(), self._verifier.limits.max_block_bytes
-        async with aclosing(source.read(cid, (), form)) as pieces:
-            async for piece in pieces:
-                answer += piece
-                if len(answer) > most:
-                    raise BlockTooLarge(f"over {most} bytes for one block")
-        return bytes(answer)
+                block = await short_answer(source, cid, form, self._verifier.limits.max_block_bytes)
+                await self._use(self._verifier.accept, multihash, block)
 
     async def _file(self, source: Storage) -> None:
         """Raw leaves out of the plain file; each is hashed before it counts. A raw root is the file itself."""
@@ -237,6 +220,17 @@ class Transfer:
         error = type(chosen) if len({type(err) for _, err in self._errors}) == 1 else StorageFailed
         reason = chosen.data.get("reason") if error is type(chosen) else "all_sources_failed"
         return error(f"no source gave all of {self._cid}: {told}", cid=str(self._cid), gateway=everyone, reason=reason)
+
+
+def _useless_after(err: StorageFailed, form: Form) -> set[Form]:
+    """The forms in which a source need not be asked again after this error."""
+    reason = err.data.get("reason")
+    if isinstance(err, HashMismatch):
+        # A wrong block may only mean that it ignores `format` and sends the plain file; all else is quarantine.
+        return {Form.BLOCK, Form.CAR} if form is Form.BLOCK else set(Form)
+    if reason == "not_found":
+        return set(Form)
+    return {form} if isinstance(err, ContentInvalid) or reason in ("unsupported", "encoded") else set()
 
 
 def named(err: StorageFailed, cid: Cid, source: str = "") -> StorageFailed:
