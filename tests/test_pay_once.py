@@ -15,6 +15,7 @@ from divault.errors import (
     DivaultError,
     InputInvalid,
     ModelFailed,
+    NotReady,
     Overloaded,
     PaymentRequired,
     RequestRunning,
@@ -23,7 +24,7 @@ from divault.errors import (
 )
 from divault.receipts import Outcome, check
 from divault.values import Answer, Hold, SignedCall, Usdc
-from tests.counter import CHAIN_ID, NODE, OWNER, PRICE, STRANGER, TOKEN, USER, Counter, principal_of, signed
+from tests.counter import CHAIN_ID, NODE, OWNER, PRICE, STRANGER, TOKEN, USER, Counter, grant_of, principal_of, signed
 
 
 @pytest.fixture
@@ -299,9 +300,24 @@ async def test_a_failed_run_names_the_model_and_runtime_it_stood_on(counter: Cou
     assert envelope["receipt"]["node"] == str(NODE)
 
 
-async def test_holding_outside_of_an_outcome_is_a_fault(counter: Counter) -> None:
-    from tests.counter import grant_of
+async def test_one_principal_has_one_outcome(counter: Counter) -> None:
+    principal, call = signed(max_price=0)
+    async with counter.ledger.outcome(principal, call):
+        with pytest.raises(RuntimeError, match="one Principal"):
+            async with counter.ledger.outcome(principal, call):
+                pass
 
+
+async def test_the_pulse_writes_and_says_when_it_can_not(tmp_path: Path) -> None:
+    async with Counter(tmp_path) as counter:
+        await counter.ledger.pulse()
+        await counter.ledger.pulse()
+        assert len(await counter.rows("SELECT at FROM pulse")) == 1
+    with pytest.raises(NotReady):
+        await counter.ledger.pulse()
+
+
+async def test_holding_outside_of_an_outcome_is_a_fault(counter: Counter) -> None:
     principal, call = signed(max_price=0)
     with pytest.raises(RuntimeError, match="outcome"):
         async with counter.payments.hold(grant_of(principal, Usdc(0)), call):
@@ -309,8 +325,6 @@ async def test_holding_outside_of_an_outcome_is_a_fault(counter: Counter) -> Non
 
 
 async def test_a_hold_that_nobody_charged_ends_with_the_outcome(counter: Counter) -> None:
-    from tests.counter import grant_of
-
     principal, call = signed(tx=counter.chain.pay(PRICE.atomic))
     async with counter.ledger.outcome(principal, call), counter.payments.hold(grant_of(principal), call):
         pass

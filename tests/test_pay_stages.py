@@ -15,7 +15,7 @@ from tests.counter import Counter, signed
 FINAL = (Stage.DONE, Stage.FAILED, Stage.CONSUMED)
 
 
-@pytest.mark.parametrize(("before", "after"), itertools.product(Stage, Stage))
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(Stage, Stage)))
 def test_a_move_outside_the_table_is_refused(before: Stage, after: Stage) -> None:
     if after in TRANSITIONS[before]:
         check_move(before, after)

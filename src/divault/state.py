@@ -75,6 +75,7 @@ _MIGRATIONS: tuple[str, ...] = (
         request BLOB NOT NULL, user BLOB NOT NULL, code TEXT, body BLOB NOT NULL, expires_at INTEGER NOT NULL,
         PRIMARY KEY(request, user));
     CREATE INDEX outcome_expiry ON outcome(expires_at);
+    CREATE TABLE pulse(id INTEGER PRIMARY KEY CHECK (id = 1), at INTEGER NOT NULL);
     CREATE TRIGGER receipt_is_final BEFORE UPDATE ON receipt BEGIN SELECT RAISE(ABORT, 'append-only'); END;
     CREATE TRIGGER receipt_stays BEFORE DELETE ON receipt BEGIN SELECT RAISE(ABORT, 'append-only'); END;
     CREATE TRIGGER charge_is_final BEFORE UPDATE ON charge BEGIN SELECT RAISE(ABORT, 'append-only'); END;

@@ -197,6 +197,11 @@ class Ledger:
         """Number of receipts with status 1: of one model, or of all."""
         return await self._state.read(lambda db: books.count_successes(db, self._log, model))
 
+    async def pulse(self) -> None:
+        """Do nothing but a durable write, to prove that one works. Raises NotReady."""
+        now = self._now()
+        await self._state.write(lambda db: books.beat(db, now))
+
     async def credit(self, account: Account) -> Usdc:
         """What the account can still spend."""
         now = self._now()
@@ -213,8 +218,9 @@ class Ledger:
         Raises what was raised inside, with `evidence` where there is a receipt; RateLimited instead of a refusal when
         `budget` is spent; NonceUsed or RequestRunning instead when another copy of the request was faster.
         """
-        trail = _Trail(principal, call, os.urandom(16))
-        self._trails[id(principal)] = trail
+        if id(principal) in self._trails:
+            raise RuntimeError("each presentation of a request is authenticated by itself: one Principal, one outcome")
+        trail = self._trails[id(principal)] = _Trail(principal, call, os.urandom(16))
         try:
             yield
         except DivaultError as err:
