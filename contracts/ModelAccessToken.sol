@@ -55,8 +55,9 @@ contract ModelAccessToken is ERC20, Ownable2Step {
     /// @param paymentToken the token he means to pay with; zero: the native coin, sent along exactly
     /// @param maxCost the most he pays, in atomic units of it
     function buy(uint256 amount, address paymentToken, uint256 maxCost) external payable {
+        address seller = owner();
         if (amount == 0) revert AmountZero();
-        if (salePrice == 0) revert NotForSale();
+        if (salePrice == 0 || seller == address(0)) revert NotForSale(); // a renounced token has nobody to pay
         uint256 cost = costOf(amount);
         if (paymentToken != salePaymentToken || cost > maxCost) {
             revert SaleTermsChanged(salePaymentToken, cost, paymentToken, maxCost);
@@ -66,9 +67,9 @@ contract ModelAccessToken is ERC20, Ownable2Step {
         _mint(msg.sender, amount);
         emit Sold(msg.sender, amount, paymentToken, cost);
         if (paymentToken == address(0)) {
-            Address.sendValue(payable(owner()), cost);
+            Address.sendValue(payable(seller), cost);
         } else {
-            IERC20(paymentToken).safeTransferFrom(msg.sender, owner(), cost);
+            IERC20(paymentToken).safeTransferFrom(msg.sender, seller, cost);
         }
     }
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,13 +97,32 @@ async def test_sale_in_usdc_pays_the_owner_in_the_same_transaction(world: TestCh
 
 async def test_sale_in_coins_pays_the_owner_in_the_same_transaction(world: TestChain) -> None:
     await call(world, "setSale", NATIVE, 10**15)
-    buyer, before = await world.wallet(), await world.chain.balance(world.publisher.address)
+    buyer = await world.wallet()
+    before = await world.chain.balance(world.publisher.address)
     await buy(world, buyer, 3 * ONE, NATIVE, 3 * 10**15, value=3 * 10**15)
 
     assert await world.balance(world.token, buyer.address) == 3 * ONE
-    gas = 10 * 10**18 + 10**17  # the wallet's coins came from the publisher in between
-    assert await world.chain.balance(world.publisher.address) > before - gas
+    assert await world.chain.balance(world.publisher.address) == before + 3 * 10**15
     assert await world.chain.balance(world.token) == 0
+
+
+async def test_token_whose_owner_is_gone_takes_no_money(world: TestChain) -> None:
+    await call(world, "setSale", NATIVE, 10**15)
+    await call(world, "renounceOwnership")
+
+    with pytest.raises(TransactionFailed):
+        await world.consumer.send(world.token, TOKEN.encode("buy", ONE, NATIVE, 10**15), value=10**15)
+    assert await world.balance(world.token, world.consumer.address) == 0
+
+
+async def test_payment_token_that_lies_buys_nothing(world: TestChain) -> None:
+    """`transferFrom` that answers false moved nothing, so nothing is minted."""
+    artifact = json.loads((Path(__file__).parent / "abi" / "FalseToken.json").read_text())
+    lying = await world.publisher.deploy_contract(contracts.of_artifact("FalseToken", artifact))
+    await call(world, "setSale", lying, 1)
+
+    with pytest.raises(TransactionFailed, match="SafeERC20FailedOperation"):
+        await call(world, "buy", ONE, lying, 1, sender=world.consumer)
 
 
 @pytest.mark.parametrize(

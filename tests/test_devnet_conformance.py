@@ -456,6 +456,14 @@ def test_time_moves_as_told_and_never_back(node: Node) -> None:
     assert node.error("evm_setNextBlockTimestamp", then)["code"] < 0
 
 
+def test_many_blocks_do_not_run_ahead_of_the_clock(node: Node) -> None:
+    """A chain ahead of the wall clock would call fresh payments expired."""
+    for _ in range(30):
+        node.ask("evm_mine")
+
+    assert int(node.head()["timestamp"], 16) <= time.time() + 2
+
+
 def test_code_and_balance_can_be_set(node: Node) -> None:
     place = "0x" + "98" * 20
     node.ask("anvil_setCode", place, "0x602a60005260206000f3")

@@ -19,13 +19,14 @@ from divault.devnet.answers import RpcRefused
 from divault.devnet.blocks import list_root
 from divault.devnet.chain import EmbeddedChain
 from divault.devnet.rpc import JsonRpc
-from divault.devnet.transactions import CURVE_ORDER, parse
+from divault.devnet.transactions import parse
 from divault.devnet.world import Account, Changes, World
 from divault.errors import ChainUnavailable, SettingsInvalid, TransactionFailed
 from divault.keccak import keccak256
 from tests.jsonrpc import Node, post
 
 USDC = contracts.load("TestUSDC")
+CURVE_ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
 SINK = "0x" + "66" * 20
 
 
@@ -50,7 +51,7 @@ def test_high_s_is_refused(node: Node) -> None:
 
     error = node.error("eth_sendRawTransaction", "0x" + malleated.hex())
 
-    assert (error["code"], "low s" in error["message"]) == (-32000, True)
+    assert (error["code"], "high_s" in error["message"]) == (-32000, True)
     assert node.receipt(node.ask("eth_sendRawTransaction", original))["status"] == "0x1"
 
 

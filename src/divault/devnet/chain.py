@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from divault.devnet.answers import EXECUTION_REVERTED, SERVER_ERROR, RpcRefused, show
 from divault.devnet.blocks import Block, Header, Receipt, bloom, list_root
@@ -116,23 +116,21 @@ class EmbeddedChain:
     def estimate(self, message: Message, block: Block) -> int:
         """The gas limit with which the message succeeds after this block. Raises RpcRefused as `call` does."""
         machine, around = self._machine_at(block), self.pending_surroundings()
-
-        def outcome(gas: int) -> Outcome:
-            tried = Message(message.sender, message.to, message.data, message.value, gas, 0, message.access_list)
-            return machine.run(tried, around)
-
-        most = outcome(message.gas)
+        most = machine.run(message, around)
         _returned(most)
         low = most.gas_used + most.gas_refunded
         # a call may keep back 1/64 of the gas per level, and a transfer of value needs its stipend
-        high = min(message.gas, (low + _CALL_STIPEND) * 64 // 63)
-        if most.gas_used + most.gas_refunded == message.gas or outcome(low).failure is None:
+        guess = min(message.gas, (low + _CALL_STIPEND) * 64 // 63)
+
+        def enough(gas: int) -> bool:
+            return machine.run(replace(message, gas=gas), around).failure is None
+
+        if enough(low):
             return low
-        if outcome(high).failure is not None:
-            high = message.gas
+        high = guess if enough(guess) else message.gas
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if outcome(middle).failure is None else (middle, high)
+            low, high = (low, middle) if enough(middle) else (middle, high)
         return high
 
     # --- transactions and blocks -----------------------------------------------------------------------------------
@@ -276,7 +274,8 @@ class EmbeddedChain:
         self._time_offset = timestamp - int(self._clock())
 
     def _timestamp(self) -> int:
-        earliest = self._blocks[-1].header.timestamp + 1 if self._blocks else 0
+        # blocks of one second share its time: one more each would outrun the clock, and signed windows would expire
+        earliest = self._blocks[-1].header.timestamp if self._blocks else 0
         return self._next_timestamp or max(earliest, int(self._clock()) + self._time_offset)
 
     def snapshot(self) -> int:

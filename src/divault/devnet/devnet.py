@@ -9,6 +9,7 @@ with start_devnet() as devnet:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
@@ -19,12 +20,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from coincurve import PrivateKey
-
 from divault.chain import contracts
 from divault.devnet.anvil import SETTING, AnvilProcess, find_anvil
 from divault.errors import ChainUnavailable, SettingsInvalid, TransactionFailed
 from divault.keccak import keccak256
+from divault.messages.signatures import address_of
 from divault.values import Address, Secret
 
 DEVNET_CHAIN_ID = 77001
@@ -46,10 +46,16 @@ class DevAccount:
 
 
 class _Backend(Protocol):
-    @property
-    def url(self) -> str: ...
+    """What runs the chain: the embedded server or anvil."""
 
-    def close(self) -> None: ...
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        ...
+
+    def close(self) -> None:
+        """Stop it; may be called twice."""
+        ...
 
 
 class Devnet:
@@ -144,12 +150,11 @@ def _start_anvil(chain_id: int, environ: Mapping[str, str]) -> Devnet:
         )
     process = AnvilProcess(executable, chain_id)
     devnet = Devnet(process, "anvil", chain_id)
-    try:
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(devnet.close)
         _prove(devnet, process)
         _fund(devnet)
-    except BaseException:
-        devnet.close()
-        raise
+        on_failure.pop_all()
     return devnet
 
 
@@ -174,6 +179,5 @@ def _genesis() -> list[tuple[Address, int, bytes]]:
 
 
 def _account(index: int) -> DevAccount:
-    key = keccak256(f"divault devnet account {index}".encode())
-    public = PrivateKey(key).public_key.format(compressed=False)
-    return DevAccount(Address(keccak256(public[1:])[12:]), Secret(key))
+    key = Secret(keccak256(f"divault devnet account {index}".encode()))
+    return DevAccount(address_of(key), key)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from coincurve import PublicKey
-
 from divault.devnet import rlp
 from divault.devnet.answers import SERVER_ERROR, RpcRefused, show
+from divault.errors import SignatureInvalid
 from divault.keccak import keccak256
+from divault.messages.signatures import recover_raw
+from divault.values import Digest
 
-CURVE_ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
 AccessList = tuple[tuple[bytes, tuple[int, ...]], ...]
 _FIELDS = {0: 9, 1: 11, 2: 12}
 
@@ -174,11 +174,7 @@ def _number(item: rlp.Item, bits: int = 256) -> int:
 
 
 def _sender(digest: bytes, r: int, s: int, parity: int) -> bytes:
-    if not (0 < r < CURVE_ORDER and 0 < s <= CURVE_ORDER // 2):
-        raise ValueError("invalid signature: r or s out of range (EIP-2: low s only)")
-    signature = r.to_bytes(32, "big") + s.to_bytes(32, "big") + bytes([parity])
     try:
-        key = PublicKey.from_signature_and_message(signature, digest, hasher=None)
-    except Exception as err:  # coincurve raises the bare class when no point of the curve fits
-        raise ValueError("invalid signature: no key signs like this") from err
-    return keccak256(key.format(compressed=False)[1:])[12:]
+        return recover_raw(Digest(digest), r.to_bytes(32, "big") + s.to_bytes(32, "big") + bytes([parity])).raw
+    except SignatureInvalid as err:
+        raise ValueError(f"invalid signature ({err.data['reason']}): {err.detail}") from err
