@@ -29,6 +29,7 @@ from divault.receipts import (
     require_valid,
     slice_result,
 )
+from divault.receipts.checksums import checksums
 from divault.values import (
     Address,
     BlockRef,
@@ -292,6 +293,14 @@ def test_field_is_named_without_checksums_where_something_else_says_it(name: str
     changed["receipt"][name] = other(changed["receipt"][name])
 
     assert name == first_wrong(changed)
+
+
+def test_field_is_named_when_its_checksum_was_changed_with_it() -> None:
+    changed = envelope()
+    changed["receipt"]["cidHash"] = "0x" + "33" * 32
+    changed["checksums"] = checksums(changed)
+
+    assert first_wrong(changed) == "cidHash"
 
 
 def test_field_that_nothing_else_says_is_reported_as_the_hash_without_checksums() -> None:

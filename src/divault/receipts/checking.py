@@ -204,13 +204,12 @@ def _signer(case: _Case) -> Address | None:
 
 def _changed(case: _Case) -> str | None:
     """The field that was most likely changed: the first that misses its sum, else the first that others contradict."""
-    if case.envelope.get("checksums"):
-        return next(mismatches(case.envelope), None)
-    return next((name for name, agrees in _contradictions(case) if not agrees), None)
+    located = next(mismatches(case.envelope), None)
+    return located or next((name for name, agrees in _contradictions(case) if not agrees), None)
 
 
 def _contradictions(case: _Case) -> Iterator[tuple[str, bool]]:
-    """For envelopes without sums: each field beside the disclosed value that says the same."""
+    """Where sums say nothing: each field beside the disclosed value that says the same."""
     values, request = case.values, _request_or_none(case.envelope)
     if request is not None:
         yield "node", values["node"] == request.node
