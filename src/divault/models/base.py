@@ -1,0 +1,68 @@
+"""The seam of model formats: what recognises a model's files, loads them and runs inputs. Lives in the worker alone.
+
+A format is recognised by its bytes, never by a file's name and never by trying to load it. A loaded model takes parsed
+JSON values and gives JSON values; limits and JSON itself are kept by the worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from divault.values import MemoryFile
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What is known of a loaded model without running it. All values are JSON."""
+
+    format: str
+    """`sklearn`, `torch`, `huggingface`: the published `model_type`."""
+    task: str
+    device: str
+    input_schema: Mapping[str, Any]
+    """JSON Schema of `input_data`."""
+    output_schema: Mapping[str, Any]
+    """JSON Schema of `result`."""
+    example: Mapping[str, Any]
+    """An `input_data` that this model takes."""
+    runtime: Mapping[str, Any]
+    """adapter, arch, determinism, device, dtype, libraries, threads: what could change an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One caller's `input_data` and `parameters`, parsed strictly (no NaN, no duplicate keys)."""
+
+    data: Any
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One caller's result: JSON values with finite numbers, and how many rows it covers."""
+
+    result: Any
+    rows: int
+
+
+class LoadedModel(Protocol):
+    """A model in memory."""
+
+    @property
+    def description(self) -> Description:
+        """What it is and takes."""
+
+    def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
+        """One answer per caller, in order. Raises InputInvalid (field, expected, example) for inputs it does not take."""
+
+
+class ModelFormat(Protocol):
+    """One family of models."""
+
+    def recognises(self, files: Sequence[MemoryFile]) -> bool:
+        """Whether these files are of this family, by their bytes."""
+
+    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:
+        """The model in memory. Raises UnsupportedModel (seen, supported), SealedFileDamaged for broken content."""
