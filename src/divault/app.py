@@ -246,7 +246,8 @@ def _health(
         return await workers.probe()
 
     async def books() -> str:
-        return f"{await ledger.successes()} answers were charged or given"
+        await ledger.pulse()
+        return f"wrote durably; {await ledger.successes()} answers so far"
 
     async def head() -> str:
         block = await chain.head(fresh=True)

@@ -93,6 +93,9 @@ class Service:
                     self._require_loaded(grant)
                 async with self._payments.hold(grant, call) as hold:
                     opened = await self._open(hold.grant, call)
+                    self._ledger.opened(
+                        hold, opened.plaintext_sha256, self._workers.describe(opened).description.runtime
+                    )
                     output = await self._workers.run(opened, hold, call)
                     return await self._ledger.charge(hold, call, output)
 

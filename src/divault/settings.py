@@ -118,6 +118,9 @@ class Settings(BaseModel):
     )
     divault_device: Literal["auto", "cpu"] = Field("auto", description="where models run")
 
+    # --- development ---
+    divault_anvil: Path | None = Field(None, description="the anvil executable that `divault demo --anvil` runs")
+
     @property
     def max_model_bytes(self) -> int:
         """`MAX_MODEL_SIZE_MB` in bytes."""

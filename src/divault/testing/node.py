@@ -51,7 +51,7 @@ def node_environment(rpc: str, vault: Address, usdc: Address, store: str) -> dic
 
 @asynccontextmanager
 async def serving_node(environment: Mapping[str, str], folder: Path) -> AsyncIterator[NodeProcess]:
-    """A node while the context lasts, with its files in an existing folder. Raises NotReady with what it said instead."""
+    """A node while the context lasts; `folder` exists and takes its files. Raises NotReady with what it said instead."""
     own = {
         "PATH": os.defpath,
         "DIVAULT_STATE_DIR": str(folder / "state"),
