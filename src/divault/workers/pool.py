@@ -1,0 +1,233 @@
+"""The pool: a worker process for every loaded model, and the proof that one of them ran.
+
+The gateway's side imports no model library and unpickles nothing; see `wire` for what passes between the two, `worker`
+for deadlines, queues and restarts, `confine` for what a worker gives up. This module alone makes `Output`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+import orjson
+
+from divault.errors import BadRequest, CidMismatch, DeadlineExceeded, InputInvalid, ModelFailed, ModelNotLoaded
+from divault.messages import canonical
+from divault.models.base import Description
+from divault.values import Cid, Digest, Hold, ModelId, OpenedModel, Output, SignedCall
+from divault.workers import wire
+from divault.workers.confine import LEVEL, PROVEN, UNCONFINED
+from divault.workers.process import Process
+from divault.workers.worker import Deadlines, Tuning, Worker
+
+
+class Executor(Protocol):
+    """Where loaded models run: this pool's processes here; other machines' the same way."""
+
+    async def run(self, opened: OpenedModel, hold: Hold, call: SignedCall) -> Output:
+        """Run the call's input on the model, once. Raises as `WorkerPool.run`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What is known of a loaded model now."""
+
+    model: ModelId
+    description: Description
+    loaded_at: int
+    """Unix seconds."""
+    bytes: int
+    """Of the opened model, which stays in memory as long as it is loaded."""
+    sandbox: str
+    """The level that its worker reported, proven in that process."""
+    seconds: float
+    """From the start of the process until the model was ready."""
+    state: str
+    """`ready`, `restarting` or `failed`."""
+    pid: int | None
+    """The process that holds it now; for operators and tests, not for answers."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    worker: Worker
+    description: Description
+    loaded_at: int
+    seconds: float
+
+
+class WorkerPool:
+    """Worker processes of one node. All methods are safe to call concurrently on one event loop."""
+
+    def __init__(
+        self, *, predict_timeout_s: float, load_timeout_s: float, device: str = "cpu", tuning: Tuning | None = None
+    ) -> None:
+        """`predict_timeout_s` bounds one run and, apart from it, the wait in the queue before it."""
+        self._deadlines = Deadlines(load_s=load_timeout_s, predict_s=predict_timeout_s)
+        self._device = device
+        self._tuning = tuning or Tuning()
+        self._entries: dict[Digest, _Entry] = {}
+        self._checks: dict[str, str] = dict.fromkeys((*UNCONFINED, *PROVEN), "unknown")
+        self._closed = False
+
+    @property
+    def sandbox_level(self) -> str:
+        """How far workers are confined: `partial` in this release."""
+        return LEVEL
+
+    def sandbox_report(self) -> dict[str, Any]:
+        """What the newest worker saw to hold; `unknown` before the first one was started."""
+        return {
+            "requested": "auto",
+            "effective": LEVEL,
+            "checks": dict(self._checks),
+            "landlock_abi": 0,
+            "seccomp_allowed": 0,
+            "memory_mechanism": "rlimit",
+        }
+
+    async def load(self, opened: OpenedModel) -> Loaded:
+        """Start a worker for the model; the pool owns the descriptors from here on, whatever comes of it.
+
+        A model that was loaded under another CID is replaced once the new one is ready. After a failure, and when the
+        caller is cancelled, nothing is left: the process is gone and the descriptors are closed.
+
+        Raises UnsupportedModel, SealedFileDamaged, ModelFailed, DeadlineExceeded, NotReady.
+        """
+        began = time.monotonic()
+        worker = Worker(opened, self._device, self._deadlines, self._tuning)
+        ready = await worker.start()
+        try:
+            description = _description(ready.description)
+        except ModelFailed:
+            await worker.close()
+            raise
+        self._checks = dict(ready.checks)
+        replaced = self._entries.get(opened.model.key)
+        entry = _Entry(worker, description, int(time.time()), round(time.monotonic() - began, 3))
+        self._entries[opened.model.key] = entry
+        if replaced is not None:
+            await replaced.worker.close()
+        return _view(entry)
+
+    def find(self, model: ModelId, cid: Cid) -> OpenedModel | None:
+        """The loaded model, if it came from this CID."""
+        entry = self._entries.get(model.key)
+        return entry.worker.opened if entry is not None and entry.worker.opened.cid == cid else None
+
+    def describe(self, opened: OpenedModel) -> Loaded:
+        """What is known of this model. Raises ModelNotLoaded when it was unloaded or replaced meanwhile."""
+        return _view(self._entry(opened))
+
+    def loaded(self) -> list[Loaded]:
+        """All loaded models, in the order of their loads."""
+        return [_view(entry) for entry in self._entries.values()]
+
+    async def run(self, opened: OpenedModel, hold: Hold, call: SignedCall) -> Output:
+        """Run the call's input on the model, once: it is stopped at its deadline and never tried again by itself.
+
+        A cancelled caller is dropped from the queue unrun. Raises CidMismatch, InputInvalid, ModelFailed,
+        DeadlineExceeded, ModelNotLoaded, Overloaded, NotReady.
+        """
+        granted = hold.grant.model
+        if opened.cid.text != granted.cid or opened.model.key != granted.model.key:
+            raise CidMismatch("the opened model is not the one that was granted", have=opened.cid.text, need=granted.cid)
+        entry = self._entry(opened)
+        if call.input_data is None:
+            example = dict(entry.description.example)
+            raise InputInvalid("the call has no input_data", field="input_data", expected="an object", example=example)
+        answer = await entry.worker.run(wire.Item(call.input_data, call.parameters))
+        return Output(
+            result=_checked(answer.result),
+            runtime=dict(entry.description.runtime),
+            plaintext_sha256=opened.plaintext_sha256,
+            rows=answer.rows,
+        )
+
+    async def unload(self, key: Digest) -> bool:
+        """End the model's process and give its memory back; False when it is not loaded."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            await entry.worker.close()
+        return entry is not None
+
+    async def probe(self) -> str:
+        """Have every idle worker answer, or start a worker without a model where there is none; a sentence about it.
+
+        Raises NotReady naming the model whose worker does not answer or was given up.
+        """
+        if not self._entries:
+            return await self._trial()
+        for entry in list(self._entries.values()):
+            if entry.worker.state == "failed" or entry.worker.idle:
+                await self._ping(entry.worker)
+        count = len(self._entries)
+        return f"{count} loaded {'model' if count == 1 else 'models'}, all at work or answering"
+
+    async def close(self) -> None:
+        """Unload everything."""
+        for key in list(self._entries):
+            await self.unload(key)
+
+    def _entry(self, opened: OpenedModel) -> _Entry:
+        entry = self._entries.get(opened.model.key)
+        if entry is None or entry.worker.opened.cid != opened.cid:
+            raise ModelNotLoaded(f"{opened.model} was unloaded meanwhile: send it again", model_id=opened.model.text)
+        return entry
+
+    async def _ping(self, worker: Worker) -> None:
+        try:
+            await worker.ping()
+        except (ModelFailed, DeadlineExceeded) as err:
+            raise ModelFailed(f"the worker of {worker.opened.model} does not answer: {err.detail}", kind="ping") from err
+
+    async def _trial(self) -> str:
+        """Start a worker that loads nothing: proves that one can be started, confined and asked."""
+        limit_s = self._deadlines.load_s
+        process = await Process.start(self._tuning.command, (), self._tuning.threads, lambda: None)
+        try:
+            async with asyncio.timeout(limit_s):
+                order = wire.Load(id=wire.new_id(), files=[], device=self._device, memory_bytes=0)
+                ready = wire.expect(await process.ask(order), wire.Ready)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no worker started within {limit_s:g} s", limit_s=f"{limit_s:g}") from None
+        finally:
+            await process.kill()
+        self._checks = dict(ready.checks)
+        return "no model is loaded; a worker starts and answers"
+
+
+def _view(entry: _Entry) -> Loaded:
+    worker = entry.worker
+    return Loaded(
+        model=worker.opened.model,
+        description=entry.description,
+        loaded_at=entry.loaded_at,
+        bytes=worker.opened.size,
+        sandbox=LEVEL,
+        seconds=entry.seconds,
+        state=worker.state,
+        pid=worker.pid,
+    )
+
+
+def _description(raw: bytes) -> Description:
+    """What the worker says of its model, typed, and with a runtime that has a canonical form. Raises ModelFailed."""
+    try:
+        description = msgspec.json.decode(raw, type=Description)
+        canonical(dict(description.runtime))
+    except (msgspec.MsgspecError, RecursionError, BadRequest):
+        raise wire.broken("what it says of its model is malformed") from None
+    return description
+
+
+def _checked(result: bytes) -> bytes:
+    """The same bytes, if they are one JSON value with finite numbers: they will stand in a signed answer as they are."""
+    try:
+        orjson.loads(result)
+    except orjson.JSONDecodeError:
+        raise wire.broken("its answer is not JSON") from None
+    return result
