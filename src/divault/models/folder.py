@@ -1,0 +1,86 @@
+"""The files of an opened model as a folder: read by name in bounded pieces, never unpacked to disk.
+
+>>> Folder([]).names
+()
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from divault.errors import SealedFileDamaged
+from divault.values import MemoryFile
+
+MAX_JSON_BYTES = 16 << 20
+"""Configurations have kilobytes; a label list of a large classifier has less than one MiB."""
+
+
+class Folder:
+    """Files by name. A tar of one directory counts as that directory: its name is dropped."""
+
+    def __init__(self, files: Sequence[MemoryFile]) -> None:
+        self._files = {file.name: file for file in files}
+        tops = {name.partition("/")[0] for name in self._files}
+        if len(tops) == 1 and all("/" in name for name in self._files):
+            self._files = {name.partition("/")[2]: file for name, file in self._files.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all files, in the archive's order."""
+        return tuple(self._files)
+
+    @property
+    def files(self) -> tuple[MemoryFile, ...]:
+        """All files, in the archive's order."""
+        return tuple(self._files.values())
+
+    def find(self, name: str) -> MemoryFile | None:
+        """The file of that name, if there is one."""
+        return self._files.get(name)
+
+    def text(self, name: str, max_bytes: int = MAX_JSON_BYTES) -> bytes | None:
+        """Content of a small file; None where it is missing. Raises SealedFileDamaged over `max_bytes`."""
+        file = self._files.get(name)
+        if file is None:
+            return None
+        if file.size > max_bytes:
+            raise SealedFileDamaged(f"{name} has {file.size} bytes, at most {max_bytes} are read", stage="payload")
+        return read_at(file, 0, file.size)
+
+    def json(self, name: str) -> Any:
+        """A JSON file's value; None where it is missing. Raises SealedFileDamaged for anything else than JSON."""
+        data = self.text(name)
+        if data is None:
+            return None
+        try:
+            return msgspec.json.decode(data)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as err:
+            raise SealedFileDamaged(f"{name} is not JSON: {str(err)[:100]}", stage="payload") from None
+
+    def json_object(self, name: str) -> dict[str, Any]:
+        """A JSON object; empty where the file is missing. Raises SealedFileDamaged."""
+        value = self.json(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise SealedFileDamaged(f"{name} holds no JSON object", stage="payload")
+        return value
+
+
+def read_at(file: MemoryFile, offset: int, count: int) -> bytes:
+    """Up to `count` bytes from `offset`, without moving the descriptor's position."""
+    pieces = []
+    while count > 0 and (piece := os.pread(file.fd, count, offset)):
+        pieces.append(piece)
+        offset += len(piece)
+        count -= len(piece)
+    return b"".join(pieces)
+
+
+def path_of(file: MemoryFile) -> str:
+    """A path that libraries can open and map; it is the memory file, nothing lies on disk."""
+    return f"/proc/self/fd/{file.fd}"

@@ -1,0 +1,286 @@
+"""Hugging Face folders: text classification, and sentence embeddings. From memory files, without a folder on disk.
+
+| folder with | task | `result` |
+|---|---|---|
+| `...ForSequenceClassification` | text-classification | `{"predictions": [{"label", "score", "scores"}]}` |
+| `modules.json` of sentence-transformers | embeddings | `{"embeddings": [[...]]}` |
+
+One entry per text, in order. Scores are a softmax over the labels, or a sigmoid of each where the model has one label
+or is a multi-label one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from divault.errors import ModelFailed, SealedFileDamaged, UnsupportedModel
+from divault.models import text_inputs
+from divault.models.base import Answer, Description, Inputs
+from divault.models.folder import Folder
+from divault.models.huggingface_files import (
+    SUPPORTED,
+    config_of,
+    is_one,
+    model_type_of,
+    raw_config,
+    tokenizer_of,
+    weights_of,
+)
+from divault.models.pooling import Pooling, pooling_of
+from divault.models.torch_runtime import device_name, prepare, runtime
+from divault.models.weights import read_weights
+from divault.values import MemoryFile
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Encoding, Tokenizer
+    from transformers import PretrainedConfig
+
+TOKENS_PER_PASS = 16_384
+"""Padding included; bounds working memory whatever a caller sends."""
+_HEAD = "ForSequenceClassification"
+_UNUSED = ("pooler.", "cls.", "lm_head.", "classifier.", "embeddings.position_ids")
+"""Tensors that an encoder without a head does not use; checkpoints come with and without them."""
+
+
+class HuggingFace:
+    """The format: a folder with config.json, tokenizer.json and weights."""
+
+    def recognises(self, files: Sequence[MemoryFile]) -> bool:
+        """Whether a configuration with a model type is among the files."""
+        return is_one(Folder(files))
+
+    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedText:
+        """The model in memory. Raises UnsupportedModel, SealedFileDamaged; SettingsInvalid for the device."""
+        folder = Folder(files)
+        model_type_of(folder)
+        pooling = pooling_of(folder)
+        if pooling is None and not _is_classifier(folder):
+            raise _other_task(folder)
+        place = prepare(device)
+        weights = read_weights(weights_of(folder))
+        config = config_of(folder, len(weights))
+        tokenizer = tokenizer_of(folder, config)
+        module = _module(config, weights, classifies=pooling is None).to(place)
+        encoder = _Encoder(module, tokenizer, config.pad_token_id or 0, place)
+        return LoadedText(encoder, _embedding_head(pooling) if pooling else _classifier_head(config), place)
+
+
+def _architectures(folder: Folder) -> list[str]:
+    told = raw_config(folder).get("architectures")
+    return [str(name)[:80] for name in told] if isinstance(told, list) else []
+
+
+def _is_classifier(folder: Folder) -> bool:
+    return any(name.endswith(_HEAD) for name in _architectures(folder))
+
+
+def _other_task(folder: Folder) -> UnsupportedModel:
+    seen = f"a Hugging Face folder of {', '.join(_architectures(folder)) or 'no stated architecture'}"
+    return UnsupportedModel(
+        f"{seen}: this node runs {SUPPORTED}. Embeddings need modules.json and 1_Pooling/config.json as "
+        f"sentence-transformers writes them; a classifier needs an architecture {_HEAD}",
+        seen=seen,
+        supported=SUPPORTED,
+    )
+
+
+def _module(config: PretrainedConfig, weights: Mapping[str, torch.Tensor], *, classifies: bool) -> torch.nn.Module:
+    """The network with exactly these weights. Raises SealedFileDamaged where one is missing or has another shape."""
+    import torch
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    _silence()
+    auto: Any = AutoModelForSequenceClassification if classifies else AutoModel
+    try:
+        with torch.device("meta"):
+            plan = auto.from_config(config)
+        _check_size(plan, weights)
+        module, report = type(plan).from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(weights),
+            dtype=torch.float32,
+            attn_implementation="eager" if not plan._supports_sdpa else "sdpa",  # noqa: SLF001 - its only name
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    # What the constructors of the library raise for sizes that don't go together.
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError) as err:
+        raise SealedFileDamaged(f"config.json and weights don't fit: {str(err)[:200]}", stage="payload") from None
+    _check_report(report, classifies=classifies)
+    module.requires_grad_(requires_grad=False)
+    loaded: torch.nn.Module = module.eval()
+    return loaded
+
+
+def _silence() -> None:
+    """No progress bars and no advice on stderr, which nobody reads here."""
+    from transformers.utils import logging
+
+    switches: Any = logging
+    switches.disable_progress_bar()
+    switches.set_verbosity_error()
+
+
+def _check_size(plan: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """The network without memory may not be much larger than the weights; a pooler may be missing in them."""
+    planned = sum(parameter.numel() for parameter in plan.parameters())
+    stored = sum(tensor.numel() for tensor in weights.values())
+    if planned > 2 * stored + (1 << 20):
+        raise SealedFileDamaged(
+            f"config.json describes {planned} parameters, the weights have {stored}", stage="payload"
+        )
+
+
+def _check_report(report: Mapping[str, Any], *, classifies: bool) -> None:
+    """No weight of an answer may be made up: a missing one would be random."""
+    missing = sorted(name for name in report["missing_keys"] if classifies or not name.startswith(_UNUSED))
+    if missing or report["mismatched_keys"] or report["error_msgs"]:
+        odd = [*missing, *(str(entry)[:80] for entry in report["mismatched_keys"])]
+        raise SealedFileDamaged(f"the weights lack, or have in another shape: {', '.join(odd[:4])}", stage="payload")
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What becomes of the network's output."""
+
+    task: str
+    rows: Callable[[Any, torch.Tensor], torch.Tensor]
+    """float32 [n, width] of the network's output and the attention mask."""
+    result: Callable[[list[list[float]]], dict[str, Any]]
+    output_schema: Mapping[str, Any]
+    prompt: str = ""
+    lower_case: bool = False
+
+
+class _Encoder:
+    """Texts to rows of numbers, in passes of bounded size."""
+
+    def __init__(self, module: torch.nn.Module, tokenizer: Tokenizer, padding: int, device: torch.device) -> None:
+        self._module = module
+        self._tokenizer = tokenizer
+        self._padding = padding
+        self._device = device
+
+    def rows(self, texts: Sequence[str], head: _Head) -> list[list[float]]:
+        """One row for each text, in order. Raises InputInvalid, ModelFailed."""
+        encodings = self._tokenizer.encode_batch(list(texts))
+        if not all(encoding.ids for encoding in encodings):
+            text_inputs.refuse("text", "nothing is left of a text after tokenizing")
+        order = sorted(range(len(texts)), key=lambda index: len(encodings[index].ids))
+        rows: list[list[float]] = [[] for _ in texts]
+        for part in _passes(order, encodings):
+            for index, row in zip(part, self._pass([encodings[index].ids for index in part], head), strict=True):
+                rows[index] = row
+        return rows
+
+    def _pass(self, ids: list[list[int]], head: _Head) -> list[list[float]]:
+        import torch
+
+        longest = max(map(len, ids))
+        padded = torch.tensor([row + [self._padding] * (longest - len(row)) for row in ids], device=self._device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=self._device)
+        with torch.inference_mode():
+            output = head.rows(self._module(input_ids=padded, attention_mask=mask), mask)
+        if not torch.isfinite(output).all():
+            raise ModelFailed("the model gave a number that is not finite", kind="not_finite")
+        rows: list[list[float]] = output.cpu().tolist()
+        return rows
+
+
+def _passes(order: Sequence[int], encodings: Sequence[Encoding]) -> Iterator[list[int]]:
+    """Texts of similar length together, at most TOKENS_PER_PASS in a pass with its padding."""
+    part: list[int] = []
+    for index in order:
+        # Sorted by length: the newest is the longest.
+        if part and (len(part) + 1) * len(encodings[index].ids) > TOKENS_PER_PASS:
+            yield part
+            part = []
+        part.append(index)
+    yield part
+
+
+class LoadedText:
+    """A text model in memory."""
+
+    def __init__(self, encoder: _Encoder, head: _Head, device: torch.device) -> None:
+        self._encoder = encoder
+        self._head = head
+        self._description = Description(
+            format="huggingface",
+            task=head.task,
+            device=device_name(device),
+            input_schema=text_inputs.SCHEMA,
+            output_schema=head.output_schema,
+            example=text_inputs.EXAMPLE,
+            runtime=runtime("huggingface", device, ("transformers", "tokenizers", "safetensors")),
+        )
+        self.predict([Inputs(text_inputs.EXAMPLE, {})])
+
+    @property
+    def description(self) -> Description:
+        """What it is and takes."""
+        return self._description
+
+    def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
+        """One answer per caller; texts of all callers share passes. Raises InputInvalid, ModelFailed."""
+        callers = [text_inputs.parse(inputs.data) for inputs in batch]
+        rows = iter(self._encoder.rows([self._prepared(text) for texts in callers for text in texts], self._head))
+        return [Answer(self._head.result([next(rows) for _ in texts]), len(texts)) for texts in callers]
+
+    def _prepared(self, text: str) -> str:
+        text = self._head.prompt + text
+        return text.lower() if self._head.lower_case else text
+
+
+def _embedding_head(pooling: Pooling) -> _Head:
+    return _Head(
+        task="embeddings",
+        rows=lambda output, mask: pooling.apply(output.last_hidden_state, mask),
+        result=lambda rows: {"embeddings": rows},
+        output_schema={
+            "type": "object",
+            "required": ["embeddings"],
+            "properties": {"embeddings": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}},
+        },
+        prompt=pooling.prompt,
+        lower_case=pooling.lower_case,
+    )
+
+
+def _classifier_head(config: PretrainedConfig) -> _Head:
+    names: Any = config.id2label
+    labels = tuple(str(names[index])[:200] for index in sorted(names))
+    if len(set(labels)) != len(labels):
+        raise SealedFileDamaged("two labels in config.json have the same name", stage="payload")
+    each = len(labels) == 1 or config.problem_type == "multi_label_classification"
+    return _Head(
+        task="text-classification",
+        rows=lambda output, mask: output.logits.sigmoid() if each else output.logits.softmax(dim=-1),  # noqa: ARG005
+        result=lambda rows: {"predictions": [_prediction(labels, row) for row in rows]},
+        output_schema={
+            "type": "object",
+            "required": ["predictions"],
+            "properties": {"predictions": {"type": "array", "items": _prediction_schema(labels)}},
+        },
+    )
+
+
+def _prediction(labels: Sequence[str], row: list[float]) -> dict[str, Any]:
+    best = max(range(len(row)), key=row.__getitem__)
+    return {"label": labels[best], "score": row[best], "scores": dict(zip(labels, row, strict=True))}
+
+
+def _prediction_schema(labels: Sequence[str]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": ["label", "score", "scores"],
+        "properties": {
+            "label": {"enum": list(labels)},
+            "score": {"type": "number", "minimum": 0, "maximum": 1},
+            "scores": {"type": "object", "additionalProperties": {"type": "number"}},
+        },
+    }

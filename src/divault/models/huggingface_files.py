@@ -1,0 +1,166 @@
+"""A Hugging Face folder, read from memory files: which parts it has, and a configuration with nothing left to follow.
+
+Rules:
+
+1. `model_type` is one of `TYPES`; another one is refused by name, whatever `auto_map` or *.py files offer. Code of a
+   folder is never run, and nothing is fetched.
+2. Of `config.json` only members stay that the configuration class itself knows, without those that name code, kernels,
+   quantizers or dtypes (`auto_map`, `_attn_implementation_internal`, ...).
+3. Numbers are bounded, so that a configuration can't claim memory that the weights don't have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from divault.errors import SealedFileDamaged, UnsupportedModel
+from divault.models.containers import Container, container_of
+from divault.models.folder import Folder
+from divault.values import MemoryFile
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PretrainedConfig
+
+_TYPE_NAMES = """
+    albert bert camembert deberta deberta-v2 distilbert electra ernie mobilebert modernbert mpnet roberta rembert
+    squeezebert convbert megatron-bert roformer xlm-roberta
+"""
+TYPES = frozenset(_TYPE_NAMES.split())
+"""Encoders of text whose classes live in transformers itself."""
+SUPPORTED = "text classification and sentence embeddings with " + ", ".join(sorted(TYPES))
+
+MAX_NUMBER = 1 << 20
+"""Of any number in a configuration: vocabularies have up to 500,000 words."""
+MAX_LAYERS = 256
+MAX_LABELS = 4096
+MAX_TOKENIZER_BYTES = 64 << 20
+_MAX_TOKENS = 8192
+_DEFAULT_TOKENS = 512
+_OFFSET_BY_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
+"""Positions of these start behind the padding id, so that many of the table's rows can't be used."""
+_DROPPED_NAMES = """
+    _attn_implementation _attn_implementation_internal _experts_implementation_internal _name_or_path
+    add_cross_attention architectures attn_implementation auto_map chunk_size_feed_forward dtype is_decoder
+    is_encoder_decoder model_type output_attentions output_hidden_states quantization_config reference_compile
+    return_dict torch_dtype transformers_version transformers_weights use_cache
+"""
+_DROPPED = frozenset(_DROPPED_NAMES.split())
+_SHARD = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors", re.ASCII)
+
+
+def is_one(folder: Folder) -> bool:
+    """Whether the folder has a configuration with a model type and is more than a state dict. Never raises."""
+    try:
+        return isinstance(raw_config(folder).get("model_type"), str)
+    except SealedFileDamaged:
+        return False
+
+
+def raw_config(folder: Folder) -> dict[str, Any]:
+    """`config.json`, or the configuration inside `divault.json`; empty without either. Raises SealedFileDamaged."""
+    told = folder.json_object("divault.json").get("architecture")
+    if isinstance(told, dict) and told.get("type") == "huggingface":
+        config = told.get("config")
+        return {"model_type": "missing"} | config if isinstance(config, dict) else {"model_type": "missing"}
+    return folder.json_object("config.json")
+
+
+def weights_of(folder: Folder) -> list[MemoryFile]:
+    """Files with weights: safetensors, all shards of it, or else pytorch_model.bin. Raises UnsupportedModel."""
+    safe = [file for name in folder.names if _SHARD.fullmatch(name) and (file := folder.find(name))]
+    if safe:
+        return safe
+    single = folder.find("pytorch_model.bin")
+    if single is not None:
+        return [single]
+    others = {container_of(file) for file in folder.files} - {Container.OTHER}
+    seen = f"a Hugging Face folder with {min(others).value}" if others else "a Hugging Face folder without weights"
+    raise UnsupportedModel(
+        f"{seen}: put model.safetensors beside config.json", seen=seen, supported="model.safetensors, pytorch_model.bin"
+    )
+
+
+def model_type_of(folder: Folder) -> str:
+    """The model type. Raises UnsupportedModel for one that isn't in `TYPES`."""
+    kind = str(raw_config(folder).get("model_type"))[:60]
+    if kind in TYPES:
+        return kind
+    own_code = sorted(name for name in folder.names if name.endswith(".py"))
+    code = f" that brings its own code ({own_code[0]}), which is never run" if own_code else ""
+    seen = f"a Hugging Face model of type {kind!r}"
+    raise UnsupportedModel(f"{seen}{code}; this node loads {SUPPORTED}", seen=seen + code, supported=SUPPORTED)
+
+
+def config_of(folder: Folder, tensors: int) -> PretrainedConfig:
+    """A configuration object without anything that names code. `tensors`: how many the weights have.
+
+    Raises UnsupportedModel, SealedFileDamaged.
+    """
+    from transformers import AutoConfig
+
+    kind, raw = model_type_of(folder), raw_config(folder)
+    try:
+        known = AutoConfig.for_model(kind).to_dict().keys() | {"num_labels"}
+        kept = {name: value for name, value in raw.items() if name in known and name not in _DROPPED}
+        _check_numbers(kept)
+        config = AutoConfig.for_model(kind, **kept)
+    # Configuration classes check their arguments each in its own way.
+    except (TypeError, ValueError, KeyError, AttributeError) as err:
+        raise SealedFileDamaged(f"config.json doesn't hold: {str(err)[:200]}", stage="payload") from None
+    layers = getattr(config, "num_hidden_layers", 0)
+    shared = kind == "albert"  # one set of weights, used again by every layer
+    if layers > MAX_LAYERS or (layers > tensors and not shared):
+        raise SealedFileDamaged(f"config.json has {layers} layers, the weights {tensors} tensors", stage="payload")
+    return config
+
+
+def _check_numbers(value: Any) -> None:
+    if isinstance(value, Mapping | list):
+        if len(value) > MAX_LABELS:
+            raise ValueError(f"a list of over {MAX_LABELS}")
+        for item in value.values() if isinstance(value, Mapping) else value:
+            _check_numbers(item)
+    elif isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
+        raise ValueError(f"a number over {MAX_NUMBER}")
+
+
+def max_tokens(folder: Folder, config: PretrainedConfig) -> int:
+    """Most tokens of one text, special ones included: the least of what model, tokenizer and sentence config say."""
+    positions = getattr(config, "max_position_embeddings", _DEFAULT_TOKENS)
+    if config.model_type in _OFFSET_BY_PADDING:
+        positions -= (config.pad_token_id if config.pad_token_id is not None else 1) + 1
+    told = [
+        folder.json_object("tokenizer_config.json").get("model_max_length"),
+        folder.json_object("sentence_bert_config.json").get("max_seq_length"),
+    ]
+    # Tokenizers without a limit say 10^30.
+    limits = [int(limit) for limit in told if isinstance(limit, int | float) and 1 <= limit <= MAX_NUMBER]
+    return max(1, min([positions, _MAX_TOKENS, *limits]))
+
+
+def tokenizer_of(folder: Folder, config: PretrainedConfig) -> Tokenizer:
+    """The tokenizer, set to cut at the model's limit. Raises UnsupportedModel, SealedFileDamaged."""
+    from tokenizers import Tokenizer
+
+    text = folder.text("tokenizer.json", MAX_TOKENIZER_BYTES)
+    if text is None:
+        raise UnsupportedModel(
+            "a Hugging Face folder needs tokenizer.json: save the tokenizer with a fast class",
+            seen="a Hugging Face folder without tokenizer.json",
+            supported="tokenizer.json of the tokenizers library",
+        )
+    try:
+        tokenizer = Tokenizer.from_str(text.decode())
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_tokens(folder, config))
+        highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    except Exception as err:  # noqa: BLE001 - the library raises bare Exception for every broken file
+        raise SealedFileDamaged(f"tokenizer.json doesn't hold: {str(err)[:200]}", stage="payload") from None
+    if not 0 <= highest < config.vocab_size:
+        raise SealedFileDamaged(
+            f"tokenizer.json has ids up to {highest}, the model {config.vocab_size} embeddings", stage="payload"
+        )
+    return tokenizer

@@ -1,0 +1,235 @@
+"""PyTorch: a state dict (torch.save or safetensors) whose architecture stands in `divault.json`. Data only, no code.
+
+Code-bearing formats of PyTorch (TorchScript, torch.export, pickled modules) and its old file format are recognised here
+so that they are refused by their name.
+
+Members of `divault.json` that count here: `architecture`, `input_shape`, `labels`, `task`.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from divault.errors import InputInvalid, ModelFailed, UnsupportedModel
+from divault.models import huggingface_files
+from divault.models.architecture import EXAMPLE, Network, build
+from divault.models.base import Answer, Description, Inputs
+from divault.models.folder import Folder
+from divault.models.tensors import TensorSpec
+from divault.models.torch_runtime import device_name, prepare, runtime
+from divault.models.weights import SUPPORTED, read_weights, weight_files
+from divault.values import MemoryFile
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_ANSWER_NUMBERS = 1 << 22
+"""Numbers of one answer; as JSON they take up to 80 MiB, over any answer limit of a node."""
+_MAX_LABELS = 100_000
+_ANY_SIZE_IN_EXAMPLE = 8
+_LONGEST_LISTED_EXAMPLE = 256
+_LONGEST_EXAMPLE_BYTES = 64 << 10
+"""Longer ones stand in the description without their bytes, which all are zero."""
+
+
+class TorchState:
+    """The format: weights with an architecture by name."""
+
+    def recognises(self, files: Sequence[MemoryFile]) -> bool:
+        """Whether weights of PyTorch are among the files, and they are no Hugging Face folder."""
+        return not huggingface_files.is_one(Folder(files)) and bool(weight_files(files))
+
+    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedNetwork:
+        """The network in memory. Raises UnsupportedModel, SealedFileDamaged; SettingsInvalid for the device."""
+        folder = Folder(files)
+        weights = read_weights(weight_files(folder.files))
+        told = folder.json_object("divault.json")
+        if told.get("architecture") is None:
+            raise _without_architecture(folder)
+        place = prepare(device)
+        network = build(told["architecture"], told.get("input_shape"), weights)
+        network.module.to(place)
+        return LoadedNetwork(network, _labels(told), place, str(told.get("task") or "prediction"))
+
+
+def _without_architecture(folder: Folder) -> UnsupportedModel:
+    where = "divault.json has no architecture" if folder.find("divault.json") else "there is no divault.json"
+    return UnsupportedModel(
+        f"a state dict says nothing about its layers, and {where}: seal a tar with the weights and a divault.json, "
+        f"for example {EXAMPLE}",
+        seen="a PyTorch state dict without an architecture",
+        supported=f"{SUPPORTED} in a tar with divault.json",
+    )
+
+
+def _labels(told: Mapping[str, Any]) -> tuple[str, ...]:
+    labels = told.get("labels")
+    if labels is None:
+        return ()
+    if isinstance(labels, list) and 1 <= len(labels) <= _MAX_LABELS and all(isinstance(name, str) for name in labels):
+        return tuple(name[:200] for name in labels)
+    raise UnsupportedModel(
+        'labels in divault.json is a list of texts, one for each output: "labels": ["cat", "dog"]',
+        seen="labels that are not a list of texts",
+        supported="a list of texts",
+    )
+
+
+class LoadedNetwork:
+    """A network with its weights, ready to run."""
+
+    def __init__(self, network: Network, labels: tuple[str, ...], device: torch.device, task: str) -> None:
+        self._network = network
+        self._labels = labels
+        self._device = device
+        zeros = _zeros(network)
+        self._spec = TensorSpec(network.item_shape, network.vocabulary, {"tensor": _written(zeros)})
+        self._output_shape = self._probed(zeros)
+        self._description = self._described(task)
+
+    @property
+    def description(self) -> Description:
+        """What it is and takes."""
+        return self._description
+
+    def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
+        """One answer per caller; callers never share a pass, so nobody's answer depends on who else asked.
+
+        Raises InputInvalid; ModelFailed where the network fails on a valid input or gives numbers that aren't finite.
+        """
+        parsed = [self._parsed(inputs.data) for inputs in batch]
+        return [self._answer(self._run(array)) for array in parsed]
+
+    def _parsed(self, data: Any) -> NDArray[Any]:
+        if isinstance(data, list) and data and all(isinstance(one, dict) for one in data):
+            arrays = [self._parsed(one) for one in data]
+            if len({array.shape[1:] for array in arrays}) > 1:
+                self._spec.refuse("tensor", "items of one call differ in shape")
+            return np.concatenate(arrays)
+        fields = [name for name in ("tensor", "inputs") if isinstance(data, dict) and name in data]
+        if len(fields) != 1 or len(data) != 1:
+            raise InputInvalid(
+                f'this model takes {{"tensor": ...}}: {self._spec.expected}',
+                field="input_data",
+                expected=f'{{"tensor": ...}} with {self._spec.expected}',
+                example=dict(self._spec.example),
+            )
+        return self._spec.parse(data[fields[0]], fields[0])
+
+    def _run(self, array: NDArray[Any]) -> torch.Tensor:
+        import torch
+
+        with torch.inference_mode():
+            output = self._network.module(torch.from_numpy(array).to(self._device))
+        if not isinstance(output, torch.Tensor) or output.ndim == 0 or output.shape[0] != len(array):
+            raise ModelFailed("the network didn't give one row for each item", kind="output_shape")
+        if output.numel() > MAX_ANSWER_NUMBERS:
+            raise ModelFailed(f"the answer has {output.numel()} numbers: send fewer items", kind="output_size")
+        if not torch.isfinite(output).all():
+            raise ModelFailed("the network gave a number that is not finite", kind="not_finite")
+        return output.cpu()
+
+    def _probed(self, zeros: NDArray[Any]) -> tuple[int, ...]:
+        """Shape of one row of output, seen by running zeros. Raises UnsupportedModel where they don't run."""
+        try:
+            output = self._run(zeros)
+        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as err:
+            raise UnsupportedModel(
+                f"the layers don't fit together: {str(err)[:200]}",
+                seen="layers that don't run on an input of the stated shape",
+                supported="layers whose sizes fit, and input_shape where the first layer doesn't tell",
+            ) from None
+        if self._labels and tuple(output.shape[1:]) != (len(self._labels),):
+            raise UnsupportedModel(
+                f"divault.json has {len(self._labels)} labels, a row of output has the shape {list(output.shape[1:])}",
+                seen="labels that don't fit the output",
+                supported="one label for each output",
+            )
+        return tuple(output.shape[1:])
+
+    def _answer(self, output: torch.Tensor) -> Answer:
+        rows: list[Any] = output.tolist()
+        if not self._labels:
+            return Answer({"predictions": rows}, len(rows))
+        return Answer({"predictions": [self._labelled(row) for row in rows]}, len(rows))
+
+    def _labelled(self, row: list[float]) -> dict[str, Any]:
+        """The label of the highest output; scores are the outputs as the network gives them."""
+        best = max(range(len(row)), key=row.__getitem__)
+        return {
+            "label": self._labels[best],
+            "score": row[best],
+            "scores": dict(zip(self._labels, row, strict=True)),
+        }
+
+    def _described(self, task: str) -> Description:
+        number = {"type": "integer"} if self._spec.below else {"type": "number"}
+        row = _nested(number, self._spec.item_shape)
+        listed: dict[str, Any] = {"anyOf": [row, {"type": "array", "items": row, "minItems": 1}, _ENCODED]}
+        return Description(
+            format="torch",
+            task=task,
+            device=device_name(self._device),
+            input_schema={"type": "object", "required": ["tensor"], "properties": {"tensor": listed}},
+            output_schema={
+                "type": "object",
+                "required": ["predictions"],
+                "properties": {"predictions": {"type": "array", "items": self._row_schema()}},
+            },
+            example=self._spec.example,
+            runtime=runtime("torch-state", self._device, ("safetensors",)),
+        )
+
+    def _row_schema(self) -> dict[str, Any]:
+        if not self._labels:
+            return _nested({"type": "number"}, self._output_shape)
+        return {
+            "type": "object",
+            "required": ["label", "score", "scores"],
+            "properties": {
+                "label": {"type": "string"},
+                "score": {"type": "number"},
+                "scores": {"type": "object", "additionalProperties": {"type": "number"}},
+            },
+        }
+
+
+_ENCODED = {
+    "type": "object",
+    "required": ["dtype", "shape", "data"],
+    "properties": {
+        "dtype": {"enum": ["float32", "float64", "int64", "int32"]},
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "data": {"type": "string", "contentEncoding": "base64"},
+    },
+}
+
+
+def _nested(leaf: dict[str, Any], shape: Sequence[int | None]) -> dict[str, Any]:
+    """JSON Schema of arrays of this shape."""
+    schema = leaf
+    for size in reversed(shape):
+        fixed = {} if size is None else {"minItems": size, "maxItems": size}
+        schema = {"type": "array", "items": schema, **fixed}
+    return schema
+
+
+def _zeros(network: Network) -> NDArray[Any]:
+    """A batch of one item."""
+    sizes = (_ANY_SIZE_IN_EXAMPLE if size is None else size for size in network.item_shape)
+    return np.zeros((1, *sizes), dtype=np.float32 if network.vocabulary is None else np.int64)
+
+
+def _written(array: NDArray[Any]) -> Any:
+    """As lists while they are short, else as bytes."""
+    if array.size <= _LONGEST_LISTED_EXAMPLE:
+        return array.tolist()
+    data = f"<{array.nbytes} bytes in base64>"
+    if array.nbytes <= _LONGEST_EXAMPLE_BYTES:
+        data = base64.b64encode(array.tobytes()).decode()
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
