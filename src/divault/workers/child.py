@@ -1,126 +1,123 @@
-"""The worker: one process, one model, one socket.
+"""The process that holds one model: confined first, then it loads, then it answers until the gateway hangs up.
 
-It is started clean by `process`, moves its descriptors into place (3: the socket, from 4 on: the model's files), gives
-up what it doesn't need (`confine`), loads the model and answers one question at a time until its socket ends. It holds
-no key and knows no chain, ledger or caller.
+Steps:
+
+1. Read one frame that says which inherited descriptors are the model's files, and how much memory it may take.
+2. `confine`: nothing of the model is read before that.
+3. Recognise and load the model; the libraries of its format alone are imported.
+4. Answer frames, one at a time. Inputs are strict JSON; what a model gives is checked and copied before it is sent.
+
+Whatever a model raises becomes a typed problem with its type's name and at most 200 escaped characters of its text.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import sys
-import tempfile
-from typing import NoReturn
+from typing import Any
 
-import msgspec
+import orjson
 
+from divault import models
 from divault.errors import DivaultError, ModelFailed
-from divault.models import answers, formats, inputs
-from divault.models.files import ModelFile
-from divault.workers import wire
-from divault.workers.confine import confine, settle
+from divault.models.base import Inputs, LoadedModel
+from divault.values import MemoryFile
+from divault.workers import strict_json, wire
+from divault.workers.confine import Policy, Verdict, confine
 
-_MAX_QUESTION = 64 << 20
-"""The gateway's own limit on bodies is lower; this only bounds a mistake."""
-_TEXT = 200
+IDLE_ADDRESS_SPACE = 6 << 30
+"""Libraries alone map up to 3 GiB (PyTorch with its threads' stacks and arenas); the rest is for working memory."""
+IDLE_DATA = 3 << 30
+ENVIRONMENT = frozenset(
+    {
+        "HF_HUB_OFFLINE",
+        "JOBLIB_MULTIPROCESSING",
+        "LANG",
+        "LC_CTYPE",  # Python itself sets it at its start
+        "OMP_NUM_THREADS",
+        "OMP_WAIT_POLICY",
+        "OPENBLAS_NUM_THREADS",
+        "PATH",
+        "TOKENIZERS_PARALLELISM",
+        "TRANSFORMERS_OFFLINE",
+    }
+)
+_ERROR_TEXT = 200
+NOTHING = b"{}"
+"""Description of a worker that was started without files, to prove that workers can be started and confined."""
 
 
-def main() -> NoReturn:
-    """Entry of the process: the last argument lists the descriptors, socket first. Ends with the socket."""
-    numbers = settle([int(text) for text in sys.argv[-1].split(",")])
-    # Nothing is writable, so nothing may look for a place to write.
-    tempfile.tempdir = "/nonexistent"
-    with socket.socket(fileno=numbers[0]) as connection:
-        Worker(connection, numbers[1:]).serve()
+def main() -> None:
+    """Entry of the process: the descriptor of its socket is the last argument."""
+    with socket.socket(fileno=int(sys.argv[-1])) as connection:
+        order = wire.receive(connection)
+        if isinstance(order, wire.Load):
+            checks = confine(_policy(order, connection.fileno()))
+            model, reply = _load(order, checks)
+            wire.send(connection, reply)
+            if isinstance(reply, wire.Ready):
+                _serve(connection, model)
+    # Teardown of the interpreter is of use to nobody, and libraries may hang in it.
     os._exit(0)
 
 
-class Worker:
-    """Answers the questions of the gateway."""
-
-    def __init__(self, connection: socket.socket, descriptors: list[int]) -> None:
-        self._connection = connection
-        self._descriptors = descriptors
-        self._model: formats.LoadedModel | None = None
-
-    def serve(self) -> None:
-        """Answer until the gateway closes the socket. Raises ProtocolError, which ends the process."""
-        while (question := self._next()) is not None:
-            self._connection.sendall(wire.pack(self._answer(question)))
-
-    def _next(self) -> wire.Question | None:
-        header = self._exactly(wire.HEADER.size)
-        if header is None:
-            return None
-        (length,) = wire.HEADER.unpack(header)
-        if length > _MAX_QUESTION:
-            raise wire.ProtocolError("a question over the limit")
-        body = self._exactly(length)
-        return None if body is None else wire.read_question(bytes(body))
-
-    def _exactly(self, count: int) -> bytearray | None:
-        data = bytearray(count)
-        view = memoryview(data)
-        while view:
-            taken = self._connection.recv_into(view)
-            if not taken:
-                return None
-            view = view[taken:]
-        return data
-
-    def _answer(self, question: wire.Question) -> wire.Reply:
-        try:
-            return self._work(question)
-        except ModelFailed as err:
-            return wire.Failed(wire.VERSION, question.id, err.data.get("kind", "model"), _escaped(err.detail))
-        except DivaultError as err:
-            return wire.Refused(wire.VERSION, question.id, err.code, err.detail[:2000], msgspec.json.encode(err.data))
-        except Exception as err:  # noqa: BLE001  # whatever a model raises is an answer: its name and a short text
-            return wire.Failed(wire.VERSION, question.id, _escaped(type(err).__name__)[:100], _escaped(str(err)))
-
-    def _work(self, question: wire.Question) -> wire.Reply:
-        match question:
-            case wire.Start():
-                report = confine(question.policy)
-                return wire.Ready(wire.VERSION, question.id, report.level, report.checks)
-            case wire.Load():
-                return self._load(question)
-            case wire.Run():
-                return self._run(question)
-            case wire.Ping():
-                return wire.Pong(wire.VERSION, question.id)
-
-    def _load(self, question: wire.Load) -> wire.Reply:
-        files = [
-            ModelFile(note.name, descriptor, note.size)
-            for note, descriptor in zip(question.files, self._descriptors, strict=True)
-        ]
-        self._model = formats.load(files, formats.Device(threads=question.threads))
-        # What is there now stays: the collector need not walk it again at every run.
-        gc.collect()
-        gc.freeze()
-        return wire.Loaded(wire.VERSION, question.id, msgspec.json.encode(self._model.description))
-
-    def _run(self, question: wire.Run) -> wire.Reply:
-        model = self._model
-        if model is None:
-            raise wire.ProtocolError("a run before a load")
-        batch = inputs.parse(model.takes, question.input, question.parameters)
-        rows = len(batch.rows)
-        result = answers.encode(model.predict(batch), rows, alone=batch.alone)
-        if len(result) > question.most:
-            raise ModelFailed(
-                f"the answer has {len(result)} bytes, at most {question.most} are sent: ask for fewer rows", kind="answer"
-            )
-        return wire.Result(wire.VERSION, question.id, result, rows)
+def _policy(order: wire.Load, channel: int) -> Policy:
+    return Policy(
+        keep=(channel, *(file.fd for file in order.files)),
+        environment=ENVIRONMENT,
+        address_space=IDLE_ADDRESS_SPACE + order.memory_bytes,
+        data=IDLE_DATA + order.memory_bytes,
+    )
 
 
-def _escaped(text: str) -> str:
-    """At most 200 printable ASCII characters."""
-    return text[:_TEXT].encode("unicode_escape").decode("ascii")[:_TEXT]
+def _load(order: wire.Load, checks: dict[str, Verdict]) -> tuple[LoadedModel | None, wire.Ready | wire.Failed]:
+    if not order.files:
+        return None, wire.Ready(id=order.id, description=NOTHING, checks=checks)
+    files = [MemoryFile(file.name, file.fd, file.size) for file in order.files]
+    try:
+        model = models.load(files, order.device)
+        description = orjson.dumps(model.description)
+    except DivaultError as err:
+        return None, wire.Failed(id=order.id, problem=_problem(err))
+    except MemoryError:
+        error = ModelFailed("the model takes more memory than this node gives it", kind="memory")
+        return None, wire.Failed(id=order.id, problem=_problem(error))
+    except Exception as err:  # noqa: BLE001 - the load of somebody's file ends here, whatever a library makes of it
+        return None, wire.Failed(id=order.id, problem=_problem(_raised("loading the model", err)))
+    return model, wire.Ready(id=order.id, description=description, checks=checks)
 
 
-if __name__ == "__main__":
-    main()
+def _serve(connection: socket.socket, model: LoadedModel | None) -> None:
+    while (request := wire.receive(connection)) is not None:
+        if isinstance(request, wire.Ping):
+            wire.send(connection, wire.Pong(id=request.id))
+        elif isinstance(request, wire.Run) and model is not None:
+            items = [_answer(model, item) for item in request.items]
+            wire.send(connection, wire.Answers(id=request.id, items=items))
+
+
+def _answer(model: LoadedModel, item: wire.Item) -> wire.Success | wire.Problem:
+    try:
+        inputs = Inputs(strict_json.parse(item.data, "input_data"), _parameters(item.parameters))
+        answer = model.predict([inputs])[0]
+        return wire.Success(strict_json.dump(answer.result, wire.MAX_RESULT_BYTES), answer.rows)
+    except DivaultError as err:
+        return _problem(err)
+    except MemoryError:
+        return _problem(ModelFailed("the model ran out of the memory that this node gives it", kind="memory"))
+    except Exception as err:  # noqa: BLE001 - one caller's request ends here, whatever the model raises
+        return _problem(_raised("the model", err))
+
+
+def _parameters(raw: bytes | None) -> dict[str, Any]:
+    return strict_json.parse_object(raw, "parameters") if raw is not None else {}
+
+
+def _raised(what: str, err: Exception) -> ModelFailed:
+    text = wire.escaped(str(err), _ERROR_TEXT)
+    return ModelFailed(f"{what} raised {wire.escaped(type(err).__name__, 80)}: {text}", kind="raised")
+
+
+def _problem(err: DivaultError) -> wire.Problem:
+    return wire.Problem(err.code, err.detail[: wire.MAX_TEXT], orjson.dumps(err.data))

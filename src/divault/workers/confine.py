@@ -1,11 +1,11 @@
-"""What a worker gives up before it reads a byte of the model, and what of that the kernel really enforces.
+"""What a worker gives up before it touches a byte of a model, and the proof of each part.
 
-The seam is `confine(policy) -> Report`: it runs once in the worker, in order, and a step that fails ends the worker.
-This release reaches the level `partial`: no privileges to gain, no core dumps, not readable by others, limited memory,
-no file to write, no descriptor but the socket and the model. Files can still be read and sockets opened, which
-the report says (`not_enforced`); that is why formats that carry code are refused.
+`confine(policy)` is called once, in the worker, while it has one thread. A step that fails ends the worker. The report
+says what was seen to hold, by the names of the node's public description; a name without a mechanism is `not_enforced`.
 
-A check is `enforced` only if the forbidden act was tried here and the kernel refused it.
+Descriptors bypass every later rule, so they are closed first; the death signal and the group make sure that nothing
+outlives the node; dumpable 0 keeps siblings of one user from reading this memory, and it gives /proc/self to root,
+hence after the last write there.
 """
 
 from __future__ import annotations
@@ -16,115 +16,130 @@ import mmap
 import os
 import resource
 import signal
-import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-
-from divault.workers.wire import Policy
+from typing import Literal
 
 LEVEL = "partial"
-NOT_ENFORCED = ("fs_read", "net_tcp", "net_udp", "unix", "spawn", "signal", "ptrace", "proc", "proc_limit", "pid_ns", "net_ns")
-"""Checks of the full sandbox that nothing here holds."""
-TRIED = ("mem_limit", "fs_write", "core_dump", "no_new_privs", "unreadable")
-CHECKS = (*TRIED, *NOT_ENFORCED)
+"""No file system, network or system call rules yet: what `confine` does is less than the level `standard`."""
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_GET_DUMPABLE = 1, 4, 3
-_PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 38, 39
-_SETTLED = 3
+Verdict = Literal["enforced", "not_enforced", "unknown"]
+
+UNCONFINED = ("fs_read", "fs_write", "net_tcp", "net_udp", "unix", "spawn", "signal", "ptrace", "proc")
+"""Acts that nothing refuses at this level."""
+PROVEN = ("mem_limit", "descriptors", "environment", "no_core_dump", "no_file_growth", "no_new_privs", "not_dumpable")
+
+_PR_SET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 1, 3, 4, 38, 39
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """The level that is really there, and each check: `enforced` or `not_enforced`."""
+class Policy:
+    """What this worker may keep."""
 
-    level: str
-    checks: dict[str, str]
-
-
-def settle(descriptors: list[int]) -> list[int]:
-    """Move the descriptors to 3, 4, ... in their order and close all others above stderr; gives the new numbers."""
-    above = _SETTLED + len(descriptors)
-    # Copies above all targets first, so that no target overwrites one that still has to be moved.
-    copies = [_above(descriptor, above) for descriptor in descriptors]
-    settled = [os.dup2(copy, _SETTLED + place, inheritable=False) for place, copy in enumerate(copies)]
-    os.closerange(above, _most_descriptors())
-    return settled
+    keep: tuple[int, ...]
+    """Descriptors beside 0, 1 and 2."""
+    environment: frozenset[str]
+    """Names that may stand in the environment."""
+    address_space: int
+    """RLIMIT_AS in bytes: everything mapped, libraries and the model's file included."""
+    data: int
+    """RLIMIT_DATA in bytes: private writable memory."""
+    descriptors: int = 256
+    """RLIMIT_NOFILE: bounds descriptor bombs; libraries need some dozens."""
 
 
-def confine(policy: Policy) -> Report:
-    """Give up what a worker doesn't need, and report what was proved. Raises OSError when a step fails."""
+def confine(policy: Policy) -> dict[str, Verdict]:
+    """Give up what the policy doesn't leave, in the only order that works; what was seen to hold, by name.
+
+    Raises OSError when a step fails: the worker must end then.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
-        sys.exit("the gateway is gone")
+    _close_all_but(policy.keep)
+    for name in set(os.environ) - policy.environment:
+        del os.environ[name]
+    # Nothing is writable later on; libraries that ask for a folder must not go and try some.
+    tempfile.tempdir = "/nonexistent"
     os.umask(0o077)
-    # Before dumpable 0, which hands the files below /proc/self to root.
-    Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    _offer_to_the_memory_killer()
     _prctl(_PR_SET_DUMPABLE, 0)
-    limits = {
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NOFILE: policy.open_files,
-        resource.RLIMIT_AS: policy.address_space,
-        resource.RLIMIT_DATA: policy.address_space,
-    }
-    for kind, most in limits.items():
-        hard = resource.getrlimit(kind)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, most))
+    _limit(policy)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    return Report(LEVEL, _tried(policy) | dict.fromkeys(NOT_ENFORCED, "not_enforced"))
-
-
-def unknown() -> Report:
-    """The report before any worker was started."""
-    return Report(LEVEL, dict.fromkeys(TRIED, "unknown") | dict.fromkeys(NOT_ENFORCED, "not_enforced"))
-
-
-def _tried(policy: Policy) -> dict[str, str]:
-    acts = {
-        "mem_limit": _memory_is_limited(policy.address_space),
-        "fs_write": _writing_is_refused(),
-        "core_dump": resource.getrlimit(resource.RLIMIT_CORE) == (0, 0),
-        "no_new_privs": _libc.prctl(_PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1,
-        "unreadable": _libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0) == 0,
-    }
-    return {name: "enforced" if holds else "not_enforced" for name, holds in acts.items()}
-
-
-def _memory_is_limited(address_space: int) -> bool:
-    """Map one MiB more than allowed, without access: it counts as address space and touches no memory."""
-    try:
-        mmap.mmap(-1, address_space + (1 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0).close()
-    except (OSError, MemoryError):
-        return True
-    return False
-
-
-def _writing_is_refused() -> bool:
-    """Write one byte to a file of its own in memory, which counts as any file does."""
-    file = os.memfd_create("probe", os.MFD_CLOEXEC)
-    try:
-        os.write(file, b"x")
-    except OSError as err:
-        return err.errno == errno.EFBIG
-    finally:
-        os.close(file)
-    return False
+    return _report(policy)
 
 
 def _prctl(option: int, value: int) -> None:
     if _libc.prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
+        raise OSError(ctypes.get_errno(), f"prctl {option}")
 
 
-def _above(descriptor: int, lowest: int) -> int:
-    import fcntl
+def _close_all_but(keep: tuple[int, ...]) -> None:
+    start = 3
+    for fd in sorted(keep):
+        os.closerange(start, fd)
+        start = fd + 1
+    os.closerange(start, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
-    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest)
+
+def _offer_to_the_memory_killer() -> None:
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    except OSError as err:
+        # Some containers mount /proc read-only: the memory killer then chooses by size alone.
+        if err.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
 
 
-def _most_descriptors() -> int:
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return 1 << 20 if most == resource.RLIM_INFINITY else most
+def _limit(policy: Policy) -> None:
+    for what, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, policy.descriptors),
+        (resource.RLIMIT_AS, policy.address_space),
+        (resource.RLIMIT_DATA, policy.data),
+    ):
+        _, hard = resource.getrlimit(what)
+        wanted = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(what, (wanted, wanted))
+
+
+def _report(policy: Policy) -> dict[str, Verdict]:
+    proofs = {
+        "mem_limit": _memory_is_refused(policy.address_space),
+        "descriptors": _descriptors() <= {0, 1, 2, *policy.keep},
+        "environment": set(os.environ) <= policy.environment,
+        "no_core_dump": resource.getrlimit(resource.RLIMIT_CORE) == (0, 0),
+        "no_file_growth": resource.getrlimit(resource.RLIMIT_FSIZE) == (0, 0),
+        "no_new_privs": _libc.prctl(_PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1,
+        "not_dumpable": _libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0) == 0,
+    }
+    found: dict[str, Verdict] = dict.fromkeys(UNCONFINED, "not_enforced")
+    return found | {name: "enforced" if holds else "not_enforced" for name, holds in proofs.items()}
+
+
+def _memory_is_refused(limit: int) -> bool:
+    """Map more than the limit without touching it: that counts against the limit and nothing else."""
+    try:
+        mmap.mmap(-1, limit + (1 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_NORESERVE, prot=mmap.PROT_READ).close()
+    except OSError as err:
+        return err.errno == errno.ENOMEM
+    return False
+
+
+def _descriptors() -> set[int]:
+    with os.scandir("/proc/self/fd") as entries:
+        found = {int(entry.name) for entry in entries}
+    # The listing itself used one that is closed by now.
+    return {fd for fd in found if _is_open(fd)}
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True

@@ -89,7 +89,9 @@ def _copied(value: Any, levels: int, room: list[int]) -> Any:
     kind = type(value)
     if kind is float:
         if not math.isfinite(value):
-            raise ModelFailed("the model's answer has a number that JSON can't carry (NaN or Infinity)", kind="not_finite")
+            raise ModelFailed(
+                "the model's answer has a number that JSON can't carry (NaN or Infinity)", kind="not_finite"
+            )
         return value
     if kind in (str, bool, type(None)):
         return value

@@ -1,244 +1,211 @@
-"""Frames between the gateway and a worker: typed, bounded, never pickle.
+"""Frames between the gateway and a worker: a length, then a typed MessagePack struct. Never pickle.
 
-A frame is a u32 big-endian length and that many bytes of MessagePack: one of the structs below, by its `kind`.
+Rules:
 
-1. The length is checked before anything is allocated.
-2. Every frame carries 16 random bytes chosen by the gateway; an answer carries those of its question.
-3. One question is under way at a time. A worker that speaks unasked, of something else, too much, in a shape that is
-   none of these, or ends within a frame breaks the protocol and is killed.
-4. Text and JSON inside an answer are a stranger's: bounded here, decoded into plain types, escaped where shown.
+1. A frame is 4 bytes of big-endian length and that many bytes of MessagePack. The length is compared with the limit
+   before anything is allocated for it.
+2. Every request carries 16 random bytes; the answer must carry the same.
+3. One request at a time; whatever a worker sends unasked breaks the rules.
+4. The gateway takes every byte of a worker as hostile: typed decode, bounded texts, JSON checked again.
+5. Who breaks a rule is killed with its process group, by the gateway; the callers get `ModelFailed`.
 """
 
 from __future__ import annotations
 
 import secrets
-import struct
-from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar
+import socket
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from divault.models.descriptions import Description
+from divault.errors import (
+    DivaultError,
+    InputInvalid,
+    ModelFailed,
+    SealedFileDamaged,
+    SettingsInvalid,
+    UnsupportedModel,
+    from_code,
+)
 
-VERSION = 1
-HEADER = struct.Struct(">I")
-ID_BYTES = 16
-CONTROL_BYTES = 256 * 1024
-"""Largest answer to anything but a run: a description with its schemas and example."""
-SMALL_BYTES = 64 * 1024
-MAX_DEPTH = 32
-MAX_LEAVES = 2_000_000
-"""Values in one answer; 16 MiB of numbers have fewer."""
+HEAD = 4
+MAX_ANSWER_BYTES = 16 << 20
+MAX_RESULT_BYTES = MAX_ANSWER_BYTES - (64 << 10)
+"""Of one caller: leaves room for what stands around it in the frame."""
+MAX_REQUEST_BYTES = 64 << 20
+"""What a worker takes; the gateway's limit on bodies is lower and comes first."""
+MAX_DESCRIPTION_BYTES = 256 << 10
+MAX_TEXT = 1000
 
-Id = Annotated[bytes, msgspec.Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
-Word = Annotated[str, msgspec.Meta(max_length=100)]
-Line = Annotated[str, msgspec.Meta(max_length=500)]
+Id = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 
 
-class ProtocolError(Exception):
-    """The other side broke a rule of the wire; nothing it says counts any more."""
+class Frame(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
+    """What every frame carries."""
 
-
-class _Frame(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
-    v: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
     id: Id
+    v: Literal[1] = 1
 
 
-class FileNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file of the model, in the order of the descriptors."""
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A memory file that the worker inherited."""
 
     name: str
+    fd: int
     size: int
 
 
-class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a worker gives up before it reads a byte of the model."""
+class Load(Frame, frozen=True, tag="load"):
+    """Confine yourself, then load the model of these files. Answered by Ready or Failed."""
 
-    address_space: int
-    """Bytes of RLIMIT_AS and RLIMIT_DATA."""
-    open_files: int = 256
-
-
-# --- questions ----------------------------------------------------------------------------------------------------
+    files: list[File]
+    device: str
+    memory_bytes: int
+    """How much memory the worker may map beyond what an idle one needs."""
 
 
-class Start(_Frame, frozen=True, tag="start"):
-    """Confine yourself."""
+class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One caller's JSON values, as their bytes stood in the request."""
 
-    policy: Policy
-
-
-class Load(_Frame, frozen=True, tag="load"):
-    """Load the model in the descriptors from 4 on."""
-
-    files: list[FileNote]
-    threads: int
+    data: bytes
+    parameters: bytes | None = None
 
 
-class Run(_Frame, frozen=True, tag="run"):
-    """Predict; both are JSON values."""
+class Run(Frame, frozen=True, tag="run"):
+    """Answer these callers. Answered by Answers, as many as there are items."""
 
-    input: bytes
-    parameters: bytes | None
-    most: int
-    """Largest answer in bytes."""
+    items: list[Item]
 
 
-class Ping(_Frame, frozen=True, tag="ping"):
-    """Answer that you live."""
+class Ping(Frame, frozen=True, tag="ping"):
+    """Say that you are there. Answered by Pong."""
 
 
-# --- answers ------------------------------------------------------------------------------------------------------
+class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="problem"):
+    """An error of `divault.errors` by its code; `data` is a JSON object."""
+
+    code: Annotated[str, msgspec.Meta(max_length=64)]
+    detail: Text
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_DESCRIPTION_BYTES)] = b"{}"
 
 
-class Ready(_Frame, frozen=True, tag="ready"):
-    """Confined; what was tried and refused by the kernel, check by check."""
-
-    level: Word
-    checks: dict[Word, Word]
-
-
-class Loaded(_Frame, frozen=True, tag="loaded"):
-    """The model is in memory; `description` is the JSON of a `Description`."""
-
-    description: bytes
-
-
-class Result(_Frame, frozen=True, tag="result"):
-    """The JSON of the answer, and the number of rows it answers."""
+class Success(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="success"):
+    """One caller's answer: a JSON value, and how many rows it covers."""
 
     result: bytes
-    rows: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    rows: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 
 
-class Refused(_Frame, frozen=True, tag="refused"):
-    """The input or the model is not acceptable; `data` is the JSON of the error's fields."""
+class Ready(Frame, frozen=True, tag="ready"):
+    """The model is loaded."""
 
-    code: Word
-    detail: Annotated[str, msgspec.Meta(max_length=2000)]
-    data: bytes
-
-
-class Failed(_Frame, frozen=True, tag="failed"):
-    """The model raised: the type's name, and its text, escaped and cut."""
-
-    type: Word
-    text: Line
+    description: Annotated[bytes, msgspec.Meta(max_length=MAX_DESCRIPTION_BYTES)]
+    """`models.base.Description` as JSON."""
+    checks: dict[Annotated[str, msgspec.Meta(max_length=40)], Literal["enforced", "not_enforced", "unknown"]]
+    """What the worker's confinement holds, by name."""
 
 
-class Pong(_Frame, frozen=True, tag="pong"):
-    """Alive."""
+class Failed(Frame, frozen=True, tag="failed"):
+    """The model could not be loaded."""
+
+    problem: Problem
 
 
-Question = Start | Load | Run | Ping
-Reply = Ready | Loaded | Result | Refused | Failed | Pong
-T = TypeVar("T")
+class Answers(Frame, frozen=True, tag="answers"):
+    """What came out, in the order of the items."""
 
-_encoder = msgspec.msgpack.Encoder()
-_questions = msgspec.msgpack.Decoder(Question)
+    items: list[Success | Problem]
+
+
+class Pong(Frame, frozen=True, tag="pong"):
+    """Here."""
+
+
+Request = Load | Run | Ping
+Reply = Ready | Failed | Answers | Pong
+R = TypeVar("R", Ready, Failed, Answers, Pong)
+
+_requests = msgspec.msgpack.Decoder(Request)
 _replies = msgspec.msgpack.Decoder(Reply)
+
+LOAD_ERRORS: tuple[type[DivaultError], ...] = (UnsupportedModel, SealedFileDamaged, ModelFailed, SettingsInvalid)
+RUN_ERRORS: tuple[type[DivaultError], ...] = (InputInvalid, ModelFailed)
 
 
 def new_id() -> bytes:
     """16 bytes that nobody can guess."""
-    return secrets.token_bytes(ID_BYTES)
+    return secrets.token_bytes(16)
 
 
-def pack(frame: Question | Reply) -> bytes:
-    """The frame with its length."""
-    body = _encoder.encode(frame)
-    return HEADER.pack(len(body)) + body
+def encode(frame: Request | Reply) -> bytes:
+    """The frame with its length in front."""
+    body = msgspec.msgpack.encode(frame)
+    return len(body).to_bytes(HEAD, "big") + body
 
 
-def read_question(body: bytes) -> Question:
-    """A question of the gateway. Raises ProtocolError."""
-    return _decoded(_questions, body)
+def escaped(text: str, limit: int) -> str:
+    """At most `limit` printable ASCII characters of the text, everything else escaped; for text that a model made."""
+    plain = text[:limit].encode("ascii", "backslashreplace").decode()
+    shown = "".join(c if " " <= c <= "~" else f"\\x{ord(c):02x}" for c in plain)
+    return shown[:limit]
 
 
-def read_reply(body: bytes, expected: bytes) -> Reply:
-    """An answer of a worker to the question with the id `expected`. Raises ProtocolError."""
-    reply: Reply = _decoded(_replies, body)
-    if reply.id != expected:
-        raise ProtocolError("an answer to something that was not asked")
+def broken(how: str) -> ModelFailed:
+    """The error for a worker that breaks a rule of this module."""
+    return ModelFailed(f"the worker of the model broke the rules of its line: {how}", kind="protocol")
+
+
+def decode_reply(body: bytes) -> Reply:
+    """Raises ModelFailed for anything but exactly one well-formed reply."""
+    try:
+        return _replies.decode(body)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        raise broken("its answer is malformed") from None
+
+
+def expect(reply: Reply, kind: type[R]) -> R:
+    """The reply, if it is of the kind that answers the question. Raises ModelFailed."""
+    if not isinstance(reply, kind):
+        raise broken("its answer is of another kind than the question")
     return reply
 
 
-def _decoded(decoder: msgspec.msgpack.Decoder[T], body: bytes) -> T:
+def reported(problem: Problem, allowed: tuple[type[DivaultError], ...]) -> DivaultError:
+    """The error that a worker reported, if it may report it; its text is made printable. Raises ModelFailed."""
     try:
-        return decoder.decode(body)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as err:
-        raise ProtocolError(f"a frame of a wrong shape ({type(err).__name__})") from err
+        data = msgspec.json.decode(problem.data, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError):
+        raise broken("its answer holds malformed JSON") from None
+    error = from_code(problem.code, escaped(problem.detail, MAX_TEXT), data)
+    if type(error) not in allowed:
+        raise broken("it reported an error that it can't have")
+    return error
 
 
-class Assembler:
-    """Puts the pieces of a stream together into frames of at most `limit` bytes, which may change between frames."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """The frames that are complete now. Raises ProtocolError for a length over the limit, before it is stored."""
-        self._buffer += data
-        while len(self._buffer) >= HEADER.size:
-            (length,) = HEADER.unpack_from(self._buffer)
-            if length > self.limit:
-                raise ProtocolError(f"a frame of {length} bytes, at most {self.limit} are taken")
-            end = HEADER.size + length
-            if len(self._buffer) < end:
-                return
-            body = bytes(self._buffer[HEADER.size : end])
-            del self._buffer[:end]
-            yield body
-
-    @property
-    def inside(self) -> bool:
-        """True when the stream stands within a frame."""
-        return bool(self._buffer)
+def send(connection: socket.socket, reply: Reply) -> None:
+    """Send one reply whole, from the worker's end."""
+    connection.sendall(encode(reply))
 
 
-def read_description(raw: bytes) -> Description:
-    """The description in a `Loaded`. Raises ProtocolError."""
-    found = _json(raw, Description)
-    for part in (found.input_schema, found.output_schema, found.example):
-        check_depth(part)
-    return found
+def receive(connection: socket.socket) -> Request | None:
+    """The next request at the worker's end; None when the gateway is gone. Raises ValueError for a malformed one."""
+    head = _exactly(connection, HEAD)
+    if head is None:
+        return None
+    length = int.from_bytes(head, "big")
+    if length > MAX_REQUEST_BYTES:
+        raise ValueError("a request over the limit")
+    body = _exactly(connection, length)
+    return None if body is None else _requests.decode(body)
 
 
-def check_result(raw: bytes) -> None:
-    """Return if the bytes are one JSON value of finite numbers, no deeper than 32. Raises ProtocolError."""
-    check_depth(_json(raw, Any))
-
-
-def read_fields(raw: bytes) -> dict[str, Any]:
-    """The error's fields in a `Refused`. Raises ProtocolError."""
-    found: dict[str, Any] = _json(raw, dict[str, Any])
-    check_depth(found)
-    return found
-
-
-def _json(raw: bytes, kind: Any) -> Any:
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as err:
-        raise ProtocolError(f"JSON that is none ({type(err).__name__})") from err
-
-
-def check_depth(value: Any) -> None:
-    """Return if no container lies deeper than 32 and there are at most 2,000,000 values. Raises ProtocolError."""
-    level = [value]
-    leaves = 0
-    for _ in range(MAX_DEPTH):
-        inner: list[Any] = []
-        for part in level:
-            if type(part) is list:
-                inner += part
-            elif type(part) is dict:
-                inner += part.values()
-        leaves += len(inner)
-        if not inner:
-            return
-        if leaves > MAX_LEAVES:
-            raise ProtocolError(f"an answer of over {MAX_LEAVES} values")
-        level = inner
-    raise ProtocolError(f"an answer nested over {MAX_DEPTH} deep")
+def _exactly(connection: socket.socket, count: int) -> bytearray | None:
+    buffer = bytearray(count)
+    view = memoryview(buffer)
+    while view:
+        got = connection.recv_into(view)
+        if not got:
+            return None
+        view = view[got:]
+    return buffer

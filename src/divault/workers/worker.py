@@ -325,5 +325,3 @@ def _check_answers(request: wire.Request, reply: wire.Reply) -> None:
             raise wire.broken("it answered another number of callers than it was asked for")
     else:
         wire.expect(reply, wire.Pong)
-
-
