@@ -1,0 +1,39 @@
+"""Formats of models and their runtimes: the only place for model libraries, and it runs only in a worker process.
+
+`load` recognises files by their bytes, lets the first format that knows them load them, and names what none knows.
+Nothing falls back: a format that recognises the files loads them or says why not. Importing this package imports none
+of the libraries; each format does so when it loads.
+
+To add a format: a module with a class of `base.ModelFormat`, one line in `formats`, and a real model in a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from divault.errors import UnsupportedModel
+from divault.models.base import LoadedModel, ModelFormat
+from divault.values import MemoryFile
+
+
+def formats() -> list[ModelFormat]:
+    """All formats, the most specific first."""
+    from divault.models.sklearn import SklearnPickle
+
+    return [SklearnPickle()]
+
+
+def load(files: Sequence[MemoryFile], device: str) -> LoadedModel:
+    """The model in these files. Raises UnsupportedModel (`seen` says what they are), SealedFileDamaged."""
+    for model_format in formats():
+        if model_format.recognises(files):
+            return model_format.load(files, device)
+    from divault.models import unsupported
+    from divault.models.files import ModelFile
+
+    seen = unsupported.name([ModelFile(file.name, file.fd, file.size) for file in files])
+    raise UnsupportedModel(
+        f"this node does not load {seen}; it loads: {unsupported.SUPPORTED_TEXT}",
+        seen=seen,
+        supported=unsupported.SUPPORTED_TEXT,
+    )

@@ -1,0 +1,156 @@
+"""Which globals a pickled scikit-learn model may name: exact pairs and a few families, everything else is refused.
+
+Rules:
+
+1. No name with a dot in it, no function but those listed, no builtin that turns a number into memory.
+2. An estimator is a `BaseEstimator` defined in the scikit-learn module that the pickle names; never in its tests,
+   datasets, utilities or bundled libraries.
+3. numpy's own reconstruction is replaced by stricter functions (`rebuilding`): called with chosen arguments,
+   `numpy.ndarray` makes objects out of arbitrary memory.
+4. Random generators are forgotten: prediction needs none, and their state is not checked by numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from types import ModuleType
+from typing import Any
+
+from divault.errors import UnsupportedModel
+from divault.models import rebuilding
+
+_SKLEARN = re.compile(r"sklearn(\.[a-z_][a-z0-9_]*){1,4}", re.ASCII)
+_BARRED = frozenset({"tests", "conftest", "externals", "datasets", "utils", "experimental", "inspection"})
+
+_UFUNCS = (
+    "abs", "absolute", "arcsinh", "arctan", "cbrt", "ceil", "clip", "cos", "exp", "exp2", "expm1", "floor", "log",
+    "log10", "log1p", "log2", "maximum", "minimum", "negative", "reciprocal", "rint", "sign", "sin", "sqrt", "square",
+    "tanh",
+)  # fmt: skip
+_SCALARS = (
+    "bool", "bool_", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "str_", "uint16", "uint32",
+    "uint64", "uint8",
+)  # fmt: skip
+_METRICS = (
+    "accuracy_score", "average_precision_score", "balanced_accuracy_score", "brier_score_loss", "f1_score", "log_loss",
+    "matthews_corrcoef", "precision_score", "recall_score", "roc_auc_score",
+)  # fmt: skip
+_ERRORS = (
+    "max_error", "mean_absolute_error", "mean_absolute_percentage_error", "mean_squared_error",
+    "mean_squared_log_error", "median_absolute_error", "r2_score", "root_mean_squared_error",
+)  # fmt: skip
+
+EXACT: dict[str, tuple[str, ...]] = {
+    "builtins": ("bool", "complex", "float", "frozenset", "int", "set", "slice", "str"),
+    "collections": ("OrderedDict", "defaultdict"),
+    "numpy": (*_UFUNCS, *_SCALARS, "mean", "median"),
+    "scipy.sparse._csr": ("csr_matrix", "csr_array"),
+    "scipy.sparse._csc": ("csc_matrix", "csc_array"),
+    "sklearn.calibration": ("_CalibratedClassifier",),
+    "sklearn.cluster._birch": ("_CFNode", "_CFSubcluster"),
+    "sklearn.compose._column_transformer": ("make_column_selector", "_RemainderColsList"),
+    "sklearn.ensemble._hist_gradient_boosting.predictor": ("TreePredictor",),
+    "sklearn.feature_extraction.text": ("strip_accents_ascii", "strip_accents_unicode"),
+    "sklearn.feature_selection._mutual_info": ("mutual_info_classif", "mutual_info_regression"),
+    "sklearn.feature_selection._univariate_selection": ("chi2", "f_classif", "f_regression", "r_regression"),
+    "sklearn.metrics._classification": _METRICS,
+    "sklearn.metrics._dist_metrics": ("newObj",),
+    "sklearn.metrics._ranking": ("average_precision_score", "roc_auc_score"),
+    "sklearn.metrics._regression": _ERRORS,
+    "sklearn.neighbors._ball_tree": ("BallTree", "newObj"),
+    "sklearn.neighbors._kd_tree": ("KDTree", "newObj"),
+    "sklearn.tree._tree": ("Tree",),
+    "sklearn.utils._bunch": ("Bunch",),
+    "sklearn.utils._metadata_requests": ("MetadataRequest", "MethodMetadataRequest"),
+}
+"""Classes and functions by module, each defined there or re-exported by it."""
+
+FAMILIES: dict[str, re.Pattern[str]] = {
+    "sklearn._loss._loss": re.compile(r"Cy[A-Z]\w+|__pyx_unpickle_Cy\w+", re.ASCII),
+    "sklearn._loss.link": re.compile(r"Interval|[A-Z]\w*(Link|Logit)", re.ASCII),
+    "sklearn._loss.loss": re.compile(r"[A-Z]\w*(Loss|Error)\w*", re.ASCII),
+    "sklearn.gaussian_process.kernels": re.compile(r"[A-Z]\w+", re.ASCII),
+    "sklearn.linear_model._sgd_fast": re.compile(r"[A-Z]\w+", re.ASCII),
+    "sklearn.metrics._dist_metrics": re.compile(r"(?!PyFunc)\w+Distance(32|64)?", re.ASCII),
+    "sklearn.metrics._scorer": re.compile(r"_\w+Scorer|_Scorer", re.ASCII),
+    "sklearn.model_selection._split": re.compile(r"[A-Z]\w+", re.ASCII),
+    "sklearn.neural_network._stochastic_optimizers": re.compile(r"(SGD|Adam)Optimizer", re.ASCII),
+}
+"""Classes (and Cython's own reconstruction functions) defined in the module, by name."""
+
+_REPLACED: dict[tuple[str, str], Any] = {
+    ("_codecs", "encode"): rebuilding.latin1,
+    ("numpy", "dtype"): rebuilding.dtype,
+    ("numpy", "ndarray"): rebuilding.NDARRAY,
+    ("numpy._core.multiarray", "_reconstruct"): rebuilding.reconstruct,
+    ("numpy._core.multiarray", "scalar"): rebuilding.scalar,
+    ("numpy._core.numeric", "_frombuffer"): rebuilding.from_buffer,
+    ("numpy.ma", "MaskedArray"): rebuilding.MASKED,
+    ("numpy.ma.core", "MaskedArray"): rebuilding.MASKED,
+    ("numpy.ma.core", "_mareconstruct"): rebuilding.reconstruct_masked,
+    ("joblib.numpy_pickle", "NumpyArrayWrapper"): rebuilding.StoredArray,
+    ("joblib.numpy_pickle_utils", "NumpyArrayWrapper"): rebuilding.StoredArray,
+}
+_GENERATORS = re.compile(r"numpy\.random(\.[a-z_0-9]+)?", re.ASCII)
+_GENERATOR_NAMES = re.compile(
+    r"MT19937|PCG64|PCG64DXSM|Philox|SFC64|SeedSequence|__\w+_ctor|__pyx_unpickle_\w+", re.ASCII
+)
+
+
+def resolve(module: str, name: str) -> Any:
+    """What a pickle gets for a global. Raises UnsupportedModel, with `module.name` in `seen`."""
+    module = _modern(module)
+    if (module, name) in _REPLACED:
+        return _REPLACED[module, name]
+    if _GENERATORS.fullmatch(module) and _GENERATOR_NAMES.fullmatch(name):
+        return rebuilding.Forgotten
+    if name in EXACT.get(module, ()):
+        return getattr(_imported(module, name), name, None) or _refused(module, name)
+    family = FAMILIES.get(module)
+    if family is not None and family.fullmatch(name):
+        return _member(module, name)
+    if _SKLEARN.fullmatch(module) and not _BARRED & set(module.split(".")):
+        return _estimator(module, name)
+    return _refused(module, name)
+
+
+def _modern(module: str) -> str:
+    """Names that older versions of numpy and Python 2 wrote."""
+    if module == "__builtin__":
+        return "builtins"
+    return "numpy._core" + module.removeprefix("numpy.core") if module.startswith("numpy.core.") else module
+
+
+def _imported(module: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        _refused(module, name)
+
+
+def _member(module: str, name: str) -> Any:
+    found = getattr(_imported(module, name), name, None)
+    if getattr(found, "__module__", None) != module:
+        _refused(module, name)
+    return found
+
+
+def _estimator(module: str, name: str) -> Any:
+    from sklearn.base import BaseEstimator
+
+    if not name.isidentifier():
+        _refused(module, name)
+    found = _member(module, name)
+    if not (isinstance(found, type) and issubclass(found, BaseEstimator)):
+        _refused(module, name)
+    return found
+
+
+def _refused(module: str, name: str) -> Any:
+    seen = f"{module}.{name}".encode("ascii", "backslashreplace").decode()[:200]
+    raise UnsupportedModel(
+        f"the pickle needs {seen}, which is not among the classes that this node loads; keep to estimators of"
+        " scikit-learn itself, without functions of your own",
+        seen=f"a pickle that needs {seen}",
+    )

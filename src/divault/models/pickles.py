@@ -1,0 +1,341 @@
+"""The allow-list loader for pickle and joblib files: builds data, calls nothing that a stranger chose.
+
+Rules, beyond the names of `allowed`:
+
+1. Only what a global resolved to may be called, and never what was built from it.
+2. State is given to objects built here, not to classes or functions; names like `__class__` are refused.
+3. Items go into plain lists, dicts and sets only; an array is filled once; a sparse matrix is checked when all is built.
+4. The stream is read to its end or refused; compressed ones may unfold to 50 times their size, or 32 MiB.
+5. joblib's arrays are read here, so that joblib itself loads nothing.
+
+The interpreter of opcodes is the standard library's own, in Python: the one in C can't be held to rules 1 to 3.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import pickle
+import struct
+import zlib
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn
+
+from divault.errors import UnsupportedModel
+from divault.models import rebuilding
+from divault.models.allowed import resolve
+from divault.models.files import ModelFile
+
+RATIO = 50
+FREE_BYTES = 32 << 20
+_CHUNK = 1 << 16
+_LZMA_MEMORY = 256 << 20
+_PICKLE_PROTOCOLS = (2, 3, 4, 5)
+_BZ2_BLOCK = 1 << 20
+"""bz2 gives nothing before its first block is complete, which has at most 900 kB."""
+_MAX_NESTING = 3
+"""joblib writes arrays of objects as pickles inside the stream; one level is usual."""
+
+_DAMAGE = (
+    pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError,
+    OverflowError, RecursionError, AssertionError, NotImplementedError, struct.error, zlib.error, lzma.LZMAError, OSError,
+)  # fmt: skip
+"""What a malformed stream makes the interpreter, numpy or an estimator's `__setstate__` raise."""
+
+
+def looks_pickled(file: ModelFile) -> bool:
+    """True for a pickle of protocol 2 to 5, plain or under zlib, gzip, bz2 or xz (as joblib writes them)."""
+    head = file.head(64)
+    return _starts_pickle(head) or (_inflater(head) is not None and _starts_pickle(_first_bytes(file.head(_BZ2_BLOCK))))
+
+
+def load(file: ModelFile) -> Any:
+    """The object in the file. Raises UnsupportedModel naming the first global that is not allowed, or the damage."""
+    with file.open() as raw:
+        inflate = _inflater(file.head(16))
+        source = _Source(raw.read, file.size) if inflate is None else _Inflated(raw.read, inflate, file.size)
+        try:
+            return _Loader(source).load_checked()
+        except _DAMAGE as err:
+            text = str(err).encode("ascii", "backslashreplace").decode()[:120]
+            raise UnsupportedModel(
+                f"the pickle is damaged: {type(err).__name__} {text}", seen=f"a damaged pickle ({type(err).__name__})"
+            ) from err
+
+
+def _starts_pickle(head: bytes) -> bool:
+    return (
+        len(head) > 2 and head[0] == 0x80 and head[1] in _PICKLE_PROTOCOLS and b"\x8a\nl\xfc\x9cF\xf9" not in head[:16]
+    )
+
+
+def _inflater(head: bytes) -> Callable[[bytes, int], bytes] | None:
+    """A function (more input, most output) -> output, chosen by the magic number; None for no compression."""
+    if head.startswith(b"\x1f\x8b"):
+        return _ZlibStream(31).decompress
+    if len(head) > 1 and head[0] == 0x78 and int.from_bytes(head[:2], "big") % 31 == 0:
+        return _ZlibStream(15).decompress
+    if head.startswith(b"BZh"):
+        return bz2.BZ2Decompressor().decompress
+    if head.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
+        return lzma.LZMADecompressor(memlimit=_LZMA_MEMORY).decompress
+    return None
+
+
+class _ZlibStream:
+    """zlib's decompressor with the interface of the others: what is left over is kept inside."""
+
+    def __init__(self, wbits: int) -> None:
+        self._inner = zlib.decompressobj(wbits)
+
+    def decompress(self, data: bytes, most: int) -> bytes:
+        return self._inner.decompress(self._inner.unconsumed_tail + data, most)
+
+
+def _first_bytes(head: bytes) -> bytes:
+    inflate = _inflater(head)
+    try:
+        return inflate(head, 64) if inflate else b""
+    except (zlib.error, lzma.LZMAError, OSError, EOFError):
+        return b""
+
+
+class _Source:
+    """Reads exactly, or raises EOFError: a length in the stream never makes memory."""
+
+    def __init__(self, read: Callable[[int], bytes], size: int) -> None:
+        self._read = read
+        self._left = size
+
+    def read(self, count: int) -> bytes:
+        """`count` bytes."""
+        if count > self._left:
+            raise EOFError("the stream is cut")
+        self._left -= count
+        return self._read(count)
+
+    def readline(self) -> bytes:
+        """Bytes up to a line feed, at most 1 KiB."""
+        line = bytearray()
+        while not line.endswith(b"\n"):
+            if len(line) > 1024:
+                raise pickle.UnpicklingError("a name over 1 KiB")
+            line += self.read(1)
+        return bytes(line)
+
+
+class _Inflated(_Source):
+    """The same over a compressed stream; raises UnsupportedModel beyond the ratio."""
+
+    def __init__(self, read: Callable[[int], bytes], inflate: Callable[[bytes, int], bytes], size: int) -> None:
+        super().__init__(read, max(FREE_BYTES, RATIO * size))
+        self._inflate = inflate
+        self._buffer = bytearray()
+
+    def read(self, count: int) -> bytes:
+        """`count` bytes after decompression."""
+        if count > self._left:
+            raise UnsupportedModel(
+                f"the compressed model unfolds to more than {RATIO} times its size; compress it less",
+                seen=f"a compressed pickle that unfolds to more than {RATIO} times its size",
+            )
+        while len(self._buffer) < count:
+            data = self._inflate(b"", _CHUNK) or self._more()
+            self._buffer += data
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        self._left -= count
+        return taken
+
+    def _more(self) -> bytes:
+        while True:
+            packed = self._read(_CHUNK)
+            if not packed:
+                raise EOFError("the stream is cut")
+            if data := self._inflate(packed, _CHUNK):
+                return data
+
+
+class _Loader(pickle._Unpickler):  # noqa: SLF001  # the documented class is the one in C, see the module's text
+    """Opcodes by the standard library, globals by `allowed`, and the rules above."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)  # noqa: SLF001
+
+    stack: list[Any]
+    memo: dict[int, Any]
+
+    def __init__(self, source: _Source, nesting: int = 0) -> None:
+        super().__init__(source)
+        self._source = source
+        self._nesting = nesting
+        self._granted: dict[int, Any] = {}
+        self._sparse: list[Any] = []
+
+    def load_checked(self) -> Any:
+        """The object, with every sparse matrix in it checked."""
+        found = self.load()
+        for matrix in self._sparse:
+            matrix.check_format(full_check=True)
+        return found
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What `allowed` gives; noted, since nothing else may be called."""
+        found = resolve(module, name)
+        self._granted[id(found)] = found
+        return found
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        """References to objects outside the pickle are refused."""
+        rebuilding.damaged("a reference to something outside it")
+        raise AssertionError(pid)
+
+    def get_extension(self, code: int) -> NoReturn:
+        """Extension codes are a registry of this process, which has none."""
+        rebuilding.damaged("an extension code")
+        raise AssertionError(code)
+
+    def _call(self, function: Any, args: Any) -> Any:
+        if id(function) not in self._granted or not isinstance(args, tuple | list):
+            rebuilding.damaged("a call of something that is no allowed name")
+        return function(*args)
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self._call(self.stack[-1], args)
+
+    def _instantiate(self, klass: Any, args: Any) -> None:
+        self.append(self._call(klass, args))
+
+    def load_newobj(self) -> None:
+        args = self.stack.pop()
+        self._make(args, {})
+
+    def load_newobj_ex(self) -> None:
+        keywords = self.stack.pop()
+        args = self.stack.pop()
+        self._make(args, keywords)
+
+    def _make(self, args: Any, keywords: Any) -> None:
+        klass = self.stack.pop()
+        if id(klass) not in self._granted or not isinstance(klass, type):
+            rebuilding.damaged("an instance of something that is no allowed class")
+        self.stack.append(klass.__new__(klass, *args, **keywords))
+
+    def load_append(self) -> None:
+        value = self.stack.pop()
+        _exactly(self.stack[-1], list).append(value)
+
+    def load_appends(self) -> None:
+        items = self.pop_mark()
+        _exactly(self.stack[-1], list).extend(items)
+
+    def load_setitem(self) -> None:
+        value = self.stack.pop()
+        key = self.stack.pop()
+        _mapping(self.stack[-1])[key] = value
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        _mapping(self.stack[-1]).update(zip(items[::2], items[1::2], strict=True))
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        _exactly(self.stack[-1], set).update(items)
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if id(target) in self._granted or isinstance(target, type):
+            rebuilding.damaged("state for a class or function")
+        built = self._with_state(target, state)
+        if built is not target:
+            self.stack[-1] = built
+            for key in [key for key, value in self.memo.items() if value is target]:
+                self.memo[key] = built
+
+    def _with_state(self, target: Any, state: Any) -> Any:
+        """The object with its state: a new one where state has to be checked before there is an object."""
+        import numpy as np
+
+        if isinstance(target, np.dtype):
+            return rebuilding.dtype_with_state(target, state)
+        if isinstance(target, np.ndarray):
+            rebuilding.fill(target, state)
+        elif isinstance(target, rebuilding.Forgotten):
+            pass
+        elif isinstance(target, rebuilding.StoredArray):
+            _give(target, state)
+            return target.read(lambda count: bytearray(self._source.read(count)), self._nested)
+        else:
+            self._set(target, state)
+        return target
+
+    def _set(self, target: Any, state: Any) -> None:
+        from scipy import sparse
+
+        if isinstance(state, dict):
+            _check_names(state)
+        setter = getattr(target, "__setstate__", None)
+        if setter is None:
+            _give(target, state)
+        else:
+            setter(_checked_tree(target, state))
+        if sparse.issparse(target):
+            self._sparse.append(target)
+
+    def _nested(self) -> Any:
+        if self._nesting == _MAX_NESTING:
+            rebuilding.damaged("pickles nested in each other")
+        return _Loader(self._source, self._nesting + 1).load_checked()
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
+    dispatch[pickle.APPEND[0]] = load_append
+    dispatch[pickle.APPENDS[0]] = load_appends
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def _exactly(value: Any, kind: type) -> Any:
+    return value if type(value) is kind else rebuilding.damaged(f"items for something that is no {kind.__name__}")
+
+
+def _mapping(value: Any) -> Any:
+    from sklearn.utils import Bunch
+
+    kinds = (dict, OrderedDict, defaultdict, Bunch)
+    return value if type(value) in kinds else rebuilding.damaged("items for something that is no dict")
+
+
+def _give(target: Any, state: Any) -> None:
+    if not isinstance(state, dict):
+        rebuilding.damaged("state that is no dict")
+    _check_names(state)
+    target.__dict__.update(state)
+
+
+def _check_names(state: dict[Any, Any]) -> None:
+    for name in state:
+        if type(name) is not str or (name.startswith("__") and name.endswith("__")):
+            rebuilding.damaged("state with a reserved name")
+
+
+def _checked_tree(target: Any, state: Any) -> Any:
+    """The state, unless it is one of a decision tree whose indices point outside it (reading there would crash)."""
+    from sklearn.tree._tree import Tree
+
+    if isinstance(target, Tree):
+        nodes = state["nodes"]
+        count = len(nodes)
+        children = (nodes["left_child"], nodes["right_child"])
+        inside = (
+            all(((-1 <= side) & (side < count)).all() for side in children)
+            and (nodes["feature"] < target.n_features).all()
+        )
+        if state["node_count"] != count or len(state["values"]) != count or not inside:
+            rebuilding.damaged("a tree whose nodes point outside it")
+    return state
