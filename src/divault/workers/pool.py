@@ -1,13 +1,7 @@
-"""All loaded models of a node, each in a worker process of its own.
+"""The pool: a worker process for every loaded model, and the proof that one of them ran.
 
-Rules:
-
-1. This process imports no model library and unpickles nothing (a test looks at its modules).
-2. A model runs only for the CID that its grant names; the two are compared at every run.
-3. A run ends before the lease of its hold: it is not started when the rest of the lease is shorter than a run may take.
-4. Unloading ends the process and closes the memory files; models that nobody used longest make room for new ones.
-
-This module alone makes `Output`.
+The gateway's side imports no model library and unpickles nothing; see `wire` for what passes between the two, `worker`
+for deadlines, queues and restarts, `confine` for what a worker gives up. This module alone makes `Output`.
 """
 
 from __future__ import annotations
@@ -18,220 +12,222 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
+import orjson
 
-from divault.errors import CidMismatch, DivaultError, InputInvalid, ModelNotLoaded, NotReady, Overloaded
-from divault.models.descriptions import Description
-from divault.telemetry import log
+from divault.errors import BadRequest, CidMismatch, DeadlineExceeded, InputInvalid, ModelFailed, ModelNotLoaded
+from divault.messages import canonical
+from divault.models.base import Description
 from divault.values import Cid, Digest, Hold, ModelId, OpenedModel, Output, SignedCall
-from divault.workers import confine
-from divault.workers.process import PROGRAM, BadWorker, WorkerEnded, WorkerProcess
-from divault.workers.runner import Limits, Runner, confined, policy
-
-_log = log("workers")
-_LEASE_MARGIN_S = 2.0
-"""For what stands around a run: sending, checking, the commit that charges it."""
-_PROVE_S = 4.0
+from divault.workers import wire
+from divault.workers.confine import LEVEL, PROVEN, UNCONFINED
+from divault.workers.process import Process
+from divault.workers.worker import Deadlines, Tuning, Worker
 
 
 class Executor(Protocol):
-    """Runs opened models; on this machine `WorkerPool` does."""
+    """Where loaded models run: this pool's processes here; other machines' the same way."""
 
     async def run(self, opened: OpenedModel, hold: Hold, call: SignedCall) -> Output:
-        """The answer to the call's input, or a typed error; the work ends with its deadline."""
+        """Run the call's input on the model, once. Raises as `WorkerPool.run`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What there is to say of a loaded model. Never a key or a path."""
+    """What is known of a loaded model now."""
 
     model: ModelId
-    cid: str
     description: Description
-    bytes: int
-    """Of its memory files."""
-    sandbox: str
-    """The level that its worker proved."""
-    seconds: float
-    """How long loading took."""
     loaded_at: int
     """Unix seconds."""
+    bytes: int
+    """Of the opened model, which stays in memory as long as it is loaded."""
+    sandbox: str
+    """The level that its worker reported, proven in that process."""
+    seconds: float
+    """From the start of the process until the model was ready."""
     state: str
     """`ready`, `restarting` or `failed`."""
+    pid: int | None
+    """The process that holds it now; for operators and tests, not for answers."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    worker: Worker
+    description: Description
+    loaded_at: int
+    seconds: float
 
 
 class WorkerPool:
-    """The models of one node. Belongs to one event loop; every method is safe to call concurrently there."""
+    """Worker processes of one node. All methods are safe to call concurrently on one event loop."""
 
     def __init__(
-        self,
-        *,
-        predict_timeout_s: float,
-        load_timeout_s: float,
-        max_queue: int = 64,
-        max_models_bytes: int | None = None,
-        threads: int = 1,
-        program: tuple[str, ...] = PROGRAM,
+        self, *, predict_timeout_s: float, load_timeout_s: float, device: str = "cpu", tuning: Tuning | None = None
     ) -> None:
-        """`predict_timeout_s` bounds one prediction, `load_timeout_s` start and load of a worker.
-
-        `max_queue`: calls that may wait for one model. `max_models_bytes`: memory files of all models together.
-        `threads`: of each worker. `program`: what the interpreter of a worker runs; tests put hostile ones there.
-        """
-        self._limits = Limits(predict_timeout_s, load_timeout_s, max_queue, threads=threads, program=program)
-        self._max_models_bytes = max_models_bytes
-        self._runners: dict[Digest, Runner] = {}
-        self._facts: dict[Digest, tuple[float, int]] = {}
-        self._report = confine.unknown()
+        """`predict_timeout_s` bounds one run and, apart from it, the wait in the queue before it."""
+        self._deadlines = Deadlines(load_s=load_timeout_s, predict_s=predict_timeout_s)
+        self._device = device
+        self._tuning = tuning or Tuning()
+        self._entries: dict[Digest, _Entry] = {}
+        self._checks: dict[str, str] = dict.fromkeys((*UNCONFINED, *PROVEN), "unknown")
         self._closed = False
 
     @property
     def sandbox_level(self) -> str:
-        """The confinement that workers of this release reach."""
-        return confine.LEVEL
+        """How far workers are confined: `partial` in this release."""
+        return LEVEL
 
     def sandbox_report(self) -> dict[str, Any]:
-        """The level and checks that the last worker proved; `unknown` before the first one."""
+        """What the newest worker saw to hold; `unknown` before the first one was started."""
         return {
-            "effective": self._report.level,
-            "checks": dict(self._report.checks),
-            "memory_mechanism": "rlimit" if self._report.checks.get("mem_limit") == "enforced" else "none",
+            "requested": "auto",
+            "effective": LEVEL,
+            "checks": dict(self._checks),
+            "landlock_abi": 0,
+            "seccomp_allowed": 0,
+            "memory_mechanism": "rlimit",
         }
 
     async def load(self, opened: OpenedModel) -> Loaded:
-        """The model in a worker of its own. Takes over the descriptors of `opened`, also when it fails.
+        """Start a worker for the model; the pool owns the descriptors from here on, whatever comes of it.
 
-        A model that is loaded under the same id with another CID is replaced, once the new one stands.
-        Raises UnsupportedModel, ModelFailed, DeadlineExceeded, Overloaded (no room), NotReady (closing).
+        A model that was loaded under another CID is replaced once the new one is ready. After a failure, and when the
+        caller is cancelled, nothing is left: the process is gone and the descriptors are closed.
+
+        Raises UnsupportedModel, SealedFileDamaged, ModelFailed, DeadlineExceeded, NotReady.
         """
-        started = time.monotonic()
-        runner = Runner(opened, self._limits, self._note_report)
-        await self._make_room(runner)
-        await runner.load()
-        key = opened.model.key
-        old = self._runners.get(key)
-        if self._closed or (old is not None and old.opened.cid.text == opened.cid.text):
-            await runner.close()
-            if old is None:
-                raise NotReady("the node is closing", retry_after=5)
-            return self._describe(old)
-        self._runners[key] = runner
-        self._facts[key] = (time.monotonic() - started, int(time.time()))
-        if old is not None:
-            await old.close()
-        return self._describe(runner)
-
-    async def run(self, opened: OpenedModel, hold: Hold, call: SignedCall) -> Output:
-        """The answer to the call's input.
-
-        Raises CidMismatch, ModelNotLoaded, InputInvalid, ModelFailed (it raised, died or answered what can't be sent),
-        DeadlineExceeded (killed at the deadline), Overloaded, NotReady (its worker keeps dying).
-        """
-        granted = hold.grant.model
-        if granted.cid != opened.cid.text:
-            raise CidMismatch("the model that is loaded is not the one granted", have=opened.cid.text, need=granted.cid)
-        if granted.model.key != opened.model.key:
-            raise ModelNotLoaded("the model that is loaded is not the one granted", model_id=granted.model.text)
-        runner = self._runner(opened)
-        if call.input_data is None:
-            example = runner.description.example
-            raise InputInvalid("input_data is missing", field="input_data", expected="an object", example=example)
-        patience_s = hold.lease_until - time.time() - self._limits.predict_timeout_s - _LEASE_MARGIN_S
-        if patience_s <= 0:
-            raise Overloaded("the reservation of this run ends too soon to start it: come back", retry_after=1)
-        result = await runner.run(call.input_data, call.parameters, patience_s)
-        return Output(
-            result=result.result,
-            runtime=msgspec.to_builtins(runner.description.runtime),
-            plaintext_sha256=opened.plaintext_sha256,
-            rows=result.rows,
-        )
+        began = time.monotonic()
+        worker = Worker(opened, self._device, self._deadlines, self._tuning)
+        ready = await worker.start()
+        try:
+            description = _description(ready.description)
+        except ModelFailed:
+            await worker.close()
+            raise
+        self._checks = dict(ready.checks)
+        replaced = self._entries.get(opened.model.key)
+        entry = _Entry(worker, description, int(time.time()), round(time.monotonic() - began, 3))
+        self._entries[opened.model.key] = entry
+        if replaced is not None:
+            await replaced.worker.close()
+        return _view(entry)
 
     def find(self, model: ModelId, cid: Cid) -> OpenedModel | None:
-        """The loaded model of this id and content, to be handed to `run`."""
-        runner = self._runners.get(model.key)
-        return runner.opened if runner is not None and runner.opened.cid.text == cid.text else None
+        """The loaded model, if it came from this CID."""
+        entry = self._entries.get(model.key)
+        return entry.worker.opened if entry is not None and entry.worker.opened.cid == cid else None
 
     def describe(self, opened: OpenedModel) -> Loaded:
-        """What there is to say of it. Raises ModelNotLoaded."""
-        return self._describe(self._runner(opened))
+        """What is known of this model. Raises ModelNotLoaded when it was unloaded or replaced meanwhile."""
+        return _view(self._entry(opened))
 
     def loaded(self) -> list[Loaded]:
-        """All loaded models, in the order in which they came."""
-        return [self._describe(runner) for runner in self._runners.values()]
+        """All loaded models, in the order of their loads."""
+        return [_view(entry) for entry in self._entries.values()]
 
-    async def unload(self, model: Digest) -> bool:
-        """End the model's worker and give its memory back; False when it is not loaded. A running call finishes."""
-        runner = self._runners.pop(model, None)
-        if runner is None:
-            return False
-        await runner.close()
-        return True
+    async def run(self, opened: OpenedModel, hold: Hold, call: SignedCall) -> Output:
+        """Run the call's input on the model, once: it is stopped at its deadline and never tried again by itself.
 
-    async def probe(self) -> str:
-        """A sentence about what works, proved just now: every worker was asked, or a fresh one if there is none.
-
-        Raises NotReady when no worker answers.
+        A cancelled caller is dropped from the queue unrun. Raises CidMismatch, InputInvalid, ModelFailed,
+        DeadlineExceeded, ModelNotLoaded, Overloaded, NotReady.
         """
-        runners = list(self._runners.values())
-        if not runners:
-            await self._prove()
-            return "no model is loaded; a worker started, confined itself and answered"
-        lives = await asyncio.gather(*(runner.ping() for runner in runners))
-        silent = [runner.opened.model.text for runner, alive in zip(runners, lives, strict=True) if not alive]
-        if len(silent) == len(runners):
-            raise NotReady(f"no worker answers ({len(silent)} models)", retry_after=5)
-        if silent:
-            return f"{len(runners) - len(silent)} of {len(runners)} models answer; not: {', '.join(silent[:5])}"
-        return f"{len(runners)} models loaded, every worker answers"
-
-    async def close(self) -> None:
-        """Finish what waits, within one prediction's deadline, and end all workers."""
-        self._closed = True
-        runners, self._runners = list(self._runners.values()), {}
-        await asyncio.gather(*(runner.close(self._limits.predict_timeout_s) for runner in runners))
-
-    def _runner(self, opened: OpenedModel) -> Runner:
-        runner = self._runners.get(opened.model.key)
-        if runner is None or runner.opened.cid.text != opened.cid.text:
-            raise ModelNotLoaded(f"{opened.model} is not loaded here any more", model_id=opened.model.text)
-        return runner
-
-    def _describe(self, runner: Runner) -> Loaded:
-        seconds, at = self._facts[runner.opened.model.key]
-        return Loaded(
-            model=runner.opened.model,
-            cid=runner.opened.cid.text,
-            description=runner.description,
-            bytes=runner.opened.size,
-            sandbox=self._report.level,
-            seconds=round(seconds, 3),
-            loaded_at=at,
-            state=runner.state,
+        granted = hold.grant.model
+        if opened.cid.text != granted.cid or opened.model.key != granted.model.key:
+            raise CidMismatch("the opened model is not the one that was granted", have=opened.cid.text, need=granted.cid)
+        entry = self._entry(opened)
+        if call.input_data is None:
+            example = dict(entry.description.example)
+            raise InputInvalid("the call has no input_data", field="input_data", expected="an object", example=example)
+        answer = await entry.worker.run(wire.Item(call.input_data, call.parameters))
+        return Output(
+            result=_checked(answer.result),
+            runtime=dict(entry.description.runtime),
+            plaintext_sha256=opened.plaintext_sha256,
+            rows=answer.rows,
         )
 
-    def _note_report(self, report: confine.Report) -> None:
-        self._report = report
+    async def unload(self, key: Digest) -> bool:
+        """End the model's process and give its memory back; False when it is not loaded."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            await entry.worker.close()
+        return entry is not None
 
-    async def _make_room(self, new: Runner) -> None:
-        """End idle models, the longest unused first, until the new one fits."""
-        most, size = self._max_models_bytes, new.opened.size
-        while most is not None and self._bytes() + size > most:
-            idle = [runner for runner in self._runners.values() if not runner.busy]
-            if size > most or not idle:
-                await new.close()
-                raise Overloaded(f"no room for a model of {size} bytes: {most} are set aside for all", retry_after=30)
-            oldest = min(idle, key=lambda runner: runner.last_used)
-            _log.info("unloaded to make room", model_id=oldest.opened.model.text)
-            await self.unload(oldest.opened.model.key)
+    async def probe(self) -> str:
+        """Have every idle worker answer, or start a worker without a model where there is none; a sentence about it.
 
-    def _bytes(self) -> int:
-        return sum(runner.opened.size for runner in self._runners.values())
+        Raises NotReady naming the model whose worker does not answer or was given up.
+        """
+        if not self._entries:
+            return await self._trial()
+        for entry in list(self._entries.values()):
+            if entry.worker.state == "failed" or entry.worker.idle:
+                await self._ping(entry.worker)
+        count = len(self._entries)
+        return f"{count} loaded {'model' if count == 1 else 'models'}, all at work or answering"
 
-    async def _prove(self) -> None:
-        process = await WorkerProcess.start([], 1, self._limits.program, lambda: None)
+    async def close(self) -> None:
+        """Unload everything."""
+        for key in list(self._entries):
+            await self.unload(key)
+
+    def _entry(self, opened: OpenedModel) -> _Entry:
+        entry = self._entries.get(opened.model.key)
+        if entry is None or entry.worker.opened.cid != opened.cid:
+            raise ModelNotLoaded(f"{opened.model} was unloaded meanwhile: send it again", model_id=opened.model.text)
+        return entry
+
+    async def _ping(self, worker: Worker) -> None:
         try:
-            self._note_report(await confined(process, policy(0), _PROVE_S))
-        except (TimeoutError, WorkerEnded, BadWorker, DivaultError) as err:
-            raise NotReady("a worker can't be started", retry_after=5) from err
+            await worker.ping()
+        except (ModelFailed, DeadlineExceeded) as err:
+            raise ModelFailed(f"the worker of {worker.opened.model} does not answer: {err.detail}", kind="ping") from err
+
+    async def _trial(self) -> str:
+        """Start a worker that loads nothing: proves that one can be started, confined and asked."""
+        limit_s = self._deadlines.load_s
+        process = await Process.start(self._tuning.command, (), self._tuning.threads, lambda: None)
+        try:
+            async with asyncio.timeout(limit_s):
+                order = wire.Load(id=wire.new_id(), files=[], device=self._device, memory_bytes=0)
+                ready = wire.expect(await process.ask(order), wire.Ready)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no worker started within {limit_s:g} s", limit_s=f"{limit_s:g}") from None
         finally:
-            await process.end()
+            await process.kill()
+        self._checks = dict(ready.checks)
+        return "no model is loaded; a worker starts and answers"
+
+
+def _view(entry: _Entry) -> Loaded:
+    worker = entry.worker
+    return Loaded(
+        model=worker.opened.model,
+        description=entry.description,
+        loaded_at=entry.loaded_at,
+        bytes=worker.opened.size,
+        sandbox=LEVEL,
+        seconds=entry.seconds,
+        state=worker.state,
+        pid=worker.pid,
+    )
+
+
+def _description(raw: bytes) -> Description:
+    """What the worker says of its model, typed, and with a runtime that has a canonical form. Raises ModelFailed."""
+    try:
+        description = msgspec.json.decode(raw, type=Description)
+        canonical(dict(description.runtime))
+    except (msgspec.MsgspecError, RecursionError, BadRequest):
+        raise wire.broken("what it says of its model is malformed") from None
+    return description
+
+
+def _checked(result: bytes) -> bytes:
+    """The same bytes, if they are one JSON value with finite numbers: they will stand in a signed answer as they are."""
+    try:
+        orjson.loads(result)
+    except orjson.JSONDecodeError:
+        raise wire.broken("its answer is not JSON") from None
+    return result
