@@ -18,9 +18,11 @@ from divault.values import MemoryFile
 
 def formats() -> list[ModelFormat]:
     """All formats, the most specific first."""
+    from divault.models.huggingface import HuggingFace
     from divault.models.sklearn import SklearnPickle
+    from divault.models.torch_state import TorchState
 
-    return [SklearnPickle()]
+    return [HuggingFace(), TorchState(), SklearnPickle()]
 
 
 def load(files: Sequence[MemoryFile], device: str) -> LoadedModel:

@@ -111,7 +111,7 @@ def _layers(architecture: Any) -> list[_Layer]:
         return [_linear(0, architecture.get("in"), architecture.get("out"), bias=architecture.get("bias", True))]
     if kind == "mlp":
         return _mlp(architecture)
-    raise _refused(f"architecture has the type {str(kind)[:40]!r}, not linear, mlp, huggingface or a list of layers")
+    raise _refused(f"architecture has the type {str(kind)[:40]!a}, not linear, mlp, huggingface or a list of layers")
 
 
 def _linear(index: int, inputs: Any, outputs: Any, *, bias: Any = True) -> _Layer:
@@ -140,7 +140,7 @@ def _listed(index: int, entry: Any) -> _Layer:
         )
     kind, kwargs, name = entry.get("layer"), entry.get("kwargs", {}), entry.get("name", str(index))
     if kind not in LAYERS:
-        raise _refused(f"layer {index}, {str(kind)[:60]!r}, is not one of {', '.join(sorted(LAYERS))}")
+        raise _refused(f"layer {index}, {str(kind)[:60]!a}, is not one of {', '.join(sorted(LAYERS))}")
     if not isinstance(kwargs, dict):
         raise _refused(f"kwargs of layer {index} is not an object")
     if not isinstance(name, str) or not (_NAME.fullmatch(name) or name == str(index)):
@@ -154,7 +154,7 @@ def _checked_kwargs(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     known = inspect.signature(getattr(nn, kind).__init__).parameters.keys() - {"self"} - _KEPT_BACK
     for name in kwargs:
         if name not in known or name.startswith("_"):
-            raise _refused(f"{kind} takes no {name[:60]!r} here")
+            raise _refused(f"{kind} takes no {name[:60]!a} here")
     return {name: _checked_value(f"{name} of {kind}", name, value) for name, value in kwargs.items()}
 
 
@@ -204,23 +204,26 @@ def _take_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         )
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
-            raise _refused(f"{name} has the shape {list(tensor.shape)}, the architecture {list(expected[name].shape)}")
+            needed = list(expected[name].shape)
+            raise _refused(f"{name!a} has the shape {list(tensor.shape)}, the architecture {needed}")
         if tensor.is_floating_point() != expected[name].is_floating_point():
-            raise _refused(f"{name} is {tensor.dtype}, the architecture has {expected[name].dtype}")
+            raise _refused(f"{name!a} is {tensor.dtype}, the architecture has {expected[name].dtype}")
     module.load_state_dict(dict(weights), strict=False, assign=True)
 
 
 def _named(verb: str, names: Sequence[str]) -> str:
-    shown = ", ".join(name[:60] for name in names[:4])
+    shown = ", ".join(ascii(name[:60]) for name in names[:4])
     return f"{verb} {shown}{' ...' if len(names) > 4 else ''}" if names else ""
 
 
 def _without_prefix(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    if not expected or weights.keys() <= expected.keys():
+    if weights.keys() <= expected.keys():
         return weights
-    prefix = next(iter(weights)).removesuffix(next(iter(expected)))
-    if prefix and prefix.endswith(".") and all(name.startswith(prefix) for name in weights):
-        return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    first = next(iter(weights))
+    for prefix in {first.removesuffix(name) for name in expected if first.endswith(f".{name}")}:
+        shorter = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        if len(shorter) == len(weights) and shorter.keys() <= expected.keys():
+            return shorter
     return weights
 
 

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from divault.errors import ModelFailed, SealedFileDamaged, UnsupportedModel
-from divault.models import text_inputs
+from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
 from divault.models.base import Answer, Description, Inputs
 from divault.models.folder import Folder
 from divault.models.huggingface_files import (
@@ -29,6 +28,7 @@ from divault.models.huggingface_files import (
     weights_of,
 )
 from divault.models.pooling import Pooling, pooling_of
+from divault.models.rows import MAX_TEXTS, TextSpec
 from divault.models.torch_runtime import device_name, prepare, runtime
 from divault.models.weights import read_weights
 from divault.values import MemoryFile
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 TOKENS_PER_PASS = 16_384
 """Padding included; bounds working memory whatever a caller sends."""
+_INPUT = TextSpec()
 _HEAD = "ForSequenceClassification"
 _UNUSED = ("pooler.", "cls.", "lm_head.", "classifier.", "embeddings.position_ids")
 """Tensors that an encoder without a head does not use; checkpoints come with and without them."""
@@ -70,7 +71,8 @@ class HuggingFace:
 
 def _architectures(folder: Folder) -> list[str]:
     told = raw_config(folder).get("architectures")
-    return [str(name)[:80] for name in told] if isinstance(told, list) else []
+    names = [str(name)[:80] for name in told[:4]] if isinstance(told, list) else []
+    return [name.encode("ascii", "backslashreplace").decode() for name in names if name.isprintable()]
 
 
 def _is_classifier(folder: Folder) -> bool:
@@ -169,7 +171,12 @@ class _Encoder:
         """One row for each text, in order. Raises InputInvalid, ModelFailed."""
         encodings = self._tokenizer.encode_batch(list(texts))
         if not all(encoding.ids for encoding in encodings):
-            text_inputs.refuse("text", "nothing is left of a text after tokenizing")
+            raise InputInvalid(
+                "text: nothing is left of a text after tokenizing",
+                field="text",
+                expected=_INPUT.expected,
+                example=_INPUT.example(),
+            )
         order = sorted(range(len(texts)), key=lambda index: len(encodings[index].ids))
         rows: list[list[float]] = [[] for _ in texts]
         for part in _passes(order, encodings):
@@ -213,12 +220,12 @@ class LoadedText:
             format="huggingface",
             task=head.task,
             device=device_name(device),
-            input_schema=text_inputs.SCHEMA,
+            input_schema=_INPUT.schema(),
             output_schema=head.output_schema,
-            example=text_inputs.EXAMPLE,
+            example=_INPUT.example(),
             runtime=runtime("huggingface", device, ("transformers", "tokenizers", "safetensors")),
         )
-        self.predict([Inputs(text_inputs.EXAMPLE, {})])
+        self.predict([Inputs(_INPUT.example(), {})])
 
     @property
     def description(self) -> Description:
@@ -227,13 +234,21 @@ class LoadedText:
 
     def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
         """One answer per caller; texts of all callers share passes. Raises InputInvalid, ModelFailed."""
-        callers = [text_inputs.parse(inputs.data) for inputs in batch]
+        callers = [_texts(inputs) for inputs in batch]
         rows = iter(self._encoder.rows([self._prepared(text) for texts in callers for text in texts], self._head))
         return [Answer(self._head.result([next(rows) for _ in texts]), len(texts)) for texts in callers]
 
     def _prepared(self, text: str) -> str:
         text = self._head.prompt + text
         return text.lower() if self._head.lower_case else text
+
+
+def _texts(inputs: Inputs) -> list[str]:
+    """The texts of one caller, who may send a list of inputs too. Raises InputInvalid."""
+    if not isinstance(inputs.data, list) or not 1 <= len(inputs.data) <= MAX_TEXTS:
+        return _INPUT.parse(inputs)
+    texts = [text for one in inputs.data for text in _INPUT.parse(Inputs(one, inputs.parameters))]
+    return _INPUT.parse(Inputs({"text": texts}, inputs.parameters))
 
 
 def _embedding_head(pooling: Pooling) -> _Head:

@@ -90,7 +90,7 @@ def model_type_of(folder: Folder) -> str:
         return kind
     own_code = sorted(name for name in folder.names if name.endswith(".py"))
     code = f" that brings its own code ({own_code[0]}), which is never run" if own_code else ""
-    seen = f"a Hugging Face model of type {kind!r}"
+    seen = f"a Hugging Face model of type {kind!a}"
     raise UnsupportedModel(f"{seen}{code}; this node loads {SUPPORTED}", seen=seen + code, supported=SUPPORTED)
 
 

@@ -102,8 +102,13 @@ class LoadedNetwork:
 
         Raises InputInvalid; ModelFailed where the network fails on a valid input or gives numbers that aren't finite.
         """
-        parsed = [self._parsed(inputs.data) for inputs in batch]
+        parsed = [self._checked(inputs) for inputs in batch]
         return [self._answer(self._run(array)) for array in parsed]
+
+    def _checked(self, inputs: Inputs) -> NDArray[Any]:
+        if inputs.parameters:
+            self._spec.refuse("parameters", "this model has no parameters")
+        return self._parsed(inputs.data)
 
     def _parsed(self, data: Any) -> NDArray[Any]:
         if isinstance(data, list) and data and all(isinstance(one, dict) for one in data):

@@ -6,6 +6,8 @@ Files are mapped, not copied, so weights in memory cost what the memory file cos
 from __future__ import annotations
 
 import re
+import struct
+import warnings
 from collections.abc import Iterable
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,6 +24,11 @@ SUPPORTED = "safetensors, or torch.save(model.state_dict())"
 MAX_TENSORS = 100_000
 _WRAPPED = ("state_dict", "model_state_dict")
 """Members under which training scripts keep the weights beside epoch and optimizer."""
+_BROKEN_PICKLE = (
+    *(RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError),
+    *(EOFError, OverflowError, struct.error),
+)
+"""What the unpickler, tensors and zip reader of torch raise for altered content."""
 _REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -69,10 +76,13 @@ def _read_torch_zip(file: MemoryFile) -> dict[str, Tensor]:
 
     check_torch_zip(file)
     try:
-        content = torch.load(path_of(file), map_location="cpu", mmap=True, weights_only=True)
+        with warnings.catch_warnings():
+            # Advice on odd pickles; they load as tensors or not at all.
+            warnings.simplefilter("ignore")
+            content = torch.load(path_of(file), map_location="cpu", mmap=True, weights_only=True)
     except UnpicklingError as err:
         _refuse_pickle(str(err))
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError) as err:
+    except _BROKEN_PICKLE as err:
         raise SealedFileDamaged(f"the torch.save file is broken: {type(err).__name__}", stage="payload") from None
     return _state_dict(content)
 
@@ -113,7 +123,7 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     )
     if kind not in {torch.Tensor, torch.nn.Parameter} or odd:
         raise UnsupportedModel(
-            f"tensor {name[:100]!r} is sparse, quantized, complex or without data; save dense real tensors",
+            f"tensor {name[:100]!a} is sparse, quantized, complex or without data; save dense real tensors",
             seen="a tensor that is not dense and real",
             supported=SUPPORTED,
         )
