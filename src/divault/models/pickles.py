@@ -4,7 +4,8 @@ Rules, beyond the names of `allowed`:
 
 1. Only what a global resolved to may be called, and never what was built from it.
 2. State is given to objects built here, not to classes or functions; names like `__class__` are refused.
-3. Items go into plain lists, dicts and sets only; an array is filled once; a sparse matrix is checked when all is built.
+3. Items go into plain lists, dicts and sets only; an array is filled once; sparse matrices are checked when all is
+   built.
 4. The stream is read to its end or refused; compressed ones may unfold to 50 times their size, or 32 MiB.
 5. joblib's arrays are read here, so that joblib itself loads nothing.
 
@@ -39,9 +40,18 @@ _MAX_NESTING = 3
 
 _DAMAGE = (
     pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError,
-    OverflowError, RecursionError, AssertionError, NotImplementedError, struct.error, zlib.error, lzma.LZMAError, OSError,
+    ArithmeticError, RecursionError, AssertionError, NotImplementedError, struct.error, zlib.error, lzma.LZMAError,
+    OSError,
 )  # fmt: skip
 """What a malformed stream makes the interpreter, numpy or an estimator's `__setstate__` raise."""
+
+_SPARSE_STATE = frozenset(
+    {
+        "_shape", "maxprint", "data", "indices", "indptr", "_has_canonical_format", "_has_sorted_indices",
+        "has_canonical_format", "has_sorted_indices",
+    }
+)  # fmt: skip
+"""Attributes of a CSR or CSC matrix; any other could stand in the place of a method."""
 
 
 def looks_pickled(file: ModelFile) -> bool:
@@ -90,6 +100,7 @@ class _ZlibStream:
         self._inner = zlib.decompressobj(wbits)
 
     def decompress(self, data: bytes, most: int) -> bytes:
+        """At most `most` bytes of output, out of what is left over and `data`."""
         return self._inner.decompress(self._inner.unconsumed_tail + data, most)
 
 
@@ -164,19 +175,21 @@ class _Loader(pickle._Unpickler):  # noqa: SLF001  # the documented class is the
 
     stack: list[Any]
     memo: dict[int, Any]
+    pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, source: _Source, nesting: int = 0) -> None:
+    def __init__(self, source: _Source, outer: _Loader | None = None) -> None:
         super().__init__(source)
         self._source = source
-        self._nesting = nesting
+        self.level: int = 0 if outer is None else outer.level + 1
         self._granted: dict[int, Any] = {}
-        self._sparse: list[Any] = []
+        self.sparse: list[Any] = [] if outer is None else outer.sparse
 
     def load_checked(self) -> Any:
-        """The object, with every sparse matrix in it checked."""
+        """The object, with every sparse matrix in it checked: compiled code trusts their indices."""
         found = self.load()
-        for matrix in self._sparse:
-            matrix.check_format(full_check=True)
+        for matrix in self.sparse:
+            # By the class: an attribute of the instance could stand before its method.
+            type(matrix).check_format(matrix, full_check=True)
         return found
 
     def find_class(self, module: str, name: str) -> Any:
@@ -196,22 +209,25 @@ class _Loader(pickle._Unpickler):  # noqa: SLF001  # the documented class is the
         raise AssertionError(code)
 
     def _call(self, function: Any, args: Any) -> Any:
-        if id(function) not in self._granted or not isinstance(args, tuple | list):
+        if id(function) not in self._granted or not callable(function) or not isinstance(args, tuple | list):
             rebuilding.damaged("a call of something that is no allowed name")
-        return function(*args)
+        return self._noted(function(*args))
 
     def load_reduce(self) -> None:
+        """REDUCE: a call, by rule 1."""
         args = self.stack.pop()
         self.stack[-1] = self._call(self.stack[-1], args)
 
     def _instantiate(self, klass: Any, args: Any) -> None:
-        self.append(self._call(klass, args))
+        self.stack.append(self._call(klass, args))
 
     def load_newobj(self) -> None:
+        """NEWOBJ: an instance without its constructor, by rule 1."""
         args = self.stack.pop()
         self._make(args, {})
 
     def load_newobj_ex(self) -> None:
+        """NEWOBJ_EX: the same with keywords."""
         keywords = self.stack.pop()
         args = self.stack.pop()
         self._make(args, keywords)
@@ -220,30 +236,43 @@ class _Loader(pickle._Unpickler):  # noqa: SLF001  # the documented class is the
         klass = self.stack.pop()
         if id(klass) not in self._granted or not isinstance(klass, type):
             rebuilding.damaged("an instance of something that is no allowed class")
-        self.stack.append(klass.__new__(klass, *args, **keywords))
+        self.stack.append(self._noted(klass.__new__(klass, *args, **keywords)))
+
+    def _noted(self, made: Any) -> Any:
+        from scipy import sparse
+
+        if sparse.issparse(made):
+            self.sparse.append(made)
+        return made
 
     def load_append(self) -> None:
+        """APPEND: one item for a list."""
         value = self.stack.pop()
         _exactly(self.stack[-1], list).append(value)
 
     def load_appends(self) -> None:
+        """APPENDS: items for a list."""
         items = self.pop_mark()
         _exactly(self.stack[-1], list).extend(items)
 
     def load_setitem(self) -> None:
+        """SETITEM: one item for a dict."""
         value = self.stack.pop()
         key = self.stack.pop()
         _mapping(self.stack[-1])[key] = value
 
     def load_setitems(self) -> None:
+        """SETITEMS: items for a dict."""
         items = self.pop_mark()
         _mapping(self.stack[-1]).update(zip(items[::2], items[1::2], strict=True))
 
     def load_additems(self) -> None:
+        """ADDITEMS: items for a set."""
         items = self.pop_mark()
         _exactly(self.stack[-1], set).update(items)
 
     def load_build(self) -> None:
+        """BUILD: state for an object, by rules 2 and 3."""
         state = self.stack.pop()
         target = self.stack[-1]
         if id(target) in self._granted or isinstance(target, type):
@@ -268,26 +297,13 @@ class _Loader(pickle._Unpickler):  # noqa: SLF001  # the documented class is the
             _give(target, state)
             return target.read(lambda count: bytearray(self._source.read(count)), self._nested)
         else:
-            self._set(target, state)
+            _set(target, state)
         return target
 
-    def _set(self, target: Any, state: Any) -> None:
-        from scipy import sparse
-
-        if isinstance(state, dict):
-            _check_names(state)
-        setter = getattr(target, "__setstate__", None)
-        if setter is None:
-            _give(target, state)
-        else:
-            setter(_checked_tree(target, state))
-        if sparse.issparse(target):
-            self._sparse.append(target)
-
     def _nested(self) -> Any:
-        if self._nesting == _MAX_NESTING:
+        if self.level == _MAX_NESTING:
             rebuilding.damaged("pickles nested in each other")
-        return _Loader(self._source, self._nesting + 1).load_checked()
+        return _Loader(self._source, self).load()
 
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.NEWOBJ[0]] = load_newobj
@@ -309,6 +325,20 @@ def _mapping(value: Any) -> Any:
 
     kinds = (dict, OrderedDict, defaultdict, Bunch)
     return value if type(value) in kinds else rebuilding.damaged("items for something that is no dict")
+
+
+def _set(target: Any, state: Any) -> None:
+    from scipy import sparse
+
+    if isinstance(state, dict):
+        _check_names(state)
+        if sparse.issparse(target) and not state.keys() <= _SPARSE_STATE:
+            rebuilding.damaged("a sparse matrix with strange attributes")
+    setter = getattr(target, "__setstate__", None)
+    if setter is None:
+        _give(target, state)
+    else:
+        setter(_checked_tree(target, state))
 
 
 def _give(target: Any, state: Any) -> None:
@@ -333,7 +363,7 @@ def _checked_tree(target: Any, state: Any) -> Any:
         count = len(nodes)
         children = (nodes["left_child"], nodes["right_child"])
         inside = (
-            all(((-1 <= side) & (side < count)).all() for side in children)
+            all(((side >= -1) & (side < count)).all() for side in children)
             and (nodes["feature"] < target.n_features).all()
         )
         if state["node_count"] != count or len(state["values"]) != count or not inside:

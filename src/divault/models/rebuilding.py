@@ -52,8 +52,9 @@ class StoredArray:
     numpy_array_alignment_bytes: int | None = None
 
     def read(self, take: Callable[[int], bytearray], nested: Callable[[], Any]) -> Any:
-        """The array; `take(n)` gives the next n bytes, `nested` loads the pickle that follows. Raises
-        UnsupportedModel.
+        """The array; `take(n)` gives the next n bytes, `nested` loads the pickle that follows.
+
+        Raises UnsupportedModel.
         """
         import numpy as np
 

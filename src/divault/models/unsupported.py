@@ -32,10 +32,19 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b'{"learner"', "an XGBoost model"),
     (b"{L\x00\x00", "an XGBoost model"),
 )
-_OLD_PICKLE = re.compile(rb"(\((lp|dp|i)|c)[A-Za-z_][A-Za-z0-9_.]*\n|\((lp|dp)[0-9]*\n|\]q|\}q|\(l\.|\(d\.", re.DOTALL)
-_ONNX = re.compile(rb"\x08[\x01-\x0f]\x12.{1,64}?(\x1a|\x22|\x3a)", re.DOTALL)
-_LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""The number that `torch.save` wrote first before 1.6, as a pickle of its own."""
+_PATTERNS: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (
+        # The number that torch.save wrote first before 1.6, as a pickle of its own.
+        re.compile(rb"\x80.\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.", re.DOTALL),
+        "a PyTorch file of before 1.6: save its state dict again",
+    ),
+    (
+        re.compile(rb"(\((lp|dp|i)|c)[A-Za-z_][A-Za-z0-9_.]*\n|\((lp|dp)[0-9]*\n|\]q|\}q|\(l\.|\(d\.", re.DOTALL),
+        "a pickle of protocol 0 or 1: write it with protocol 2 or later",
+    ),
+    (re.compile(rb"\x08[\x01-\x0f]\x12.{1,64}?(\x1a|\x22|\x3a)", re.DOTALL), "an ONNX model"),
+    (re.compile(rb"\Z"), "an empty file"),
+)
 
 
 def name(files: Sequence[ModelFile]) -> str:
@@ -55,19 +64,14 @@ def name(files: Sequence[ModelFile]) -> str:
 def single(file: ModelFile) -> str:
     """What one file is."""
     head = file.head()
-    if not head:
-        return "an empty file"
     if head.startswith(b"PK\x03\x04"):
         return archive(file)
     for magic, text in _MAGIC:
         if head.startswith(magic):
             return text
-    if head.startswith(b"\x80") and _LEGACY_TORCH in head[:32]:
-        return "a PyTorch file of before 1.6: save its state dict again"
-    if _OLD_PICKLE.match(head):
-        return "a pickle of protocol 0 or 1: write it with protocol 2 or later"
-    if _ONNX.match(head):
-        return "an ONNX model"
+    for pattern, text in _PATTERNS:
+        if pattern.match(head):
+            return text
     return _by_text(head)
 
 
@@ -80,19 +84,16 @@ def archive(file: ModelFile) -> str:
         return "a damaged zip"
     parts = {PurePosixPath(entry).name for entry in names}
     folders = {part for entry in names for part in PurePosixPath(entry).parts[:-1]}
-    if "constants.pkl" in parts or "code" in folders:
-        return "a TorchScript archive, which carries code"
-    if "archive_format" in parts or any(entry.endswith("serialized_exported_program.json") for entry in names):
-        return "a torch.export archive (.pt2), which carries code"
-    if "data.pkl" in parts:
-        return "a PyTorch file"
-    if "model.weights.h5" in parts or {"config.json", "metadata.json"} <= parts:
-        return "a Keras archive, which carries code"
-    if "schema.json" in parts:
-        return "a skops file"
-    if names and all(entry.endswith(".npy") for entry in names):
-        return "numpy arrays (npz)"
-    return "a zip"
+    found = {
+        "a TorchScript archive, which carries code": "constants.pkl" in parts or "code" in folders,
+        "a torch.export archive (.pt2), which carries code": "archive_format" in parts
+        or "serialized_exported_program.json" in parts,
+        "a PyTorch file": "data.pkl" in parts,
+        "a Keras archive, which carries code": "model.weights.h5" in parts or {"config.json", "metadata.json"} <= parts,
+        "a skops file": "schema.json" in parts,
+        "numpy arrays (npz)": bool(names) and all(entry.endswith(".npy") for entry in names),
+    }
+    return next((text for text, holds in found.items() if holds), "a zip")
 
 
 def _by_text(head: bytes) -> str:
