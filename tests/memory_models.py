@@ -103,3 +103,8 @@ def tiny_classifier(folder: Path, **config: Any) -> dict[str, bytes]:
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder_content(folder)
+
+
+def json_of(data: bytes) -> Any:
+    """The value of a JSON file."""
+    return json.loads(data)

@@ -46,6 +46,13 @@ _UNUSED = ("pooler.", "cls.", "lm_head.", "classifier.", "embeddings.position_id
 """Tensors that an encoder without a head does not use; checkpoints come with and without them."""
 
 
+_MISFITS = (
+    *(RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError, ZeroDivisionError),
+    OverflowError,
+)
+"""What constructors and loaders of the library raise for sizes and names that don't go together."""
+
+
 class HuggingFace:
     """The format: a folder with config.json, tokenizer.json and weights."""
 
@@ -109,8 +116,7 @@ def _module(config: PretrainedConfig, weights: Mapping[str, torch.Tensor], *, cl
             local_files_only=True,
             output_loading_info=True,
         )
-    # What the constructors of the library raise for sizes that don't go together.
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError) as err:
+    except _MISFITS as err:
         raise SealedFileDamaged(f"config.json and weights don't fit: {str(err)[:200]}", stage="payload") from None
     _check_report(report, classifies=classifies)
     module.requires_grad_(requires_grad=False)

@@ -99,6 +99,7 @@ def config_of(folder: Folder, tensors: int) -> PretrainedConfig:
 
     Raises UnsupportedModel, SealedFileDamaged.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     kind, raw = model_type_of(folder), raw_config(folder)
@@ -108,7 +109,7 @@ def config_of(folder: Folder, tensors: int) -> PretrainedConfig:
         _check_numbers(kept)
         config = AutoConfig.for_model(kind, **kept)
     # Configuration classes check their arguments each in its own way.
-    except (TypeError, ValueError, KeyError, AttributeError) as err:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as err:
         raise SealedFileDamaged(f"config.json doesn't hold: {str(err)[:200]}", stage="payload") from None
     layers = getattr(config, "num_hidden_layers", 0)
     shared = kind == "albert"  # one set of weights, used again by every layer
