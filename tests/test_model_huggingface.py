@@ -304,14 +304,15 @@ def test_missing_parts_are_named(classifier_files: Content) -> None:
     assert "classifier" in refusal(classifier_files | {"model.safetensors": save(headless)}, SealedFileDamaged).detail
 
 
-def test_broken_parts_are_damage_and_nothing_untyped(classifier_files: Content) -> None:
-    for name in ("tokenizer.json", "config.json", "model.safetensors"):
-        whole = classifier_files[name]
-        for broken in (whole[:-30], whole[: len(whole) // 2], b"[" * 2000, b"{}", b"\xff" * 100):
-            with memory_files(classifier_files | {name: broken}) as files:
-                if HuggingFace().recognises(files):
-                    with pytest.raises((SealedFileDamaged, UnsupportedModel)):
-                        HuggingFace().load(files, "cpu")
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_broken_parts_are_damage_and_nothing_untyped(classifier_files: Content, name: str) -> None:
+    whole = classifier_files[name]
+    for broken in (whole[:-30], whole[: len(whole) // 2], b"[" * 2000, b"{}", b"\xff" * 100):
+        with (
+            memory_files(classifier_files | {name: broken}) as files,
+            pytest.raises((SealedFileDamaged, UnsupportedModel)),
+        ):
+            models.load(files, "cpu")
 
 
 def test_a_pickled_model_in_the_folder_is_refused_by_name(classifier_files: Content) -> None:

@@ -21,6 +21,8 @@ def prepare(device: str) -> torch.device:
     """
     import torch
 
+    # cuBLAS reads it when the first product is made, and is not deterministic without it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(_threads())
     torch.use_deterministic_algorithms(mode=True)
     torch.backends.cudnn.benchmark = False

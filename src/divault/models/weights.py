@@ -130,11 +130,6 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32) if tensor.is_floating_point() else tensor.detach()
 
 
-def stored_bytes(files: Iterable[MemoryFile]) -> int:
-    """Bytes of the files of weights: no architecture may need much more."""
-    return sum(file.size for file in files)
-
-
 def weight_files(files: Iterable[MemoryFile]) -> list[MemoryFile]:
     """Those of the files that hold weights in any container of torch, safe or not; safetensors alone where both."""
     kinds = [(file, container_of(file)) for file in files]
