@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from typing import Any
 
@@ -129,7 +130,7 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read(world: World) 
         for _ in range(1000):
             yield b"x" * 65536
 
-    declared = await world.request("POST", RUN, data=b"x" * (9 * 1024 * 1024))
+    declared = await world.request("POST", RUN, data=io.BytesIO(b"x" * (9 * 1024 * 1024)))
     chunked = await world.request("POST", RUN, data=endless(), headers={"content-type": "application/json"})
 
     assert (declared[0], declared[1]["code"]) == (413, "too_large")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Transport:
             async with self._session.request(
                 exchange.method,
                 self.url + exchange.path,
-                data=exchange.body or None,
+                data=io.BytesIO(exchange.body) if exchange.body else None,  # a file goes out in pieces
                 headers=headers,
                 allow_redirects=False,
             ) as response:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import re
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from divault.errors import UnsupportedModel
 from divault.models import rebuilding
@@ -147,7 +147,7 @@ def _estimator(module: str, name: str) -> Any:
     return found
 
 
-def _refused(module: str, name: str) -> Any:
+def _refused(module: str, name: str) -> NoReturn:
     seen = f"{module}.{name}".encode("ascii", "backslashreplace").decode()[:200]
     raise UnsupportedModel(
         f"the pickle needs {seen}, which is not among the classes that this node loads; keep to estimators of"

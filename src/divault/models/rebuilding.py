@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from divault.errors import UnsupportedModel
 
@@ -185,7 +185,7 @@ def is_dtype(value: Any) -> bool:
     return isinstance(value, np.dtype)
 
 
-def damaged(what: str) -> Any:
+def damaged(what: str) -> NoReturn:
     """Raise UnsupportedModel for a pickle that no library writes."""
     raise UnsupportedModel(f"the pickle is damaged or forged: it holds {what}", seen=f"a damaged pickle ({what})")
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -267,10 +267,10 @@ class Ledger:
         trail.hold = Hold(grant, price, payer, key, wanted.lease_until)
         return trail.hold
 
-    def opened(self, hold: Hold, plaintext: Digest, runtime: dict[str, Any] | None) -> None:
+    def opened(self, hold: Hold, plaintext: Digest, runtime: Mapping[str, Any]) -> None:
         """Note what the run stands on (sha256 of the opened model, runtime object), for the receipt of a failed run."""
         trail = self._trail(hold.grant)
-        trail.plaintext, trail.runtime = plaintext, runtime
+        trail.plaintext, trail.runtime = plaintext, dict(runtime)
 
     async def charge(self, hold: Hold, call: SignedCall, output: Output) -> Answer:
         """The answer, with everything that it implies on disk (rule 3).

@@ -127,7 +127,7 @@ Reply = Ready | Failed | Answers | Pong
 R = TypeVar("R", Ready, Failed, Answers, Pong)
 
 _requests = msgspec.msgpack.Decoder(Request)
-_replies = msgspec.msgpack.Decoder(Reply)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 LOAD_ERRORS: tuple[type[DivaultError], ...] = (UnsupportedModel, SealedFileDamaged, ModelFailed, SettingsInvalid)
 RUN_ERRORS: tuple[type[DivaultError], ...] = (InputInvalid, ModelFailed)
