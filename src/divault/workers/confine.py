@@ -122,9 +122,9 @@ def _report(policy: Policy) -> dict[str, Verdict]:
 
 
 def _memory_is_refused(limit: int) -> bool:
-    """Map more than the limit without touching it: that counts against the limit and nothing else."""
+    """Map more than the limit, read-only: such pages count against the limit and against no memory."""
     try:
-        mmap.mmap(-1, limit + (1 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_NORESERVE, prot=mmap.PROT_READ).close()
+        mmap.mmap(-1, limit + (1 << 20), flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ).close()
     except OSError as err:
         return err.errno == errno.ENOMEM
     return False
