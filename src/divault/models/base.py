@@ -55,7 +55,7 @@ class LoadedModel(Protocol):
         """What it is and takes."""
 
     def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
-        """One answer per caller, in order. Raises InputInvalid (field, expected, example) for inputs it does not take."""
+        """One answer per caller, in order. Raises InputInvalid (field, expected, example) for other inputs."""
 
 
 class ModelFormat(Protocol):

@@ -62,7 +62,8 @@ class RowSpec:
         """What is taken, for people."""
         kinds = "numbers or texts" if self.mixed else "finite numbers"
         null = " (null: missing)" if self.missing else ""
-        return f'{{"features": ...}} with {self.count or "n"} {kinds}{null} for one row, or a list of 1 to {MAX_ROWS} rows'
+        row = f"{self.count or 'n'} {kinds}{null}"
+        return f'{{"features": ...}} with {row} for one row, or a list of 1 to {MAX_ROWS} rows'
 
     def example(self) -> dict[str, Any]:
         """An input that is taken."""
@@ -104,7 +105,7 @@ class RowSpec:
                 if not -LARGEST <= value <= LARGEST:
                     _refuse(self, f"{where}[{column}]", f"a number over {LARGEST:g}")
             elif not (self.mixed and type(value) is str) and not (self.missing and value is None):
-                _refuse(self, f"{where}[{column}]", f"{_KINDS.get(type(value), 'something else')} where a number is expected")
+                _refuse(self, f"{where}[{column}]", f"{_KINDS[type(value)]} where a number is expected")
 
 
 _KINDS: dict[type, str] = {str: "a text", bool: "true or false", type(None): "null", list: "a list", dict: "an object"}

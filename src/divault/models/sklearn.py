@@ -141,7 +141,8 @@ def _spec(estimator: Any) -> RowSpec | TextSpec:
         return TextSpec()
     count = getattr(estimator, "n_features_in_", None)
     mixed = any(_has_text_categories(part) for part in parts)
-    return RowSpec(int(count) if isinstance(count, int) and count > 0 else None, mixed=mixed, missing=_takes_nan(estimator))
+    width = count if isinstance(count, int) and count > 0 else None
+    return RowSpec(width, mixed=mixed, missing=_takes_nan(estimator))
 
 
 def _parts(estimator: Any, levels: int = 8) -> list[Any]:
@@ -165,7 +166,8 @@ def _parts(estimator: Any, levels: int = 8) -> list[Any]:
 
 
 def _has_text_categories(part: Any) -> bool:
-    return any(getattr(getattr(column, "dtype", None), "kind", "") in "OUS" for column in getattr(part, "categories_", []))
+    kinds = (getattr(getattr(column, "dtype", None), "kind", "f") for column in getattr(part, "categories_", []))
+    return any(kind in "OUS" for kind in kinds)
 
 
 def _takes_nan(estimator: Any) -> bool:

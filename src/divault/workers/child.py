@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import orjson
 
@@ -43,7 +44,8 @@ ENVIRONMENT = frozenset(
         "TRANSFORMERS_OFFLINE",
     }
 )
-_ERROR_TEXT = 200
+_ERROR_TEXT, _NAME = 200, 80
+T = TypeVar("T")
 NOTHING = b"{}"
 """Description of a worker that was started without files, to prove that workers can be started and confined."""
 
@@ -56,8 +58,8 @@ def main() -> None:
             checks = confine(_policy(order, connection.fileno()))
             model, reply = _load(order, checks)
             wire.send(connection, reply)
-            if isinstance(reply, wire.Ready):
-                _serve(connection, model)
+            # After a failure too: who ends at once might be seen to end before the answer is read.
+            _serve(connection, model)
     # Teardown of the interpreter is of use to nobody, and libraries may hang in it.
     os._exit(0)
 
@@ -75,16 +77,15 @@ def _load(order: wire.Load, checks: dict[str, Verdict]) -> tuple[LoadedModel | N
     if not order.files:
         return None, wire.Ready(id=order.id, description=NOTHING, checks=checks)
     files = [MemoryFile(file.name, file.fd, file.size) for file in order.files]
-    try:
+
+    def work() -> tuple[LoadedModel, bytes]:
         model = models.load(files, order.device)
-        description = orjson.dumps(model.description)
-    except DivaultError as err:
-        return None, wire.Failed(id=order.id, problem=_problem(err))
-    except MemoryError:
-        error = ModelFailed("the model takes more memory than this node gives it", kind="memory")
-        return None, wire.Failed(id=order.id, problem=_problem(error))
-    except Exception as err:  # noqa: BLE001 - the load of somebody's file ends here, whatever a library makes of it
-        return None, wire.Failed(id=order.id, problem=_problem(_raised("loading the model", err)))
+        return model, orjson.dumps(model.description)
+
+    loaded = _attempt("loading the model", work)
+    if isinstance(loaded, wire.Problem):
+        return None, wire.Failed(id=order.id, problem=loaded)
+    model, description = loaded
     return model, wire.Ready(id=order.id, description=description, checks=checks)
 
 
@@ -98,25 +99,30 @@ def _serve(connection: socket.socket, model: LoadedModel | None) -> None:
 
 
 def _answer(model: LoadedModel, item: wire.Item) -> wire.Success | wire.Problem:
-    try:
+    def work() -> wire.Success:
         inputs = Inputs(strict_json.parse(item.data, "input_data"), _parameters(item.parameters))
         answer = model.predict([inputs])[0]
         return wire.Success(strict_json.dump(answer.result, wire.MAX_RESULT_BYTES), answer.rows)
+
+    return _attempt("the model", work)
+
+
+def _attempt(what: str, work: Callable[[], T]) -> T | wire.Problem:
+    """What `work` gives, or why it gave nothing: a model's load or one caller's request ends here."""
+    try:
+        return work()
     except DivaultError as err:
         return _problem(err)
     except MemoryError:
-        return _problem(ModelFailed("the model ran out of the memory that this node gives it", kind="memory"))
-    except Exception as err:  # noqa: BLE001 - one caller's request ends here, whatever the model raises
-        return _problem(_raised("the model", err))
+        return _problem(ModelFailed(f"{what} took more memory than this node gives it", kind="memory"))
+    except Exception as err:  # noqa: BLE001 - whatever a library makes of somebody's file or input
+        text = wire.escaped(str(err), _ERROR_TEXT)
+        name = wire.escaped(type(err).__name__, _NAME)
+        return _problem(ModelFailed(f"{what} raised {name}: {text}", kind="raised"))
 
 
 def _parameters(raw: bytes | None) -> dict[str, Any]:
     return strict_json.parse_object(raw, "parameters") if raw is not None else {}
-
-
-def _raised(what: str, err: Exception) -> ModelFailed:
-    text = wire.escaped(str(err), _ERROR_TEXT)
-    return ModelFailed(f"{what} raised {wire.escaped(type(err).__name__, 80)}: {text}", kind="raised")
 
 
 def _problem(err: DivaultError) -> wire.Problem:

@@ -56,24 +56,8 @@ class Line(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Part of asyncio.Protocol."""
-        if self._end is not None:
-            return
-        if self._waiting is None or self._waiting.done():
-            return self._finish(broken("it spoke unasked"))
-        self._buffer += data
-        if len(self._buffer) < HEAD:
-            return None
-        length = int.from_bytes(self._buffer[:HEAD], "big")
-        have = len(self._buffer) - HEAD
-        if length > self._max:
-            return self._finish(broken(f"its answer has {length} bytes, {self._max} are allowed"))
-        if have > length:
-            return self._finish(broken("it sent more than one answer"))
-        if have == length:
-            body = bytes(memoryview(self._buffer)[HEAD:])
-            self._buffer = bytearray()
-            self._waiting.set_result(body)
-        return None
+        if self._end is None:
+            self._take(data)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
         """Part of asyncio.Protocol."""
@@ -90,3 +74,21 @@ class Line(asyncio.Protocol):
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_exception(end)
         self._on_loss()
+
+    def _take(self, data: bytes) -> None:
+        if self._waiting is None or self._waiting.done():
+            self._finish(broken("it spoke unasked"))
+            return
+        self._buffer += data
+        if len(self._buffer) < HEAD:
+            return
+        length = int.from_bytes(self._buffer[:HEAD], "big")
+        have = len(self._buffer) - HEAD
+        if length > self._max:
+            self._finish(broken(f"its answer has {length} bytes, {self._max} are allowed"))
+        elif have > length:
+            self._finish(broken("it sent more than one answer"))
+        elif have == length:
+            body = bytes(memoryview(self._buffer)[HEAD:])
+            self._buffer = bytearray()
+            self._waiting.set_result(body)

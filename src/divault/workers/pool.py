@@ -11,11 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import msgspec
-import orjson
-
-from divault.errors import BadRequest, CidMismatch, DeadlineExceeded, InputInvalid, ModelFailed, ModelNotLoaded
-from divault.messages import canonical
+from divault.errors import CidMismatch, DeadlineExceeded, InputInvalid, ModelFailed, ModelNotLoaded, NotReady
 from divault.models.base import Description
 from divault.values import Cid, Digest, Hold, ModelId, OpenedModel, Output, SignedCall
 from divault.workers import wire
@@ -54,7 +50,6 @@ class Loaded:
 @dataclass(slots=True)
 class _Entry:
     worker: Worker
-    description: Description
     loaded_at: int
     seconds: float
 
@@ -99,15 +94,14 @@ class WorkerPool:
         """
         began = time.monotonic()
         worker = Worker(opened, self._device, self._deadlines, self._tuning)
-        ready = await worker.start()
-        try:
-            description = _description(ready.description)
-        except ModelFailed:
+        if not self._closed:
+            await worker.start()
+        if self._closed:
             await worker.close()
-            raise
-        self._checks = dict(ready.checks)
+            raise NotReady("the node is stopping", retry_after=5)
+        self._checks = dict(worker.checks)
         replaced = self._entries.get(opened.model.key)
-        entry = _Entry(worker, description, int(time.time()), round(time.monotonic() - began, 3))
+        entry = _Entry(worker, int(time.time()), round(time.monotonic() - began, 3))
         self._entries[opened.model.key] = entry
         if replaced is not None:
             await replaced.worker.close()
@@ -134,15 +128,15 @@ class WorkerPool:
         """
         granted = hold.grant.model
         if opened.cid.text != granted.cid or opened.model.key != granted.model.key:
-            raise CidMismatch("the opened model is not the one that was granted", have=opened.cid.text, need=granted.cid)
+            raise CidMismatch("the opened model is not the granted one", have=opened.cid.text, need=granted.cid)
         entry = self._entry(opened)
         if call.input_data is None:
-            example = dict(entry.description.example)
+            example = dict(entry.worker.description.example)
             raise InputInvalid("the call has no input_data", field="input_data", expected="an object", example=example)
         answer = await entry.worker.run(wire.Item(call.input_data, call.parameters))
         return Output(
-            result=_checked(answer.result),
-            runtime=dict(entry.description.runtime),
+            result=answer.result,
+            runtime=dict(entry.worker.description.runtime),
             plaintext_sha256=opened.plaintext_sha256,
             rows=answer.rows,
         )
@@ -161,14 +155,15 @@ class WorkerPool:
         """
         if not self._entries:
             return await self._trial()
-        for entry in list(self._entries.values()):
-            if entry.worker.state == "failed" or entry.worker.idle:
-                await self._ping(entry.worker)
-        count = len(self._entries)
-        return f"{count} loaded {'model' if count == 1 else 'models'}, all at work or answering"
+        workers = [entry.worker for entry in self._entries.values()]
+        await asyncio.gather(*(self._ping(worker) for worker in workers if worker.idle or worker.state == "failed"))
+        restarting = sum(worker.state == "restarting" for worker in workers)
+        models = "1 model is" if len(workers) == 1 else f"{len(workers)} models are"
+        return f"{models} loaded; every idle worker answered" + (f", {restarting} restarting" if restarting else "")
 
     async def close(self) -> None:
-        """Unload everything."""
+        """Unload everything; whatever is being loaded ends with NotReady."""
+        self._closed = True
         for key in list(self._entries):
             await self.unload(key)
 
@@ -182,7 +177,8 @@ class WorkerPool:
         try:
             await worker.ping()
         except (ModelFailed, DeadlineExceeded) as err:
-            raise ModelFailed(f"the worker of {worker.opened.model} does not answer: {err.detail}", kind="ping") from err
+            model = worker.opened.model
+            raise ModelFailed(f"the worker of {model} does not answer: {err.detail}", kind="ping") from err
 
     async def _trial(self) -> str:
         """Start a worker that loads nothing: proves that one can be started, confined and asked."""
@@ -204,7 +200,7 @@ def _view(entry: _Entry) -> Loaded:
     worker = entry.worker
     return Loaded(
         model=worker.opened.model,
-        description=entry.description,
+        description=worker.description,
         loaded_at=entry.loaded_at,
         bytes=worker.opened.size,
         sandbox=LEVEL,
@@ -212,22 +208,3 @@ def _view(entry: _Entry) -> Loaded:
         state=worker.state,
         pid=worker.pid,
     )
-
-
-def _description(raw: bytes) -> Description:
-    """What the worker says of its model, typed, and with a runtime that has a canonical form. Raises ModelFailed."""
-    try:
-        description = msgspec.json.decode(raw, type=Description)
-        canonical(dict(description.runtime))
-    except (msgspec.MsgspecError, RecursionError, BadRequest):
-        raise wire.broken("what it says of its model is malformed") from None
-    return description
-
-
-def _checked(result: bytes) -> bytes:
-    """The same bytes, if they are one JSON value with finite numbers: they will stand in a signed answer as they are."""
-    try:
-        orjson.loads(result)
-    except orjson.JSONDecodeError:
-        raise wire.broken("its answer is not JSON") from None
-    return result

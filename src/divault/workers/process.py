@@ -68,14 +68,14 @@ class Process:
     async def start(
         cls, command: Sequence[str], files: Sequence[MemoryFile], threads: int, on_loss: Callable[[], None]
     ) -> Process:
-        """A process that was started and has not been asked anything. `on_loss` is called when it can't answer any more.
+        """A process that has not been asked anything yet. `on_loss` is called when it can't answer any more.
 
         Raises NotReady when the system has no room for another process.
         """
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         near.setblocking(False)  # noqa: FBT003 - the standard library's signature
         reading, writing = os.pipe()
-        os.set_blocking(reading, False)  # noqa: FBT003 - the standard library's signature
+        os.set_blocking(reading, False)
         with far:
             try:
                 popen = _spawn(command, far.fileno(), files, threads, writing)
@@ -87,13 +87,15 @@ class Process:
                 os.close(writing)
         line = Line(on_loss)
         process = cls(popen, line, reading, on_loss)
+        connected = False
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: line, sock=near)
-        except BaseException:
-            near.close()
-            await process.kill()
-            raise
-        return process
+            connected = True
+            return process
+        finally:
+            if not connected:
+                near.close()
+                await process.kill()
 
     @property
     def pid(self) -> int:
@@ -113,11 +115,15 @@ class Process:
         """The end of what it wrote to stderr, escaped: for the log of the node alone."""
         return self._stderr.text()
 
-    async def kill(self) -> None:
-        """Kill it with everything in its group, and return when it is gone. Does nothing the second time."""
+    def stop(self) -> None:
+        """Kill it with everything in its group. Does nothing the second time."""
         if not self._gone.is_set():
             _kill_group(self._popen.pid)
-            await self._gone.wait()
+
+    async def kill(self) -> None:
+        """The same, and return when it is gone."""
+        self.stop()
+        await self._gone.wait()
 
     def _ended(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)

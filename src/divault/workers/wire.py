@@ -17,6 +17,7 @@ import socket
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+import orjson
 
 from divault.errors import (
     DivaultError,
@@ -181,6 +182,14 @@ def reported(problem: Problem, allowed: tuple[type[DivaultError], ...]) -> Divau
     if type(error) not in allowed:
         raise broken("it reported an error that it can't have")
     return error
+
+
+def check_json(raw: bytes) -> None:
+    """Return only if the bytes are one JSON value with finite numbers. Raises ModelFailed."""
+    try:
+        orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        raise broken("its answer is not JSON") from None
 
 
 def send(connection: socket.socket, reply: Reply) -> None:

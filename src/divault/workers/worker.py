@@ -20,15 +20,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from divault.errors import DeadlineExceeded, DivaultError, ModelFailed, NotReady, Overloaded
+import msgspec
+
+from divault.errors import BadRequest, DeadlineExceeded, DivaultError, ModelFailed, NotReady, Overloaded
+from divault.messages import canonical
+from divault.models.base import Description
 from divault.telemetry import log
 from divault.values import OpenedModel
 from divault.workers import wire
 from divault.workers.process import COMMAND, Process
 
 _log = log("workers")
+T = TypeVar("T")
 State = Literal["ready", "restarting", "failed", "closed"]
 
 
@@ -58,11 +63,13 @@ class Deadlines:
     predict_s: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
     request: wire.Request
     limit_s: float
-    done: asyncio.Future[wire.Reply]
+    read: Callable[[wire.Reply], Any]
+    """What the caller gets out of the reply; raises ModelFailed where the reply breaks the rules."""
+    done: asyncio.Future[Any]
     expiry: asyncio.TimerHandle | None = None
 
 
@@ -71,6 +78,7 @@ class Worker:
 
     def __init__(self, opened: OpenedModel, device: str, deadlines: Deadlines, tuning: Tuning) -> None:
         self.opened = opened
+        self.checks: dict[str, str] = {}
         self._device = device
         self._deadlines = deadlines
         self._tuning = tuning
@@ -83,6 +91,8 @@ class Worker:
         self._failed_at = 0.0
         self._mean_s = 0.0
         self._excused = False
+        self._busy = False
+        self._description: Description | None = None
 
     @property
     def state(self) -> State:
@@ -99,54 +109,59 @@ class Worker:
         """True when it is ready and nothing waits or runs."""
         return self._state == "ready" and not self._queue and not self._busy
 
-    _busy = False
+    @property
+    def description(self) -> Description:
+        """What the model said of itself when it was loaded."""
+        if self._description is None:
+            raise self._not_ready()
+        return self._description
 
-    async def start(self) -> wire.Ready:
+    async def start(self) -> None:
         """Load the model. On any failure, and when cancelled, the process is gone and the files are closed.
 
         Raises UnsupportedModel, SealedFileDamaged, ModelFailed, DeadlineExceeded, NotReady.
         """
         try:
-            ready = await self._load()
-        except BaseException:
-            await self.close()
-            raise
-        self._state = "ready"
+            self._description = await self._load()
+            self._state = "ready"
+        finally:
+            if self._state != "ready":
+                await self.close()
         self._task = asyncio.create_task(self._serve(), name=f"worker of {self.opened.model.text}")
-        return ready
 
     async def run(self, item: wire.Item) -> wire.Success:
         """Answer one caller. Raises what the model said, ModelFailed, DeadlineExceeded, Overloaded, NotReady."""
         request = wire.Run(id=wire.new_id(), items=[item])
-        answers = wire.expect(await self._queued(request, self._deadlines.predict_s), wire.Answers)
-        [outcome] = answers.items
-        if isinstance(outcome, wire.Problem):
-            raise wire.reported(outcome, wire.RUN_ERRORS)
+        outcome = await self._queued(request, self._deadlines.predict_s, _outcome)
+        if isinstance(outcome, DivaultError):
+            raise outcome
         return outcome
 
     async def ping(self) -> None:
         """Return when the process itself answered. Raises ModelFailed, DeadlineExceeded, NotReady."""
-        wire.expect(await self._queued(wire.Ping(id=wire.new_id()), self._tuning.ping_s), wire.Pong)
+        await self._queued(wire.Ping(id=wire.new_id()), self._tuning.ping_s, _pong)
 
     async def close(self) -> None:
         """End the process, close the model's files, and tell whoever waits. Does nothing the second time."""
         if self._state == "closed":
             return
         self._state = "closed"
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-        self._refuse_waiting(self._not_ready())
         try:
+            if self._task is not None:
+                self._task.cancel()
+                await asyncio.wait([self._task])
+            self._refuse_waiting(self._not_ready())
             if self._process is not None:
                 await self._process.kill()
         finally:
+            if self._process is not None:
+                self._process.stop()
             for file in self.opened.files:
                 os.close(file.fd)
 
     # --- requests ---
 
-    async def _queued(self, request: wire.Request, limit_s: float) -> wire.Reply:
+    async def _queued(self, request: wire.Request, limit_s: float, read: Callable[[wire.Reply], T]) -> T:
         if self._state in ("failed", "closed"):
             raise self._not_ready()
         if len(self._queue) >= self._tuning.max_queue:
@@ -155,12 +170,13 @@ class Worker:
                 retry_after=max(1, math.ceil(self._mean_s * len(self._queue))),
             )
         loop = asyncio.get_running_loop()
-        job = _Job(request, limit_s, loop.create_future())
+        job = _Job(request, limit_s, read, loop.create_future())
         job.expiry = loop.call_later(limit_s, self._expire, job)
         self._queue.append(job)
         self._wake.set()
         try:
-            return await job.done
+            answer: T = await job.done
+            return answer
         finally:
             job.expiry.cancel()
             if job in self._queue:
@@ -171,7 +187,7 @@ class Worker:
         if job in self._queue and not job.done.done():
             limit = f"{job.limit_s:g}"
             job.done.set_exception(
-                DeadlineExceeded(f"the request waited {limit} s for other requests and was not run", limit_s=limit)
+                DeadlineExceeded(f"the request waited {limit} s for its turn and was not run", limit_s=limit)
             )
 
     def _refuse_waiting(self, error: DivaultError) -> None:
@@ -192,7 +208,7 @@ class Worker:
 
     # --- the process ---
 
-    async def _load(self) -> wire.Ready:
+    async def _load(self) -> Description:
         """Start a process and have it load the model, within the load deadline."""
         limit_s = self._deadlines.load_s
         try:
@@ -212,7 +228,9 @@ class Worker:
             raise DeadlineExceeded(f"loading the model took longer than {limit} s", limit_s=limit) from None
         if isinstance(reply, wire.Failed):
             raise wire.reported(reply.problem, wire.LOAD_ERRORS)
-        return wire.expect(reply, wire.Ready)
+        ready = wire.expect(reply, wire.Ready)
+        self.checks = dict(ready.checks)
+        return _described(ready.description)
 
     def _lost(self) -> None:
         self._wake.set()
@@ -242,7 +260,7 @@ class Worker:
         began = time.monotonic()
         self._busy = True
         try:
-            reply = await self._ask(job)
+            answer = await self._ask(job)
         except DivaultError as err:
             if not job.done.done():
                 job.done.set_exception(err)
@@ -253,19 +271,17 @@ class Worker:
         else:
             self._mean_s += 0.1 * (time.monotonic() - began - self._mean_s)
             if not job.done.done():
-                job.done.set_result(reply)
+                job.done.set_result(answer)
         finally:
             self._busy = False
 
-    async def _ask(self, job: _Job) -> wire.Reply:
+    async def _ask(self, job: _Job) -> Any:
         process = self._process
         if process is None:
             raise self._not_ready()
         try:
             async with asyncio.timeout(job.limit_s):
-                reply = await process.ask(job.request)
-                _check_answers(job.request, reply)
-                return reply
+                return job.read(await process.ask(job.request))
         except TimeoutError:
             # The worker did what it was asked to: this is the model's slowness and no death to be counted.
             self._excused = True
@@ -318,10 +334,26 @@ class Worker:
             await asyncio.sleep(min(pause, self._tuning.longest_pause_s))
 
 
-def _check_answers(request: wire.Request, reply: wire.Reply) -> None:
-    if isinstance(request, wire.Run):
-        answers = wire.expect(reply, wire.Answers)
-        if len(answers.items) != len(request.items):
-            raise wire.broken("it answered another number of callers than it was asked for")
-    else:
-        wire.expect(reply, wire.Pong)
+def _outcome(reply: wire.Reply) -> wire.Success | DivaultError:
+    """One caller's answer, or what the worker said against it. Raises ModelFailed."""
+    items = wire.expect(reply, wire.Answers).items
+    if len(items) != 1:
+        raise wire.broken("it answered another number of callers than it was asked for")
+    if isinstance(items[0], wire.Problem):
+        return wire.reported(items[0], wire.RUN_ERRORS)
+    wire.check_json(items[0].result)
+    return items[0]
+
+
+def _pong(reply: wire.Reply) -> None:
+    wire.expect(reply, wire.Pong)
+
+
+def _described(raw: bytes) -> Description:
+    """What the worker says of its model, typed, and with a runtime that has a canonical form. Raises ModelFailed."""
+    try:
+        description = msgspec.json.decode(raw, type=Description)
+        canonical(dict(description.runtime))
+    except (msgspec.MsgspecError, RecursionError, BadRequest):
+        raise wire.broken("what it says of its model is malformed") from None
+    return description
