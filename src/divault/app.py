@@ -7,7 +7,9 @@ process uses.
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -93,8 +95,10 @@ async def running(settings: Settings, url: str | None = None) -> AsyncIterator[A
         yield create_api(node, ApiLimits(peers, settings.divault_max_body_bytes, settings.divault_cors_origins))
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, *, until_eof: bool = False) -> None:
     """Serve until SIGINT or SIGTERM; then finish what runs, and close. Raises as `running`.
+
+    With `until_eof` also until standard input ends: a node must not outlive the program that started it.
 
     The log line `serving` names the URL; connections are accepted from then on.
     """
@@ -112,7 +116,21 @@ async def serve(settings: Settings) -> None:
             timeout_graceful_shutdown=int(settings.inference_timeout_seconds) + 1,
         )
         _log.info("serving", url=url, version=divault.__version__)
-        await uvicorn.Server(config).serve(sockets=[listening])
+        server = uvicorn.Server(config)
+        if until_eof:
+            await asyncio.get_running_loop().connect_read_pipe(lambda: _UntilEof(server), sys.stdin)
+        await server.serve(sockets=[listening])
+
+
+class _UntilEof(asyncio.Protocol):
+    """Ends the server when the pipe that it reads ends."""
+
+    def __init__(self, server: uvicorn.Server) -> None:
+        self._server = server
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
+        """Part of asyncio.Protocol."""
+        self._server.should_exit = True
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -98,7 +98,8 @@ async def _buy(on: Stage, trained: Trained) -> Result:
         f"The consumer paid the owner {result.price} USDC, wallet to wallet (transaction {result.payment}); "
         f"the owner has {received} more",
     )
-    report.step("answer", f"The node answered over HTTP: {json.dumps(result.output)}")
+    said = trained.classes[int(result.output["predictions"][0])]
+    report.step("answer", f"The node answered over HTTP: this tumour is {said}: {json.dumps(result.output)}")
     receipts.require_valid(receipts.check(result.receipt, node=about.address, vault=there.vault, result=result.raw))
     report.step("verify", f"The signed receipt {result.receipt['receipt_hash']} verifies offline")
     report.facts["transactions"] |= {"grant": str(minted.transaction_hash), "payment": result.payment}
@@ -137,4 +138,4 @@ def _invite(on: Stage, trained: Trained, first: Result) -> None:
     out.print("\nRun the model from Python, as the consumer with tokens and money:\n")
     print("  from divault import Client")
     print(f'  client = Client("{on.node.url}", "{key}", node="{node}", rpc="{there.devnet.url}")')
-    print(f'  print(client.run("{MODEL}", {{"features": {row}}}, max_price="{PRICE}").output)\n')
+    print(f'  print(client.run("{MODEL}", {{"features": {row}}}, max_price="{PRICE}").output)\n', flush=True)

@@ -20,6 +20,10 @@ app = typer.Typer()
 def serve(
     host: Annotated[str | None, typer.Option("--host", help="instead of HOST")] = None,
     port: Annotated[int | None, typer.Option("--port", help="instead of PORT; 0: the system chooses")] = None,
+    *,
+    until_eof: Annotated[
+        bool, typer.Option("--until-eof", help="end with standard input: for programs that start a node")
+    ] = False,
 ) -> None:
     """Serve models: settings come from the environment and .env (see .env.example).
 
@@ -27,7 +31,7 @@ def serve(
     """
     settings = Settings.load()
     chosen = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-    asyncio.run(node_app.serve(settings.model_copy(update=chosen)))
+    asyncio.run(node_app.serve(settings.model_copy(update=chosen), until_eof=until_eof))
 
 
 @app.command()

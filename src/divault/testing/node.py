@@ -51,7 +51,10 @@ def node_environment(rpc: str, vault: Address, usdc: Address, store: str) -> dic
 
 @asynccontextmanager
 async def serving_node(environment: Mapping[str, str], folder: Path) -> AsyncIterator[NodeProcess]:
-    """A node while the context lasts; `folder` exists and takes its files. Raises NotReady with what it said instead."""
+    """A node while the context lasts, and no longer than this process. `folder` exists and takes its files.
+
+    Raises NotReady with what it said instead.
+    """
     own = {
         "PATH": os.defpath,
         "DIVAULT_STATE_DIR": str(folder / "state"),
@@ -59,9 +62,10 @@ async def serving_node(environment: Mapping[str, str], folder: Path) -> AsyncIte
         "DIVAULT_LOG_DIR": str(folder / "logs"),
     }
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "divault", "serve"),
+        *(sys.executable, "-m", "divault", "serve", "--until-eof"),
         env=own | dict(environment),
         cwd=folder,
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,  # an interrupt from the terminal reaches the starter first, which then ends the node
