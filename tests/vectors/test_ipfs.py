@@ -21,6 +21,7 @@ from divault.ipfs.importer import UNIXFS_V0_2015, UNIXFS_V1_2025, Importer, Prof
 from divault.ipfs.limits import Limits
 from divault.ipfs.verifier import CarStream, Verifier
 from divault.ipfs.walk import file_bytes, file_size, raw_cid, walk
+from tests.test_fetch_faults import SCENARIOS
 from tests.vectors_root import vectors_root
 
 FOLDER = vectors_root() / "ipfs"
@@ -245,6 +246,11 @@ def test_importer_builds_the_reference_importers_root(case: dict[str, Any]) -> N
     assert sections == blocks
 
 
+@pytest.mark.parametrize("case", VECTORS["http_scenarios"], ids=lambda case: case["id"])
+async def test_http_scenario_ends_as_described(case: dict[str, Any], tmp_path: Path) -> None:
+    await SCENARIOS[case["id"]](tmp_path)
+
+
 def test_every_group_of_the_vectors_is_read(vectors_dir: Path) -> None:
     assert vectors_dir / "ipfs" == FOLDER
-    assert all(VECTORS[group] for group in ("car", "ranges", "dag_pb", "cid_strings"))
+    assert all(VECTORS[group] for group in ("car", "ranges", "dag_pb", "cid_strings", "http_scenarios"))

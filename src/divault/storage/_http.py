@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import http.client
 import ipaddress
+import select
 import socket
 import ssl
 import time
@@ -186,6 +187,7 @@ class _Exchange:
         self._left: int | None = None
         self._window = (time.monotonic(), 0)
         self._ended = False
+        self._failed: HttpFailed | None = None
 
     @property
     def reusable(self) -> bool:
@@ -217,13 +219,28 @@ class _Exchange:
         """Up to 1 MiB, or what came within a quarter of a second; empty at the end of the body."""
         if self.response.getheader("Content-Encoding", "identity").strip().lower() != "identity":
             raise HttpFailed("encoded", "the body is compressed, which was not asked for")
+        if self._failed is not None:
+            raise self._failed
         parts: list[bytes] = []
         have, patience = 0, time.monotonic() + PIECE_PATIENCE_S
-        while have < PIECE_BYTES and not self._ended and (not parts or time.monotonic() < patience):
-            part = self._receive(min(_RECEIVE_BYTES, PIECE_BYTES - have))
-            parts.append(part)
-            have += len(part)
+        while have < PIECE_BYTES and not self._ended and (not parts or self._more_by(patience)):
+            try:
+                parts.append(self._receive(min(_RECEIVE_BYTES, PIECE_BYTES - have)))
+            except HttpFailed as err:
+                if not parts:
+                    raise
+                self._failed = err  # what came before the fault is handed on first
+                break
+            have += len(parts[-1])
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _more_by(self, patience: float) -> bool:
+        """True when the socket has bytes, now or before patience ends."""
+        if self._socket is None:
+            return False
+        waiter = select.poll()
+        waiter.register(self._socket, select.POLLIN)
+        return bool(waiter.poll(max(0.0, patience - time.monotonic()) * 1000))
 
     def abort(self) -> None:
         """From another thread: whatever blocks on the socket returns at once."""

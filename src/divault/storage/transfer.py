@@ -110,11 +110,13 @@ class Transfer:
                 return
             if form in peer.refused:
                 continue
+            before = self._achieved()
             try:
                 await step(peer.source)
             except StorageFailed as err:
-                if not self._blame(peer, form, err):
-                    return
+                went_on = err.data.get("reason") == "cut" and self._achieved() > before
+                if not self._blame(peer, form, err) or went_on:
+                    return  # after a cut the next round asks for the gaps
 
     def _blame(self, peer: _Peer, form: Form, err: StorageFailed) -> bool:
         """Remember what a source did; True when another form of it is worth a try. Raises what no source can mend."""
