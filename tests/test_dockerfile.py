@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import pytest
 
 from divault.devnet.content import ContentStore
 from divault.testing import TestChain
+from divault.testing.node import node_environment
 from tests.dockerfile import Image, parse
 
 ROOT = Path(__file__).parent.parent
@@ -39,21 +39,10 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
 
 
 @asynccontextmanager
-async def surroundings() -> AsyncIterator[tuple[TestChain, dict[str, str]]]:
+async def surroundings(folder: Path) -> AsyncIterator[tuple[TestChain, dict[str, str]]]:
     """A chain, a store, and the settings that name them."""
-    async with TestChain.start() as chain, ContentStore() as store:
-        yield (
-            chain,
-            {
-                "WEB3_PROVIDER_URL": chain.devnet.url,
-                "VAULT_CONTRACT_ADDRESS": str(chain.vault),
-                "USDC_CONTRACT_ADDRESS": str(chain.usdc),
-                "DIVAULT_GATEWAY_URLS": store.url,
-                "DIVAULT_HEAD_MAX_AGE_SECONDS": "0",
-                "HOST": "127.0.0.1",
-                "PORT": "0",
-            },
-        )
+    async with TestChain.start() as chain, ContentStore(folder / "blocks") as store:
+        yield chain, node_environment(chain.devnet.url, chain.vault, chain.usdc, store.url)
 
 
 @contextmanager
@@ -74,12 +63,18 @@ def served(command: list[str], folder: Path, environ: dict[str, str], log: Path)
 def _port(process: subprocess.Popen[bytes], log: Path) -> int:
     until = time.monotonic() + _START_S
     while time.monotonic() < until and process.poll() is None:
-        found = re.search(r'"event":\s*"serving".*', log.read_text())
-        url = re.search(r"http://[\d.]+:(\d+)", found[0]) if found else None
-        if url:
-            return int(url[1])
+        line = next((line for line in log.read_text().splitlines() if _event(line) == "serving"), None)
+        if line is not None:
+            return int(json.loads(line)["url"].rpartition(":")[2])
         time.sleep(0.05)
     raise AssertionError(f"it does not serve: {log.read_text()}")
+
+
+def _event(line: str) -> Any:
+    try:
+        return json.loads(line).get("event")
+    except ValueError:  # half a line, or what an interpreter says about itself
+        return None
 
 
 def _healthy(image: Image, port: int) -> bool:
@@ -101,7 +96,7 @@ def _becomes_unhealthy(image: Image, port: int) -> bool:
 
 @pytest.mark.timeout(180)
 async def test_image_serves_and_its_health_check_tells_the_truth(image: Image, tmp_path: Path) -> None:
-    async with surroundings() as (chain, settings):
+    async with surroundings(tmp_path) as (chain, settings):
         with served(image.command, image.folder, image.environ | settings, tmp_path / "log") as port:
             assert await asyncio.to_thread(_healthy, image, port)
             assert (image.folder / "logs/div-backend.log").stat().st_size > 0
@@ -116,7 +111,7 @@ async def test_published_quick_start_serves(image: Image, tmp_path: Path) -> Non
     """`cd src && python main.py`: the same node, with logs and state in the folder above, where .env lies."""
     checkout = image.root / "build"
     python = str(image.root / "opt/divault/bin/python")
-    async with surroundings() as (_, settings):
+    async with surroundings(tmp_path) as (_, settings):
         (checkout / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
         environ = {"PATH": image.environ["PATH"]}
         with served([python, "main.py"], checkout / "src", environ, tmp_path / "log") as port:
@@ -128,10 +123,6 @@ async def test_published_quick_start_serves(image: Image, tmp_path: Path) -> Non
     assert not (checkout / "src/logs").exists()
 
 
-def _event(line: str) -> Any:
-    return json.loads(line).get("event")
-
-
 def test_image_does_not_run_as_root_and_carries_no_tools(image: Image) -> None:
     assert image.user == "divault"
     assert "useradd --uid 10001" in image.noted()
@@ -139,8 +130,7 @@ def test_image_does_not_run_as_root_and_carries_no_tools(image: Image) -> None:
     assert image.volumes == ["/app/cache", "/app/logs", "/app/state"]
     assert image.environ["EXPOSED"] == "8000"
     assert (image.folder / "state").stat().st_mode & 0o077 == 0
-    assert not list((image.root / "opt/divault/lib").rglob("torch/__init__.py"))
-    assert not list((image.root / "opt/divault/lib").rglob("pytest/__init__.py"))
+    assert not {"torch", "pytest", "mypy"} & {path.name for path in (image.root / "opt/divault/lib").glob("*/*/*")}
 
 
 def test_step_that_fails_stops_the_build(tmp_path: Path) -> None:

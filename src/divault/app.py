@@ -8,11 +8,12 @@ process uses.
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +120,21 @@ async def serve(settings: Settings, *, until_eof: bool = False) -> None:
         server = uvicorn.Server(config)
         if until_eof:
             await asyncio.get_running_loop().connect_read_pipe(lambda: _UntilEof(server), sys.stdin)
-        await server.serve(sockets=[listening])
+        with _surviving_signals():
+            await server.serve(sockets=[listening])
+
+
+@contextmanager
+def _surviving_signals() -> Iterator[None]:
+    """Keep the process alive when uvicorn, done, raises the signal that ended it once more: we still have to close."""
+    loop, ending = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+    for sig in ending:
+        loop.add_signal_handler(sig, lambda: None)
+    try:
+        yield
+    finally:
+        for sig in ending:
+            loop.remove_signal_handler(sig)
 
 
 class _UntilEof(asyncio.Protocol):
