@@ -1,4 +1,4 @@
-# ruff: noqa: ASYNC221, ASYNC240 - these tests have their loop to themselves
+# ruff: noqa: ASYNC221 - these tests have their loop to themselves
 """The ledger file: durable, exclusive, versioned, and never begun anew by itself."""
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import resource
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 
@@ -94,7 +94,7 @@ async def test_one_deadline_covers_the_whole_reply(make_pool: MakePool, behaviou
         await answer(pool, model, {})
 
     assert caught.value.data == {"limit_s": "0.4"}
-    assert 0.4 <= time.monotonic() - began
+    assert time.monotonic() - began >= 0.4
     assert pid is not None
     assert not alive(pid)
     await until(lambda: pool.loaded()[0].state == "ready")
@@ -204,7 +204,7 @@ async def test_what_it_started_ends_with_it(make_pool: MakePool) -> None:
 
 
 def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def until(holds: Callable[[], bool], limit_s: float = 20) -> None:

@@ -1,4 +1,4 @@
-"""Models, calls and hostile workers for tests of the pool: real processes, and what the steps before would have proven."""
+"""Models, calls and hostile workers for tests of the pool: real processes, and what earlier steps would have proven."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ def call(model: OpenedModel, data: Any, parameters: Any = None) -> SignedCall:
     proof = BodySignature("", Nonce(bytes(32)), 0, 0, Digest.ZERO)
     raw = data if isinstance(data, bytes | None) else json.dumps(data).encode()
     given = None if parameters is None else json.dumps(parameters).encode()
-    return SignedCall(
-        SOMEBODY, "POST", "/", b"", proof, model.model, Usdc(0), input_data=raw, parameters=given
-    )
+    return SignedCall(SOMEBODY, "POST", "/", b"", proof, model.model, Usdc(0), input_data=raw, parameters=given)
 
 
 async def output(pool: WorkerPool, model: OpenedModel, data: Any) -> Output:

@@ -60,7 +60,8 @@ def show(value: Any) -> None:
 def fail(error: DivaultError) -> None:
     """Print a typed error: what went wrong, its code, and the data that says what is needed."""
     print(f"error: {error.detail}", file=sys.stderr)
-    facts = {k: v for k, v in error.data.items() if v is not None and k not in ("typed_data", "send", "accepts", "resource")}
+    documents = ("typed_data", "send", "accepts", "resource")  # for programs, and pages long
+    facts = {k: v for k, v in error.data.items() if v is not None and k not in documents}
     rest = " ".join(f"{name}={value}" for name, value in facts.items())
     print(f"  code: {error.code}" + (f"  {rest}" if rest else ""), file=sys.stderr)
     for note in getattr(error, "__notes__", []):
