@@ -375,6 +375,15 @@ def test_a_cut_compressed_model_is_refused() -> None:
         loaded(zlib.compress(b"\x80\x04"))
 
 
+def test_a_byte_array_longer_than_the_stream_takes_no_memory() -> None:
+    """The interpreter takes the memory first and reads then; here a few bytes can't ask for gigabytes."""
+    size = 3 * 2**30
+    with pytest.raises(UnsupportedModel, match="damaged"):
+        loaded(b"\x80\x05" + pickle.BYTEARRAY8 + size.to_bytes(8, "little") + b"abc" + pickle.STOP)
+
+    assert loaded(pickle.dumps(bytearray(b"abc"), 5)) == bytearray(b"abc")
+
+
 SMALL = pickle.dumps(DecisionTreeClassifier(max_depth=1).fit(ROWS, LABELS))
 
 

@@ -6,7 +6,7 @@ Rules, beyond the names of `allowed`:
 2. State is given to objects built here, not to classes or functions; names like `__class__` are refused.
 3. Items go into plain lists, dicts and sets only; an array is filled once; sparse matrices are checked when all is
    built.
-4. The stream is read to its end or refused; compressed ones may unfold to 50 times their size, or 32 MiB.
+4. A stream that is cut is refused; compressed ones may unfold to 50 times their size, or 32 MiB.
 5. joblib's arrays are read here, so that joblib itself loads nothing.
 
 The interpreter of opcodes is the standard library's own, in Python: the one in C can't be held to rules 1 to 3.
@@ -176,6 +176,8 @@ class _Loader(pickle._Unpickler):  # noqa: SLF001  # the documented class is the
     stack: list[Any]
     memo: dict[int, Any]
     pop_mark: Callable[[], list[Any]]
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
 
     def __init__(self, source: _Source, outer: _Loader | None = None) -> None:
         super().__init__(source)
@@ -217,6 +219,11 @@ class _Loader(pickle._Unpickler):  # noqa: SLF001  # the documented class is the
         """REDUCE: a call, by rule 1."""
         args = self.stack.pop()
         self.stack[-1] = self._call(self.stack[-1], args)
+
+    def load_bytearray8(self) -> None:
+        """BYTEARRAY8: read before memory is taken, since its length is only what the stream says."""
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
 
     def _instantiate(self, klass: Any, args: Any) -> None:
         self.stack.append(self._call(klass, args))
@@ -306,6 +313,7 @@ class _Loader(pickle._Unpickler):  # noqa: SLF001  # the documented class is the
         return _Loader(self._source, self).load()
 
     dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
     dispatch[pickle.NEWOBJ[0]] = load_newobj
     dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
     dispatch[pickle.APPEND[0]] = load_append
