@@ -44,7 +44,7 @@ lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python contracts/compile.py --check
 
 bench: setup ## benchmarks into bench/results/latest.json; ONLY="word ..." picks by name
