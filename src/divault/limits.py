@@ -6,18 +6,21 @@ Rules:
    wallet's bucket without its key would lock that wallet out.
 2. After the signature each wallet has its own bucket and a cap on runs at once (`WalletLimits`). A further copy of a
    request that is already in flight takes nothing: it is about to be refused as a copy.
-3. Signed refusals cost a signature and a row for ever, so they have a budget of their own per peer and for the node.
+3. A key that did not open a file is not tried on it again, and a wallet that guesses is stopped (`WrongKeys`).
+4. Signed refusals cost a signature and a row for ever, so they have a budget of their own per peer and for the node.
 """
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-from divault.errors import Overloaded, RateLimited
-from divault.values import Address, Principal
+from divault.errors import Overloaded, RateLimited, WrongKey
+from divault.values import Address, Principal, Secret
 
 Clock = Callable[[], float]
 _MAX_BUCKETS = 100_000  # buckets remembered; the least recently used is forgotten, which only ever favours its owner
@@ -34,14 +37,22 @@ class Buckets:
 
     def take(self, key: object) -> float:
         """Take one token: 0.0 if there was one, otherwise the seconds until there is."""
-        now = self._clock()
-        level, then = self._levels.pop(key, (self._capacity, now))
-        level = min(self._capacity, level + (now - then) * self._rate)
+        level, now = self._level(key), self._clock()
+        self._levels.pop(key, None)
         taken = level >= 1
         self._levels[key] = (level - 1 if taken else level, now)
         if len(self._levels) > _MAX_BUCKETS:
             self._levels.popitem(last=False)
         return 0.0 if taken else (1 - level) / self._rate
+
+    def wait(self, key: object) -> float:
+        """Seconds until there is a token, 0.0 if there is one; takes none."""
+        return max(0.0, 1 - self._level(key)) / self._rate
+
+    def _level(self, key: object) -> float:
+        now = self._clock()
+        level, then = self._levels.get(key, (self._capacity, now))
+        return min(self._capacity, level + (now - then) * self._rate)
 
 
 class WalletLimits:
@@ -112,6 +123,56 @@ class PeerLimits:
             yield
         finally:
             self._free += size
+
+
+class WrongKeys:
+    """Keys that were tried on a file and did not open it. A derivation costs 0.1 s to seconds, so each is tried once.
+
+    What is remembered of a key is a keyed digest, useless outside this process; keys that opened a file leave nothing.
+    """
+
+    def __init__(self, per_minute: int = 10, most: int = 10_000, *, clock: Clock = time.monotonic) -> None:
+        """`per_minute` wrong keys of one wallet; `most` are remembered, the oldest is forgotten first."""
+        self._buckets = Buckets(per_minute, clock=clock)
+        self._per_minute = per_minute
+        self._most = most
+        self._pepper = secrets.token_bytes(32)
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+
+    def known(self, cid: str, key: Secret) -> bool:
+        """True when this key is known not to open this file."""
+        return self._name(cid, key) in self._seen
+
+    @contextmanager
+    def attempt(self, user: Address, cid: str, key: Secret) -> Iterator[None]:
+        """One try of a caller's key while the context lasts; a `WrongKey` that leaves it is counted and remembered.
+
+        Raises WrongKey at once for a key that failed before, RateLimited for a wallet with too many of them.
+        """
+        if wait := self._buckets.wait(user):
+            raise RateLimited(
+                f"more than {self._per_minute} wrong keys per minute from this wallet: check the key before you go on",
+                retry_after=wait,
+                limit=self._per_minute,
+            )
+        if self.known(cid, key):
+            self._buckets.take(user)
+            raise WrongKey("this key was tried on this file before and does not open it: send another", cid=cid)
+        try:
+            yield
+        except WrongKey:
+            self._buckets.take(user)
+            self.remember(cid, key)
+            raise
+
+    def remember(self, cid: str, key: Secret) -> None:
+        """This key does not open this file."""
+        self._seen[self._name(cid, key)] = None
+        if len(self._seen) > self._most:
+            self._seen.popitem(last=False)
+
+    def _name(self, cid: str, key: Secret) -> bytes:
+        return hashlib.blake2b(cid.encode() + b"\0" + key.reveal(), key=self._pepper, digest_size=32).digest()
 
 
 class RefusalBudget:

@@ -1,4 +1,4 @@
-"""Where keys come from: the seam `KeySource` and its two implementations.
+"""Where keys come from: the seam `KeySource` with its two implementations, and `KeySearch` for keys that are elsewhere.
 
 Rules:
 
@@ -7,10 +7,12 @@ Rules:
    process that opens the file learns nothing else.
 3. The kind of file decides how a caller's text is read: for a passphrase file it is the passphrase, for a file sealed
    to recipients an age identity, for a Lighthouse file its key. It is never trimmed, decoded or normalised.
+4. What has to be fetched is not a source: a `KeySearch` fetches, and gives sources one by one until one opens the file.
 """
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from enum import StrEnum
 from typing import Protocol
 
@@ -52,6 +54,17 @@ class KeySource(Protocol):
 
         `header` is a whole age header, or the first 28 bytes (salt and iv) of a Lighthouse file. Called in a thread.
         Raises SealedFileDamaged (stage `header`) for a header that breaks the format.
+        """
+
+
+class KeySearch(Protocol):
+    """Somewhere else that may have the key of a sealed file, and not surely the right one at once."""
+
+    def candidates(self, header: bytes, grant: Grant) -> AsyncGenerator[KeySource, None]:
+        """Sources to try on the file that starts with `header`, best first; none: not mine.
+
+        The next one is asked for only when the one before did not open the file. Raises StorageFailed, AccessDenied,
+        and WrongKey when all that it gave were tried.
         """
 
 

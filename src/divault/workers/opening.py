@@ -4,11 +4,13 @@ Rules:
 
 1. The gateway reads the header alone. Key sources are asked here, in a thread; a process of its own gets the payload
    key of this one file over an inherited socket, never by argument or environment, and the ciphertext's descriptor.
-2. Derivations (scrypt, PBKDF2) run one at a time: one may take 1 GiB and seconds. A wrong key costs about 0.1 s of
+2. A key that comes from elsewhere is searched for when none at hand opens the file, and tried like any other: while
+   its tag does not hold, the search is asked for the next one.
+3. Derivations (scrypt, PBKDF2) run one at a time: one may take 1 GiB and seconds. A wrong key costs about 0.1 s of
    CPU or more, so callers are authenticated and rate-limited before they come here.
-3. Sizes are compared with the limit before anything is decrypted.
-4. Descriptors come back only when the last chunk or the tag held. A failed, cut or timed out open leaves nothing.
-5. What the process sends is checked like any foreign input: typed frame, counts, sizes, seals.
+4. Sizes are compared with the limit before anything is decrypted.
+5. Descriptors come back only when the last chunk or the tag held. A failed, cut or timed out open leaves nothing.
+6. What the process sends is checked like any foreign input: typed frame, counts, sizes, seals.
 
 This module alone makes `OpenedModel`.
 """
@@ -23,9 +25,10 @@ import os
 import socket
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -47,7 +50,7 @@ from divault.errors import (
 )
 from divault.values import Digest, Grant, MemoryFile, OpenedModel, Secret, VerifiedBlob
 from divault.vault.archive import MAX_FILES, MAX_NAME_BYTES
-from divault.vault.keys import KeySource, SealFormat, costs_a_derivation
+from divault.vault.keys import KeySearch, KeySource, SealFormat, costs_a_derivation
 from divault.vault.sealed import Preamble, Spelling, payload_key, plain_size, read_preamble
 from divault.workers.opening_child import MAX_MESSAGE_BYTES
 
@@ -101,15 +104,18 @@ class Opener:
         self._timeout_s = timeout_s
         self._derivations = ThreadPoolExecutor(1, thread_name_prefix="derivation")
 
-    async def open(self, blob: VerifiedBlob, grant: Grant, sources: Sequence[KeySource]) -> OpenedModel:
+    async def open(
+        self, blob: VerifiedBlob, grant: Grant, sources: Sequence[KeySource], search: KeySearch | None = None
+    ) -> OpenedModel:
         """The plaintext of the blob as sealed memory files, authenticated to its end; the caller closes them.
 
-        Raises WrongKey, SealedFileDamaged, UnsupportedModel (the tar inside breaks a rule), TooLarge, StorageFailed
-        (the cached file is gone), Overloaded (no memory), DeadlineExceeded, ModelFailed (the process died).
+        `search` is asked when no source has a key. Raises what it raises, and WrongKey, SealedFileDamaged,
+        UnsupportedModel (the tar inside breaks a rule), TooLarge, StorageFailed (the cached file is gone), Overloaded
+        (no memory), DeadlineExceeded, ModelFailed (the process died).
         """
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._open(blob, grant, sources)
+                return await self._open(blob, grant, sources, search)
         except TimeoutError:
             limit = f"{self._timeout_s:g}"
             raise DeadlineExceeded(f"opening the model took longer than {limit} s", limit_s=limit) from None
@@ -121,16 +127,20 @@ class Opener:
         """Let the derivation thread end; a running derivation is waited for."""
         self._derivations.shutdown()
 
-    async def _open(self, blob: VerifiedBlob, grant: Grant, sources: Sequence[KeySource]) -> OpenedModel:
+    async def _open(
+        self, blob: VerifiedBlob, grant: Grant, sources: Sequence[KeySource], search: KeySearch | None
+    ) -> OpenedModel:
         with _opened_blob(blob) as sealed:
             # At most 64 KiB, in the page cache since they were verified: no more than a change of threads costs.
             preamble, _ = read_preamble(io.FileIO(sealed, closefd=False))
             order = self._order(preamble, blob.size)
-            key = await self._key(preamble, grant, sources)
+            attempt = partial(self._attempt, preamble, order, sealed, grant)
             try:
-                answer, descriptors = await _run_process(order, key, sealed)
-            finally:
-                key.wipe()
+                answer, descriptors = await attempt(sources)
+            except WrongKey:
+                if search is None:
+                    raise
+                answer, descriptors = await _first_opened(search.candidates(preamble.header, grant), attempt)
         with _closed_on_failure(descriptors):
             files = _checked_files(answer, descriptors, self._max_bytes)
             return OpenedModel(
@@ -155,9 +165,31 @@ class Opener:
         armored = preamble.spelling is Spelling.ARMORED
         return _Order(preamble.format.value, armored, preamble.size, iv, self._max_bytes)
 
-    async def _key(self, preamble: Preamble, grant: Grant, sources: Sequence[KeySource]) -> Secret:
+    async def _attempt(
+        self, preamble: Preamble, order: _Order, sealed: int, grant: Grant, sources: Sequence[KeySource]
+    ) -> tuple[_Opened, list[int]]:
+        """What the process answers when it is given the key that these sources have. Raises WrongKey."""
         threads = self._derivations if costs_a_derivation(preamble.header) else None
-        return await _in_thread(threads, lambda: payload_key(preamble, sources, grant))
+        key = await _in_thread(threads, lambda: payload_key(preamble, sources, grant))
+        try:
+            return await _run_process(order, key, sealed)
+        finally:
+            key.wipe()
+
+
+async def _first_opened(
+    candidates: AsyncGenerator[KeySource, None],
+    attempt: Callable[[Sequence[KeySource]], Awaitable[tuple[_Opened, list[int]]]],
+) -> tuple[_Opened, list[int]]:
+    """The answer for the first candidate that opens the file. Raises what the search raises, else the last WrongKey."""
+    failed = WrongKey("the file is sealed to other keys than those that this node was given or may ask for")
+    async with contextlib.aclosing(candidates):
+        async for source in candidates:
+            try:
+                return await attempt([source])
+            except WrongKey as err:
+                failed = err
+    raise failed
 
 
 async def _in_thread(threads: ThreadPoolExecutor | None, work: Callable[[], T]) -> T:
