@@ -41,7 +41,10 @@ get_anvil() {
   say "anvil: $ANVIL from npm"
   local work archive
   work=$(mktemp -d)
-  archive=$work/$(cd "$work" && npm pack --silent "@foundry-rs/anvil-linux-amd64@$ANVIL")
+  if ! archive=$work/$(cd "$work" && npm pack --silent "@foundry-rs/anvil-linux-amd64@$ANVIL"); then
+    echo "anvil: npm could not fetch its package; \`npm pack @foundry-rs/anvil-linux-amd64@$ANVIL\` says why" >&2
+    exit 1
+  fi
   if ! echo "$ANVIL_SHA256  $archive" | sha256sum --check --status; then
     echo "anvil: the archive's digest is not the expected one; nothing installed" >&2
     exit 1
