@@ -144,6 +144,14 @@ def test_every_code_is_in_the_error_table() -> None:
     assert [cls.code for cls in error_classes() if f"`{cls.code}`" not in page] == []
 
 
+def test_every_reason_that_the_code_gives_is_explained() -> None:
+    page = (ROOT / "docs/reference/errors.md").read_text()
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "src/divault").rglob("*.py")]
+    words = {word for text in texts for word in re.findall(r"\breason=\"([a-z_]+)\"", text)}
+
+    assert [word for word in sorted(words - {"unknown"}) if f"`{word}`" not in page] == []
+
+
 def test_every_route_is_documented_and_no_other() -> None:
     served = {
         f"{method} {route.path}"

@@ -60,6 +60,31 @@ SIGNATURE_REASONS = {
     "digest_mismatch": "`Content-Digest` is not that of the body that arrived",
     "bad_wrapper": "an ERC-6492 wrapper that is not canonical",
 }
+STORAGE_REASONS = {
+    "unreachable": "no connection, or it broke off",
+    "timeout": "no byte came for too long, or too few",
+    "busy": "the source asks to come back later",
+    "not_found": "the source does not have it",
+    "unsupported": "the source does not answer this form of request",
+    "redirect": "a redirect to where none is followed",
+    "encoded": "a compressed answer, which nobody asked for",
+    "http_...": "that status",
+    "malformed": "an answer that does not say what it must",
+    "not_json": "the same, where JSON is due",
+    "too_large": "an answer longer than any right one",
+    "all_sources_failed": "several sources, each with a reason of its own",
+    "no_source": "no gateway is configured",
+    "cid_mismatch": "a storage service names another CID than the one computed here; nothing is published",
+    "file": "the file to upload can't be read",
+    "disk": "the node's own disk",
+    "cache_full": "content that is in use fills the cache: raise `DIVAULT_CACHE_MAX_MB`",
+    "cache_file_gone": "somebody removed a file from the cache",
+}
+TRANSACTION_REASONS = {
+    "gas_price": "the chain asks more per gas than the wallet pays; nothing was sent",
+    "not_mined": "not in a block in time; it may still get there",
+    "model_exists": "the id belongs to somebody else",
+}
 TRANSFER_REASONS = {
     "bad_tx_hash": "not 0x and 64 lower-case hex digits",
     "unsupported_token": "a token that this node takes no payment in",
@@ -74,6 +99,7 @@ TRANSFER_REASONS = {
     "already_spent": "claimed before",
     "amount_too_low": "less than the price",
     "payment_too_old": "older than `DIVAULT_TRANSFER_MAX_AGE_SECONDS`",
+    "credit_held": "pending: the credit is reserved for a run that has not ended",
     "not_enough_confirmations": "pending: fewer blocks on it than `DIVAULT_TRANSFER_CONFIRMATIONS`",
 }
 
@@ -95,9 +121,15 @@ client: no node answers with it.
 
 ## Why content was refused
 
-`storage_failed` carries one of these as `reason`:
+`storage_failed` carries one of these as `reason` when what came is not what the CID names or the rules allow:
 
 {content}
+
+## Why storage failed
+
+And one of these when nothing came, or it could not be kept:
+
+{storage}
 
 ## Why a signature was refused
 
@@ -112,6 +144,12 @@ hand.
 The `reason` of `payment_required` and `payment_pending`:
 
 {transfer}
+
+## Why a transaction failed
+
+The `reason` of `transaction_failed` is what the contract said, or one of:
+
+{transaction}
 """
 
 _SETTINGS = """\
@@ -132,9 +170,15 @@ def errors_page() -> str:
         generated=_generated("divault.errors and divault.api.problems"),
         rows="\n".join(_error_row(cls) for cls in error_classes() if _is_raised(cls)),
         content="\n".join(f"- `{cls.__name__}`: {_first_line(cls)}" for cls in _content_errors()),
-        signature="\n".join(f"- `{word}`: {text}" for word, text in SIGNATURE_REASONS.items()),
-        transfer="\n".join(f"- `{word}`: {text}" for word, text in TRANSFER_REASONS.items()),
+        storage=_words(STORAGE_REASONS),
+        signature=_words(SIGNATURE_REASONS),
+        transfer=_words(TRANSFER_REASONS),
+        transaction=_words(TRANSACTION_REASONS),
     )
+
+
+def _words(meanings: dict[str, str]) -> str:
+    return "\n".join(f"- `{word}`: {text}" for word, text in meanings.items())
 
 
 def _is_raised(cls: type[DivaultError]) -> bool:
