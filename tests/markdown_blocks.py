@@ -35,7 +35,7 @@ def blocks(page: Path) -> list[Block]:
 
 def script(page: Path) -> str:
     """A bash script: `sh` blocks as they stand, `python` blocks saved where the page says so, else run."""
-    lines = ["set -eu", "trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT"]
+    lines = ["set -eu", "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"]
     for block in blocks(page):
         if block.language == "sh":
             lines.append(block.code)

@@ -32,7 +32,7 @@ from divault.chain.rpc import Rpc
 from divault.chain.vault import VaultReader
 from divault.errors import SettingsInvalid, StorageFailed
 from divault.health import Health
-from divault.limits import PeerLimits, RefusalBudget, WalletLimits
+from divault.limits import PeerLimits, RefusalBudget, WalletLimits, WrongKeys
 from divault.messages import NodeDescriptor, authority_of
 from divault.payments import Ledger, Payments, Terms, TransferCredit
 from divault.receipts import ReceiptIssuer
@@ -42,6 +42,7 @@ from divault.state import State
 from divault.storage.cache import CiphertextCache
 from divault.storage.fetcher import Fetcher
 from divault.storage.gateway import GatewayStorage
+from divault.storage.kavach import Kavach, KeyAccess
 from divault.telemetry import configure_logs, log
 from divault.values import Address, Digest, Secret, Usdc
 from divault.vault.age import Identity
@@ -204,9 +205,11 @@ async def _node(
     opener = Opener(max_model_bytes=settings.max_model_bytes, timeout_s=settings.divault_load_timeout_seconds)
     stack.callback(opener.close)
     cache = CiphertextCache(settings.model_cache_dir, settings.divault_cache_max_mb * MB)
-    gateways = [GatewayStorage(gateway) for gateway in settings.divault_gateway_urls]
+    gateways = [GatewayStorage(gateway) for gateway in settings.gateway_urls]
     for gateway in gateways:
         stack.callback(gateway.close)
+    kavach, wrong_keys = Kavach(settings.divault_lighthouse_encryption_url), WrongKeys()
+    stack.push_async_callback(kavach.close)
     tokens = frozenset({contracts.token, *settings.divault_payment_tokens})
     terms = Terms(tokens, settings.divault_transfer_confirmations, settings.divault_transfer_max_age_seconds)
     rail = TransferCredit(ledger, chain, terms, sole_node_for=settings.divault_sole_node_for)
@@ -224,6 +227,8 @@ async def _node(
             cache=cache,
             opener=opener,
             identity=NodeIdentity(identities.age),
+            kavach=KeyAccess(kavach, wrong_keys, identities.key if settings.divault_kavach_delegation else None),
+            wrong_keys=wrong_keys,
             workers=workers,
             limits=WalletLimits(settings.rate_limit_per_minute, settings.max_concurrent_inferences),
             refusals=RefusalBudget(),

@@ -12,20 +12,21 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from divault.auth import Authenticator
 from divault.chain.gates import Gates
 from divault.errors import CidMismatch, DivaultError, ModelNotLoaded, NotOperator
 from divault.ipfs.cid import parse_cid
-from divault.limits import RefusalBudget, WalletLimits
+from divault.limits import RefusalBudget, WalletLimits, WrongKeys
 from divault.payments import Ledger, Payments
 from divault.storage.cache import CiphertextCache
 from divault.storage.fetcher import Fetcher
+from divault.storage.kavach import KeyAccess
 from divault.telemetry import log
 from divault.values import Address, Answer, Digest, Grant, ModelId, ModelInfo, OpenedModel, Principal, SignedCall
-from divault.vault.keys import CallerKey, KeySource, NodeIdentity
+from divault.vault.keys import CallerKey, KeySearch, KeySource, NodeIdentity
 from divault.workers.opening import Opener
 from divault.workers.pool import Loaded, WorkerPool
 
@@ -44,6 +45,8 @@ class Parts:
     cache: CiphertextCache
     opener: Opener
     identity: NodeIdentity
+    kavach: KeyAccess
+    wrong_keys: WrongKeys
     workers: WorkerPool
     limits: WalletLimits
     refusals: RefusalBudget
@@ -70,6 +73,8 @@ class Service:
         self._cache = parts.cache
         self._opener = parts.opener
         self._identity = parts.identity
+        self._kavach = parts.kavach
+        self._wrong_keys = parts.wrong_keys
         self._workers = parts.workers
         self._limits = parts.limits
         self._refusals = parts.refusals
@@ -151,14 +156,21 @@ class Service:
             if found is not None:
                 return found
             blob = await self._fetcher.fetch(cid)
-            opened = await self._opener.open(blob, grant, self._keys(call))
+            sources, search = self._keys(call)
+            key = call.decryption_key
+            with self._wrong_keys.attempt(call.user, cid.text, key) if key is not None else nullcontext():
+                opened = await self._opener.open(blob, grant, sources, search)
             await self._workers.load(opened)
             _log.info("loaded", model_id=grant.model.model.text, cid=cid.text, bytes=opened.size)
             return opened
 
-    def _keys(self, call: SignedCall) -> list[KeySource]:
-        own: list[KeySource] = [self._identity]
-        return [CallerKey(call.decryption_key), *own] if call.decryption_key is not None else own
+    def _keys(self, call: SignedCall) -> tuple[list[KeySource], KeySearch | None]:
+        """What may open the file: the caller's key, or his word at Kavach, else what was given to this node."""
+        if call.decryption_key is not None:
+            return [CallerKey(call.decryption_key), self._identity], None
+        if call.lighthouse_authorization is not None:
+            return [self._identity], self._kavach.of_caller(call.user, call.lighthouse_authorization)
+        return [self._identity], self._kavach.of_node()
 
     def _require_loaded(self, grant: Grant) -> None:
         model = grant.model

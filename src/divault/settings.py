@@ -71,6 +71,21 @@ class Settings(BaseModel):
         ("http://127.0.0.1:8080", "https://gateway.lighthouse.storage"),
         description="IPFS gateways, tried in order; none is trusted",
     )
+    divault_lighthouse_api_url: str = Field(
+        "https://api.lighthouse.storage", description="Lighthouse's host for facts about files"
+    )
+    divault_lighthouse_upload_url: str = Field(
+        "https://upload.lighthouse.storage", description="Lighthouse's host that takes uploads"
+    )
+    divault_lighthouse_gateway_urls: Names = Field(
+        (), description="dedicated Lighthouse gateways, asked before the others; publishing fetches its sample there"
+    )
+    divault_lighthouse_encryption_url: str = Field(
+        "https://encryption.lighthouse.storage", description="the host of Kavach's five key nodes"
+    )
+    divault_kavach_delegation: bool = Field(
+        default=False, description="fetch keys with what owners shared with, or delegated to, this node's wallet"
+    )
     model_cache_dir: Path = Field(Path("./cache/models"), description="ciphertext of fetched models, named by content")
     divault_cache_max_mb: int = Field(20_000, ge=1, description="upper bound of that cache")
     max_model_size_mb: int = Field(
@@ -120,6 +135,11 @@ class Settings(BaseModel):
 
     # --- development ---
     divault_anvil: Path | None = Field(None, description="the anvil executable that `divault demo --anvil` runs")
+
+    @property
+    def gateway_urls(self) -> tuple[str, ...]:
+        """Every gateway to fetch from, in order, none twice."""
+        return tuple(dict.fromkeys((*self.divault_lighthouse_gateway_urls, *self.divault_gateway_urls)))
 
     @property
     def max_model_bytes(self) -> int:

@@ -24,8 +24,9 @@ LOG_FILE = "div-backend.log"
 _MAX_TEXT = 512  # characters of one logged value: enough for a sentence, too short for a payload
 _MASKED = frozenset(
     {
-        "authorization", "body", "cookie", "decryption_key", "identity", "input", "input_data", "key", "passphrase",
-        "password", "payment-signature", "private_key", "result", "signature", "user_signature", "x-payment",
+        "authorization", "body", "cookie", "decryption_key", "identity", "input", "input_data", "key",
+        "lighthouse_authorization", "passphrase", "password", "payment-signature", "private_key", "result", "signature",
+        "user_signature", "x-payment",
     }
 )  # fmt: skip
 

@@ -318,6 +318,8 @@ class SignedCall:
     parameters: bytes | None = None
     payment: TransferClaim | None = None
     decryption_key: Secret | None = None
+    lighthouse_authorization: Secret | None = None
+    """The caller's Kavach signature or `jwt:` token, with which this node may fetch the key in his name."""
     cid: str | None = None
     peer: str = ""
     """Network address of the caller, for the limits that come before and beside identity."""

@@ -113,6 +113,12 @@ def _call(
     key = _member(body, "decryption_key", str)
     if key is not None and not 0 < len(key) <= _MAX_KEY_TEXT:
         raise BadRequest(f"decryption_key has 1 to {_MAX_KEY_TEXT} characters", field="decryption_key")
+    authorization = _member(body, "lighthouse_authorization", str)
+    if authorization is not None and (key is not None or not 0 < len(authorization) <= _MAX_KEY_TEXT):
+        raise BadRequest(
+            f"lighthouse_authorization has 1 to {_MAX_KEY_TEXT} characters and stands instead of decryption_key",
+            field="lighthouse_authorization",
+        )
     return SignedCall(
         user=user,
         method=incoming.method,
@@ -125,6 +131,7 @@ def _call(
         parameters=raw.get("parameters"),
         payment=_payment(body.get("payment")),
         decryption_key=None if key is None else Secret.of_text(key),
+        lighthouse_authorization=None if authorization is None else Secret.of_text(authorization),
         cid=_member(body, "cid", str),
         peer=incoming.peer,
     )

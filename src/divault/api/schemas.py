@@ -35,6 +35,9 @@ class SignedBody(_Body):
     decryption_key: str | None = Field(
         None, description="age identity, passphrase or Kavach key, if the node's own does not open it"
     )
+    lighthouse_authorization: str | None = Field(
+        None, description="instead of a key: Kavach signature or jwt: token, with which the node fetches it for you"
+    )
 
 
 class LoadBody(SignedBody):

@@ -122,7 +122,7 @@ async def _clock(chain: Chain) -> str:
 
 async def _gateways(settings: Settings) -> str:
     answers = []
-    for url in settings.divault_gateway_urls:
+    for url in settings.gateway_urls:
         gateway = GatewayStorage(url)
         try:
             kind = "trustless" if await gateway.probe() else "plain files only"

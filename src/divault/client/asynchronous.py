@@ -174,11 +174,17 @@ class AsyncClient:
             late = DeadlineExceeded(f"no answer within {self._timeout_s:g} s", limit_s=self._timeout_s)
             raise _with_payment(late, body) from err
 
-    async def load(self, model: str, *, decryption_key: str | None = None) -> dict[str, Any]:
-        """Have the node load the model. Gives its answer: `model_info` and `load_result`."""
+    async def load(
+        self, model: str, *, decryption_key: str | None = None, lighthouse_authorization: str | None = None
+    ) -> dict[str, Any]:
+        """Have the node load the model. Gives its answer: `model_info` and `load_result`.
+
+        `lighthouse_authorization`: a Kavach signature or `jwt:` token of this wallet. The node fetches the key with it,
+        and could fetch the keys of this wallet's other Lighthouse files: pass it to nodes that you trust.
+        """
         body: dict[str, Any] = {"model_id": model, "user_address": str(self.address)}
-        if decryption_key is not None:
-            body["decryption_key"] = decryption_key
+        optional = {"decryption_key": decryption_key, "lighthouse_authorization": lighthouse_authorization}
+        body |= {name: value for name, value in optional.items() if value is not None}
         signer = await self._signer()
         return await self._json(signer.post(LOAD, ModelId.parse(model), body, Usdc(0)).exchange)
 

@@ -84,9 +84,13 @@ class Client:
             )
         )
 
-    def load(self, model: str, *, decryption_key: str | None = None) -> dict[str, Any]:
+    def load(
+        self, model: str, *, decryption_key: str | None = None, lighthouse_authorization: str | None = None
+    ) -> dict[str, Any]:
         """See `AsyncClient.load`."""
-        return self._wait(self._client.load(model, decryption_key=decryption_key))
+        return self._wait(
+            self._client.load(model, decryption_key=decryption_key, lighthouse_authorization=lighthouse_authorization)
+        )
 
     def unload(self, model: str) -> dict[str, Any]:
         """See `AsyncClient.unload`."""

@@ -51,10 +51,14 @@ PROFILES = (UNIXFS_V1_2025, V1_256K_174, V1_1M_174, UNIXFS_V0_2015)
 
 
 class Block(NamedTuple):
-    """A block of the tree: its CID in binary and its bytes, valid during the call that hands it over."""
+    """A block of a tree: its CID in binary, its bytes (valid during the call that hands it over), and whose it is.
+
+    `profile` is the first of those that share the block.
+    """
 
     cid: bytes
     data: Bytes
+    profile: Profile
 
 
 Emit = Callable[[Block], None]
@@ -98,7 +102,7 @@ class _Tree:
         sizes = tuple(child.file_bytes for child in children)
         block = encode_node([(c.cid, b"", c.tree_bytes) for c in children], encode_file(b"", sizes))
         cid = _block_cid(self._profile.cid_version, DAG_PB, block)
-        self._emit(Block(cid, block))
+        self._emit(Block(cid, block, self._profile))
         self.add(_Child(cid, sum(sizes), len(block) + sum(c.tree_bytes for c in children)), level + 1)
 
 
@@ -134,7 +138,7 @@ class _Leaves:
         block = chunk if profile.raw_leaves else encode_node([], encode_file(bytes(chunk)))
         cid = _block_cid(profile.cid_version, RAW if profile.raw_leaves else DAG_PB, block)
         self._count += 1
-        self._emit(Block(cid, block))
+        self._emit(Block(cid, block, profile))
         for tree in self._trees:
             tree.add(_Child(cid, len(chunk), len(block)))
 
