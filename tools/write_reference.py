@@ -63,6 +63,7 @@ SIGNATURE_REASONS = {
 STORAGE_REASONS = {
     "unreachable": "no connection, or it broke off",
     "timeout": "no byte came for too long, or too few",
+    "cut": "the answer or the exchange broke off",
     "busy": "the source asks to come back later",
     "not_found": "the source does not have it",
     "unsupported": "the source does not answer this form of request",
@@ -74,6 +75,7 @@ STORAGE_REASONS = {
     "too_large": "an answer longer than any right one",
     "all_sources_failed": "several sources, each with a reason of its own",
     "no_source": "no gateway is configured",
+    "key_nodes": "too few key nodes gave a shard, for different reasons",
     "cid_mismatch": "a storage service names another CID than the one computed here; nothing is published",
     "file": "the file to upload can't be read",
     "disk": "the node's own disk",

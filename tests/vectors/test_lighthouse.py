@@ -1,4 +1,4 @@
-"""Files, negatives and key shards made by the Lighthouse and Kavach packages."""
+"""Files, key shards, access conditions and requests made by the Lighthouse and Kavach packages."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import hashlib
 import io
 import json
 import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
+from aiohttp import web
 
-from divault.errors import BadRequest, DivaultError, SealedFileDamaged, WrongKey
-from divault.values import Secret
+from divault.errors import AccessDenied, BadRequest, DivaultError, SealedFileDamaged, StorageFailed, WrongKey
+from divault.ipfs.cid import parse_cid
+from divault.messages import personal_digest, recover
+from divault.storage.kavach import Authorisation, Kavach
+from divault.storage.lighthouse import Lighthouse
+from divault.values import Address, Cid, Secret
 from divault.vault import lighthouse
 from divault.vault.age import Identity
-from divault.vault.kavach import FIELD_ORDER, KeyShard, recover_key
+from divault.vault.conditions import AccessConditions, check_schema, gate_conditions
+from divault.vault.kavach import FIELD_ORDER, KeyShard, likely_keys, recover_key, split_key
 from divault.vault.keys import CallerKey, NodeIdentity, SealFormat, recognise
 from divault.vault.sealed import open_stream, plain_size, read_preamble
 from tests.vectors.test_age import Dribble
@@ -170,3 +179,226 @@ def test_errors_never_repeat_the_key():
 def test_without_a_caller_key_it_is_a_wrong_key_and_says_what_to_send():
     with pytest.raises(WrongKey, match="decryption_key"):
         open_stream(io.BytesIO(bytes(100)), io.BytesIO(), [NodeIdentity(Identity.generate())])
+
+
+# --- shards made here ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", SHARDS["shardKey_inputs"], ids=lambda c: c["what"])
+def test_odd_keys_are_split_as_the_sdk_splits_them_or_refused(case):
+    """The SDK also splits text that is no number, and zero: both become a key of zeros, so here they are refused."""
+    key = Secret.of_text(case["key"])
+    if case["isShardable"] and case["recovers_to"] != "0" * 64:
+        assert case["recovers_to"] == recover_key(split_key(key)[:3])
+    else:
+        with pytest.raises(BadRequest):
+            split_key(key)
+
+
+def test_only_the_odd_keys_that_become_zeros_are_treated_otherwise():
+    assert {c["what"] for c in SHARDS["shardKey_inputs"] if c["recovers_to"] == "0" * 64} == {"not hex", "zero"}
+
+
+@pytest.mark.parametrize("shards", [s for s in SHARDS["sets"] if s["shards_needed"] in (3, 4)], ids=lambda s: s["name"])
+def test_every_set_of_the_sdk_is_found_among_the_likely_keys(shards):
+    keys = list(likely_keys([KeyShard.parse(s) for s in shards["key_shards"]]))
+
+    assert keys[0] == shards["master_key"]
+    assert len(keys) == len(set(keys)) <= 15
+
+
+# --- access conditions --------------------------------------------------------------------------------------------
+
+CONDITIONS = json.loads((FOLDER / "access_conditions.json").read_text())
+ONLY_HERE = {
+    "two, aggregator naming a missing id",
+    "two, unbalanced aggregator",
+    "two, aggregator and and",
+    "one, any aggregator",
+}
+
+
+@pytest.mark.parametrize("case", CONDITIONS, ids=lambda c: c["name"])
+def test_condition_is_judged_as_by_the_schema(case):
+    if case["kavach_0_2_1"] == "valid":
+        check_schema(case["body"])
+    else:
+        with pytest.raises(BadRequest) as caught:
+            check_schema(case["body"])
+        assert caught.value.data["field"].split(".")[-1].split("[")[0] in case["kavach_0_2_1"]
+
+
+@pytest.mark.parametrize("case", CONDITIONS, ids=lambda c: c["name"])
+def test_aggregators_that_mean_nothing_are_refused_beyond_the_schema(case):
+    if case["kavach_0_2_1"] == "valid" and case["name"] not in ONLY_HERE:
+        assert list(AccessConditions.parse(case["body"]).conditions) == case["body"]["conditions"]
+    else:
+        with pytest.raises(BadRequest):
+            AccessConditions.parse(case["body"])
+
+
+def test_all_recorded_conditions_ran():
+    assert len(CONDITIONS) == 58
+    assert {c["name"] for c in CONDITIONS} >= ONLY_HERE
+
+
+# --- requests -----------------------------------------------------------------------------------------------------
+
+WIRE = json.loads((FOLDER / "sdk_wire_transcript.json").read_text())["exchange"]
+
+
+def at(*numbers: int) -> list[dict]:
+    return [WIRE[number] for number in numbers]
+
+
+class Recorded:
+    """Answers with what was recorded for the same method, path and body, and notes what came."""
+
+    def __init__(self, exchange: list[dict]) -> None:
+        self.left = list(exchange)
+        self.strange: list[str] = []
+
+    async def __aenter__(self) -> Recorded:
+        app = web.Application(client_max_size=2**24)
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = "http://{}:{}".format(*self._runner.addresses[0][:2])
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        for entry in self.left:
+            if (entry["method"], entry["path"]) == (request.method, request.path_qs):
+                break
+        else:
+            self.strange.append(f"{request.method} {request.path_qs}")
+            return web.Response(status=418)
+        self.left.remove(entry)
+        if "json" in entry and await request.json() != entry["json"]:
+            self.strange.append(f"{request.path_qs}: {await request.text()}")
+        for name in {"Authorization", "Content-Type", "Encryption", "Accept"} & set(entry["headers"]):
+            if request.headers.get(name, "").partition(";")[0] != entry["headers"][name].partition(";")[0]:
+                self.strange.append(f"{request.path_qs} {name}: {request.headers.get(name)}")
+        return web.json_response(entry["reply"], status=entry["status"])
+
+
+@asynccontextmanager
+async def replay(*numbers: int) -> AsyncIterator[Kavach]:
+    """Whatever is done in the context sends exactly the recorded requests with these numbers."""
+    async with Recorded(at(*numbers)) as recorded:
+        kavach = Kavach(recorded.url)
+        try:
+            yield kavach
+        finally:
+            await kavach.close()
+    assert recorded.strange == []
+    assert [entry["path"] for entry in recorded.left] == []
+
+
+def caller(number: int) -> tuple[Authorisation, Cid]:
+    """Who sent the recorded request, and about which file."""
+    entry = WIRE[number]
+    token = entry["headers"]["Authorization"].removeprefix("Bearer ")
+    address = Address.parse(entry["json"]["address"])
+    return Authorisation.parse(address, Secret.of_text(token)), parse_cid(entry["json"]["cid"])
+
+
+@pytest.mark.parametrize("first", [2, 36])
+async def test_saving_sends_what_the_sdk_sends(first):
+    numbers = range(first, first + 5)
+    shards = [KeyShard.parse(WIRE[n]["json"]["payload"]) for n in numbers]
+    async with replay(*numbers) as kavach:
+        await kavach.save(*caller(first), shards)
+
+
+async def test_sharing_and_revoking_send_what_the_sdk_sends():
+    async with replay(*range(11, 16)) as kavach:
+        await kavach.share(*caller(11), [Address.parse(WIRE[11]["json"]["shareTo"][0])])
+    async with replay(*range(45, 50)) as kavach:
+        await kavach.revoke(*caller(45), [Address.parse(WIRE[45]["json"]["revokeTo"][0])])
+
+
+async def test_conditions_are_sent_and_read_as_by_the_sdk():
+    who, cid = caller(27)
+    sent = WIRE[27]["json"]
+    conditions = gate_conditions(Address.parse(sent["conditions"][0]["contractAddress"]), 1_000_000, 8453)
+    conditions = replace(conditions, chain_type="evm")  # any case is taken; the recorded caller wrote it small
+    async with replay(*range(27, 33)) as kavach:
+        await kavach.set_conditions(who, cid, conditions)
+        told = await kavach.conditions(cid)
+
+    assert told["conditions"] == list(conditions.conditions)
+    assert told["owner"] == str(who.address).lower()
+
+
+async def test_three_recorded_shards_make_the_recorded_key():
+    async with replay(17, 18, 19) as kavach:
+        who, _ = caller(17)
+        shards = [await kavach._shard(number, who, WIRE[17]["json"]) for number in (3, 4, 5)]
+
+    saved = [KeyShard.parse(WIRE[n]["json"]["payload"]) for n in range(2, 7)]
+    assert recover_key(shards) == next(likely_keys(saved))
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(9, AccessDenied), (21, AccessDenied), (23, StorageFailed), (51, AccessDenied)]
+)
+async def test_recorded_refusals_are_typed_errors(number, error):
+    who, _ = caller(number)
+    node = int(WIRE[number]["path"][-1])
+    async with replay(number) as kavach:
+        with pytest.raises(error):
+            await kavach._shard(node, who, WIRE[number]["json"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "used"), [(0, 2), (8, 9), (10, 11), (16, 17), (22, 23), (26, 27), (34, 36), (44, 45), (50, 51)]
+)
+async def test_message_is_asked_for_as_by_the_sdk_and_what_it_sent_is_its_signature(asked, used):
+    who, _ = caller(used)
+    async with replay(asked) as kavach:
+        message = await kavach.auth_message(who.address)
+
+    assert recover(personal_digest(message), who.token.reveal().decode()) == who.address
+
+
+async def test_file_info_is_asked_for_as_by_the_sdk():
+    async with Recorded(at(7)) as recorded:
+        lighthouse_host = Lighthouse(None, api_url=recorded.url)
+        info = await lighthouse_host.file_info(parse_cid(WIRE[7]["reply"]["cid"]))
+        await lighthouse_host.close()
+
+    assert (recorded.strange, recorded.left) == ([], [])
+    assert (info.size, info.encrypted) == (700045, True)
+
+
+@pytest.mark.parametrize(("number", "key", "reason"), [(1, b"apikey", "cid_mismatch"), (42, b"bad", "http_401")])
+async def test_upload_is_sent_as_by_the_sdk(number, key, reason, tmp_path):
+    """What is sent here is another file than the recorded one, so the recorded CID is refused."""
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"another model")
+    no_car = {"method": "POST", "path": "/api/v0/dag/import", "headers": {}, "status": 404, "reply": {}}
+    async with Recorded([no_car, *at(number)]) as recorded:
+        lighthouse_host = Lighthouse(Secret(key), upload_url=recorded.url)
+        with pytest.raises(StorageFailed) as caught:
+            await lighthouse_host.upload(path, encrypted=True)
+        await lighthouse_host.close()
+
+    assert (recorded.strange, recorded.left, caught.value.data["reason"]) == ([], [], reason)
+
+
+def test_what_of_the_recorded_requests_has_no_counterpart_here():
+    """`cat` (gateways are asked by CID), an upload of text, one without encryption, and repeated questions."""
+    played = {0, 1, *range(2, 7), 7, 8, 9, 10, *range(11, 16), 16, 17, 18, 19, 21, 22, 23, 26, *range(27, 33), 34}
+    played |= {*range(36, 41), 42, 44, *range(45, 50), 50, 51}
+    rest = {n: WIRE[n]["path"].partition("?")[0].rpartition("/")[0] for n in range(len(WIRE)) if n not in played}
+
+    assert len(WIRE) == 52
+    assert rest == {
+        20: "/api/v0/cat", 24: "/api/retrieveSharedKey", 25: "/api/retrieveSharedKey", 33: "/api/v0/cat",
+        35: "/api/v0", 41: "/api/message", 43: "/api/v0",
+    }  # fmt: skip
