@@ -56,7 +56,7 @@ async def _measure() -> list[dict[str, Any]]:
             "name": "kavach, key from five nodes, one silent",
             "figure": round(median(taken), 1),
             "unit": "ms",
-            "yardstick": f"slowest of {_ROUNDS}: {slowest:.1f} ms; JavaScript SDK, by its sleeps alone: {_SDK_MS:.0f} ms",
+            "yardstick": f"slowest of {_ROUNDS}: {slowest:.1f} ms; JavaScript SDK, its sleeps alone: {_SDK_MS:.0f} ms",
             "ratio": round(median(taken) / _SDK_MS, 4),
             "target": f"<= {_TARGET_MS:.0f} ms",
             "holds": slowest <= _TARGET_MS,

@@ -22,6 +22,7 @@ from divault.errors import HashMismatch, SettingsInvalid, StorageFailed
 from divault.ipfs.cid import multihash, parse_cid
 from divault.ipfs.importer import PROFILES, UNIXFS_V0_2015, UNIXFS_V1_2025, V1_1M_174, V1_256K_174, Importer, Profile
 from divault.messages import address_of
+from divault.settings import Settings
 from divault.storage import upload as uploading
 from divault.storage._api import MAX_ANSWER_BYTES, Reply
 from divault.storage.kavach import Kavach
@@ -56,6 +57,14 @@ def as_kubo(root: str, name: str, size: int) -> web.Response:
     return web.Response(text=json.dumps({"Root": {"Cid": {"/": root}, "PinErrorMsg": ""}}) + "\n")
 
 
+async def whole(part: Any) -> bytes:
+    """In large chunks: with small ones aiohttp warns about itself when a read comes up short."""
+    data = bytearray()
+    while chunk := await part.read_chunk(1 << 20):
+        data += chunk
+    return bytes(data)
+
+
 class UploadHost:
     """An upload and API host over a local store; a fault answers instead."""
 
@@ -88,7 +97,7 @@ class UploadHost:
         if self.fault is not None and (answer := await self.fault(request)) is not None:
             return answer
         part = await (await request.multipart()).next()
-        data = await part.read()
+        data = await whole(part)
         importer = self.store.importer(self.profile)
         importer.update(data)
         return self.answer(str(importer.finish()[self.profile]), part.filename, len(data))
@@ -102,7 +111,7 @@ class UploadHost:
         part = await (await request.multipart()).next()
         assert part.filename.endswith(".car")
         incoming = CarImport(self.store)
-        incoming.update(await part.read())
+        incoming.update(await whole(part))
         return self.answer(str(incoming.finish()), part.filename, 1)
 
     async def _info(self, request: web.Request) -> web.StreamResponse:
@@ -137,9 +146,9 @@ def short_waits(monkeypatch):
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Three chunks of 1 MiB and a rest, so that every profile cuts it another way."""
+    """A chunk of 1 MiB and a rest, so that profiles of other chunks cut it another way."""
     path = tmp_path / "model.enc"
-    path.write_bytes(os.urandom(3 * 1024 * 1024 + 17))
+    path.write_bytes(os.urandom(1024 * 1024 + 17))
     return path
 
 
@@ -364,6 +373,13 @@ async def test_api_key_that_no_header_carries_is_refused(host, model, key):
     await lighthouse.close()
 
     assert caught.value.data["setting"] == "LIGHTHOUSE_API_KEY"
+
+
+def test_dedicated_gateways_come_first_and_none_twice():
+    of = {"DIVAULT_LIGHTHOUSE_GATEWAY_URLS": "http://a,http://b", "DIVAULT_GATEWAY_URLS": "http://b,http://c"}
+
+    assert Settings.load(of, env_file=None).gateway_urls == ("http://a", "http://b", "http://c")
+    assert Settings.load({"DIVAULT_GATEWAY_URLS": "http://c"}, env_file=None).gateway_urls == ("http://c",)
 
 
 # --- file info ----------------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ Rules:
 | module | what you find there |
 |---|---|
 | `sealed` | `recognise`, `read_preamble`, `payload_key`, `open_stream`, `seal_stream`: start here |
-| `keys` | the seam `KeySource`, and `NodeIdentity`, `CallerKey` |
+| `keys` | the seam `KeySource`, and `NodeIdentity`, `CallerKey`; `KeySearch` for keys that are elsewhere |
 | `age` | `Recipient`, `Identity`, `Passphrase` and what the header says to them |
 | `header`, `armor`, `bech32`, `stream` | the parts of age v1: header, ASCII armor, key spelling, payload |
-| `lighthouse`, `kavach` | the second format, and the recovery of its keys from shards |
+| `lighthouse`, `kavach` | the second format, and its keys in shards |
+| `conditions` | Kavach's access conditions, parsed and checked |
 | `archive` | the strict tar reader for models that are folders |
 
 This file imports nothing, so that the process that opens a model starts fast.
