@@ -153,6 +153,16 @@ async def test_request_that_names_another_chain_or_vault_is_told_so() -> None:
     assert (await node().authenticate(own)).user == USER
 
 
+async def test_signed_headers_over_a_body_that_names_another_chain_or_vault_are_told_so() -> None:
+    good = header_call()
+    assert isinstance(good.proof, HeaderSignature)
+
+    other_vault = replace(good, proof=replace(good.proof, vault=NODE))
+    own = replace(good, proof=replace(good.proof, chain_id=CHAIN, vault=VAULT))
+    assert await refusal(node(), other_vault) == (WrongChain, "wrong_domain")
+    assert (await node().authenticate(own)).user == USER
+
+
 async def test_one_byte_of_input_changed_proves_nothing() -> None:
     changed = BODY.replace(b'"hi"', b'"ho"')
 

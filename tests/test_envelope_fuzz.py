@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 from hypothesis import given, settings
@@ -105,3 +106,40 @@ def test_a_body_that_carries_its_signature_has_a_bound() -> None:
 
 def test_a_covered_header_must_not_come_twice() -> None:
     assert parsed(b"", [("signature-input", "a"), ("signature-input", "b")], "DELETE").code == "bad_request"
+
+
+SIGNED_HEADERS = [
+    (
+        "signature-input",
+        'eth=("@authority" "@method" "@path" "content-digest");created=1;expires=2;nonce="a";'
+        f'keyid="eip155:77001:{WALLET}";tag="erc8128"',
+    )
+]
+
+
+def test_members_that_nobody_reads_cost_nothing_before_the_signature_is_checked() -> None:
+    """Eight MiB of them, read one by one, held the whole node for seconds."""
+    body = b'{"model_id":"m1","input_data":[1],' + b",".join(b'"%x":{"a":[]}' % i for i in range(100_000)) + b"}"
+    tracemalloc.start()
+    try:
+        call = parsed(body, SIGNED_HEADERS)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert isinstance(call, SignedCall)
+    assert call.input_data == b"[1]"
+    assert peak < len(body) / 10
+
+
+def test_members_beside_the_input_have_a_bound_in_a_body_whose_headers_are_signed() -> None:
+    lists = b"[" + b"[]," * MAX_SELF_SIGNED_BYTES + b"[]]"
+
+    assert isinstance(parsed(b'{"model_id":"m1","input_data":' + lists + b"}", SIGNED_HEADERS), SignedCall)
+    assert parsed(b'{"model_id":"m1","payment":' + lists + b"}", SIGNED_HEADERS).code == "too_large"
+
+
+def test_chain_and_vault_that_a_body_names_count_in_either_envelope() -> None:
+    call = parsed(json.dumps({"model_id": "m1", "chain_id": 1, "vault": WALLET}).encode(), SIGNED_HEADERS)
+
+    assert (call.proof.chain_id, call.proof.vault) == (1, Address.parse(WALLET))

@@ -145,6 +145,7 @@ class Authenticator:
         )
 
     def _by_headers(self, call: SignedCall, proof: HeaderSignature, now: int) -> Principal:
+        self._require_own_chain(proof)
         message = HttpMessage(call.method, self._authority, call.path, proof.query, proof.headers, call.body)
         policy = HeaderPolicy(self._domain.chain_id, self._authority, now, self._max_header_ttl_s)
         signed = verify_headers(message, policy)
@@ -161,7 +162,7 @@ class Authenticator:
             signature=signed.signature,
         )
 
-    def _require_own_chain(self, proof: BodySignature) -> None:
+    def _require_own_chain(self, proof: BodySignature | HeaderSignature) -> None:
         need = {"chain_id": self._domain.chain_id, "vault": str(self._domain.contract)}
         if proof.chain_id not in (None, self._domain.chain_id):
             raise refusal("wrong_chain", f"this node serves chain {self._domain.chain_id}", **need)

@@ -292,6 +292,8 @@ class HeaderSignature:
 
     headers: dict[str, str]
     query: str | None
+    chain_id: int | None = None
+    vault: Address | None = None
 
 
 @dataclass(frozen=True, slots=True)

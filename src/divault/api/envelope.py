@@ -8,17 +8,21 @@ Rules:
    read strictly: so an old client learns what to do.
 3. `input_data` and `parameters` go on as the bytes they came in; the gateway never parses a model's numbers.
 4. A header that a signature covers must not come twice.
+5. Nobody is proved yet, so reading is cheap whatever comes: of a header-signed body only the members of `_Members` are
+   made into anything, and all but the model's input have 64 KiB together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from divault.auth import Authenticator
-from divault.errors import BadRequest, SignHeaders
-from divault.messages import body_hash, claimed_user, raw_members, strict_object
+from divault.errors import BadRequest, SignHeaders, TooLarge
+from divault.messages import body_hash, claimed_user, strict_object
 from divault.values import (
     Address,
     BodySignature,
@@ -48,6 +52,28 @@ class Incoming:
     headers: Sequence[tuple[str, str]]
     """Names in lower case, in order, duplicates kept."""
     peer: str
+
+
+class _Members(msgspec.Struct, frozen=True):
+    """The members that a node reads, as their bytes stood in the body, empty where there is none.
+
+    Of several members of one name the last counts; others are stepped over.
+    """
+
+    model_id: msgspec.Raw = msgspec.Raw()
+    user_address: msgspec.Raw = msgspec.Raw()
+    input_data: msgspec.Raw = msgspec.Raw()
+    parameters: msgspec.Raw = msgspec.Raw()
+    payment: msgspec.Raw = msgspec.Raw()
+    decryption_key: msgspec.Raw = msgspec.Raw()
+    lighthouse_authorization: msgspec.Raw = msgspec.Raw()
+    cid: msgspec.Raw = msgspec.Raw()
+    chain_id: msgspec.Raw = msgspec.Raw()
+    vault: msgspec.Raw = msgspec.Raw()
+
+
+_MEMBERS = msgspec.json.Decoder(_Members)
+_INPUT = ("input_data", "parameters")
 
 
 class Envelopes:
@@ -99,8 +125,12 @@ class Envelopes:
             return SignedCall(
                 user, incoming.method, incoming.path, incoming.raw, proof, model, limit, peer=incoming.peer
             )
-        body = raw_members(incoming.raw)
-        small = {name: _small(value) for name, value in body.items() if name not in ("input_data", "parameters")}
+        small = _small_members(incoming.raw)
+        proof = replace(
+            proof,
+            chain_id=_member(small, "chain_id", int),
+            vault=None if "vault" not in small else Address.parse(small["vault"]),
+        )
         if "user_address" in small and Address.parse(small["user_address"]) != user:
             raise BadRequest("user_address is not the wallet that signed the headers", field="user_address")
         return _call(incoming, small, proof, user, limit)
@@ -109,7 +139,7 @@ class Envelopes:
 def _call(
     incoming: Incoming, body: Mapping[str, Any], proof: BodySignature | HeaderSignature, user: Address, limit: Usdc
 ) -> SignedCall:
-    raw = raw_members(incoming.raw)
+    raw = _members(incoming.raw)
     key = _member(body, "decryption_key", str)
     if key is not None and not 0 < len(key) <= _MAX_KEY_TEXT:
         raise BadRequest(f"decryption_key has 1 to {_MAX_KEY_TEXT} characters", field="decryption_key")
@@ -127,8 +157,8 @@ def _call(
         proof=proof,
         model=ModelId.parse(body.get("model_id", "")),
         max_price=limit,
-        input_data=raw.get("input_data"),
-        parameters=raw.get("parameters"),
+        input_data=bytes(raw.input_data) or None,
+        parameters=bytes(raw.parameters) or None,
         payment=_payment(body.get("payment")),
         decryption_key=None if key is None else Secret.of_text(key),
         lighthouse_authorization=None if authorization is None else Secret.of_text(authorization),
@@ -152,9 +182,25 @@ def _member(body: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
     raise BadRequest(f"{name} is not of the type that it must have", field=name)
 
 
-def _small(raw: bytes) -> Any:
-    """Parse a member that is not the model's input, strictly."""
-    return strict_object(b'{"v":' + raw + b"}")["v"]
+def _members(raw: bytes) -> _Members:
+    try:
+        return _MEMBERS.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise BadRequest("the body is a JSON object") from err
+
+
+def _small_members(raw: bytes) -> dict[str, Any]:
+    """What stands in the body beside the model's input, parsed strictly."""
+    members = _members(raw)
+    values = {name: bytes(getattr(members, name)) for name in _Members.__struct_fields__ if name not in _INPUT}
+    size = sum(map(len, values.values()))
+    if size > MAX_SELF_SIGNED_BYTES:
+        raise TooLarge(
+            f"the body has {size} bytes beside its input, {MAX_SELF_SIGNED_BYTES} are read",
+            limit_bytes=MAX_SELF_SIGNED_BYTES,
+            have_bytes=size,
+        )
+    return {name: strict_object(b'{"v":' + value + b"}")["v"] for name, value in values.items() if value}
 
 
 def _unique(headers: Sequence[tuple[str, str]]) -> dict[str, str]:
