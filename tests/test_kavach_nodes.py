@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -204,21 +203,22 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-async def test_two_broken_nodes_do_not_keep_a_key(kavach, nodes, fault):
+async def test_two_broken_nodes_do_not_keep_a_key(nodes, fault):
+    """With a clock so slow that waiting for the broken ones would be an error."""
     key, shards = generate()
-    await keep(kavach, shards)
+    await keep_on(nodes, shards)
     nodes.faults = {1: BROKEN[fault], 4: BROKEN[fault]}
-    started = time.monotonic()
+    patient = Kavach(nodes.url, timeout_s=600)
 
-    async with kavach.as_wallet(OWNER) as who:
+    async with asyncio.timeout(30), patient.as_wallet(OWNER) as who:
         got: list[KeyShard] = []
-        async for shard in kavach.shards(who, CID):
+        async for shard in patient.shards(who, CID):
             got.append(shard)
             if len(got) == 3:
                 break
+    await patient.close()
 
     assert key.reveal().decode() == recover_key(got)
-    assert time.monotonic() - started < 1.5, "it waited for the broken ones"
 
 
 @pytest.mark.parametrize("fault", [f for f in BROKEN if f != "silent"])

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import web
@@ -347,6 +348,19 @@ async def test_fault_of_the_service_is_a_typed_error_that_names_host_and_file(
     assert caught.value.data["cid"] in str(caught.value)
     assert "<" not in str(caught.value)
     assert "apikey" not in str(caught.value) + repr(caught.value.data)
+
+
+async def test_service_that_says_nothing_ends_by_the_clock(lighthouse, host, model, monkeypatch):
+    async def silent(request: web.Request) -> None:
+        await asyncio.sleep(600)
+
+    host.fault = silent
+    monkeypatch.setattr(uploading, "_TIMEOUT", aiohttp.ClientTimeout(total=None, sock_read=0.3))
+
+    with pytest.raises(StorageFailed) as caught:
+        await lighthouse.upload(model)
+
+    assert caught.value.data["reason"] == "timeout"
 
 
 async def test_host_that_is_not_there_is_a_typed_error(model):
