@@ -102,6 +102,7 @@ async def test_an_unknown_model_is_unknown(world: World) -> None:
 async def test_every_error_is_a_problem_document(world: World) -> None:
     cases = [
         ("GET", "/nowhere", {}, 404, "route_unknown"),
+        ("POST", "/api/v1/inference/run/", {"data": b"{}"}, 404, "route_unknown"),
         ("PUT", "/api/v1/inference", {}, 405, "method_not_allowed"),
         ("POST", RUN, {"data": b"{"}, 400, "bad_request"),
         ("POST", RUN, {"data": b'{"a": 1, "a": 2}'}, 400, "bad_request"),

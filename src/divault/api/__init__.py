@@ -38,7 +38,8 @@ class ApiLimits:
 
 def create_api(node: Node, limits: ApiLimits) -> ASGIApp:
     """Build the ASGI application of a node."""
-    app = FastAPI(title="DIV Inference Backend", version=node.version, description=_ABOUT)
+    # No redirects: a signature is for one path, and their target would be whatever the Host header says.
+    app = FastAPI(title="DIV Inference Backend", version=node.version, description=_ABOUT, redirect_slashes=False)
     app.include_router(routes(node))
     app.add_exception_handler(DivaultError, _refused)
     app.add_exception_handler(HTTPException, _unrouted)

@@ -2,11 +2,13 @@
 
 A plain ASGI callable, in front of everything else: counts the peer's requests, bounds the body (declared and real) and
 the bytes that all requests hold together, and hands the body on whole. Deny by default: a request that breaks a bound
-never reaches a route.
+never reaches a route. Bytes count from when they are here, and who stops sending them is dropped: otherwise a few
+silent connections that promise large bodies would keep everybody else out.
 """
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import ExitStack
 
 from starlette.datastructures import Headers
@@ -17,14 +19,22 @@ from divault.errors import BadRequest, DivaultError, TooLarge
 from divault.limits import PeerLimits
 from divault.telemetry import new_request_id
 
+PATIENCE_S = 10.0
+"""Longest silence within a body, and what it may take beside its bytes at the least rate."""
+_LEAST_RATE = 32 * 1024  # bytes per second; a telephone's worst uplink has twice as many
+_STEP = 64 * 1024  # bytes counted at once; what a server reads from a socket
+
 
 class Guard:
     """Limits in front of `app`: at most `max_body_bytes` per body, and `limits` per peer and in total."""
 
-    def __init__(self, app: ASGIApp, *, limits: PeerLimits, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, limits: PeerLimits, max_body_bytes: int, patience_s: float = PATIENCE_S
+    ) -> None:
         self._app = app
         self._limits = limits
         self._max = max_body_bytes
+        self._patience_s = patience_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -34,35 +44,44 @@ class Guard:
         with ExitStack() as held:
             try:
                 self._limits.knock(scope["client"][0] if scope.get("client") else "")
-                body = await self._read(scope, receive, held)
+                self._check_head(Headers(scope=scope))
+                body = await self._read(receive, held)
             except DivaultError as err:
                 await problem_response(err, new_request_id())(scope, receive, send)
                 return
+            except TimeoutError:
+                late = BadRequest("the body came too slowly, or not at all: send the request again")
+                response = problem_response(late, new_request_id())
+                response.headers["connection"] = "close"  # what may still come is no next request
+                await response(scope, receive, send)
+                return
             await self._app(scope, _replay(body, receive), send)
 
-    async def _read(self, scope: Scope, receive: Receive, held: ExitStack) -> bytes:
-        headers = Headers(scope=scope)
+    def _check_head(self, headers: Headers) -> None:
         if headers.get("content-encoding", "identity") != "identity":
             raise BadRequest("send the body without content-encoding", field="content-encoding")
         declared = headers.get("content-length", "")
-        # A chunked body declares no length: it holds the most it could, so that the total stays a bound.
-        expected = int(declared) if declared.isdecimal() else self._max if "transfer-encoding" in headers else 0
-        if expected > self._max:
-            raise self._too_large(expected)
-        held.enter_context(self._limits.bytes_in_flight(expected))
-        chunks: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise BadRequest("the request ended before its body did")
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > self._max:
-                raise self._too_large(size)
-            chunks.append(chunk)
-            if not message.get("more_body", False):
-                return b"".join(chunks)
+        if declared.isdecimal() and int(declared) > self._max:
+            raise self._too_large(int(declared))
+
+    async def _read(self, receive: Receive, held: ExitStack) -> bytes:
+        began = asyncio.get_running_loop().time()
+        body, counted, more = bytearray(), 0, True
+        async with asyncio.timeout(self._patience_s) as patience:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise BadRequest("the request ended before its body did")
+                body += message.get("body", b"")
+                if len(body) > self._max:
+                    raise self._too_large(len(body))
+                while counted < len(body):
+                    held.enter_context(self._limits.bytes_in_flight(_STEP))
+                    counted += _STEP
+                more = message.get("more_body", False)
+                latest = began + self._patience_s + len(body) / _LEAST_RATE
+                patience.reschedule(min(asyncio.get_running_loop().time() + self._patience_s, latest))
+        return bytes(body)
 
     def _too_large(self, size: int) -> TooLarge:
         return TooLarge(f"bodies are at most {self._max} bytes here", limit_bytes=self._max, have_bytes=size)
