@@ -13,8 +13,17 @@ import pytest
 from aiohttp import web
 
 from divault.client import AsyncClient
-from divault.errors import NodeUntrusted, NotReady, PriceChanged, ReceiptInvalid
-from divault.messages import address_of
+from divault.errors import (
+    NodeUntrusted,
+    NotReady,
+    PaymentRequired,
+    PriceChanged,
+    ReceiptInvalid,
+    ResultUnknown,
+    SignatureInvalid,
+)
+from divault.messages import Domain, address_of, parse_key, signature_text
+from divault.receipts.fields import RECEIPT
 from divault.values import Secret, Usdc
 from tests.e2e.conftest import World
 from tests.e2e.test_http_identity import published
@@ -26,8 +35,11 @@ Change = Callable[[str, bytes], bytes | None]
 
 
 @asynccontextmanager
-async def between(world: World, change: Change) -> AsyncIterator[str]:
-    """Stand between the client and the real node; gives the URL that the client is told."""
+async def between(world: World, change: Change, *, problem: bool = False) -> AsyncIterator[str]:
+    """Stand between the client and the real node; gives the URL that the client is told.
+
+    With `problem` an answer that was changed comes as a problem document.
+    """
 
     async def relay(request: web.Request) -> web.StreamResponse:
         raw = await request.read()
@@ -36,11 +48,14 @@ async def between(world: World, change: Change) -> AsyncIterator[str]:
             aiohttp.ClientSession() as session,
             session.request(request.method, world.node.url + request.path_qs, data=raw, headers=headers) as answer,
         ):
-            body = change(request.path, await answer.read())
+            told = await answer.read()
+            body = change(request.path, told)
             if body is None:
                 assert request.transport is not None
                 request.transport.close()
                 return web.Response()
+            if problem and body != told:
+                return web.Response(body=body, status=503, content_type="application/problem+json")
             return web.Response(
                 body=body, status=answer.status, headers={"content-type": answer.headers["content-type"]}
             )
@@ -130,8 +145,6 @@ async def test_a_node_that_changed_behind_its_url_is_refused(world: World, tmp_p
 
 def address_of_node(world: World) -> str:
     state = world.node.folder / "state" / "node.key"
-    from divault.messages import parse_key
-
     return str(address_of(parse_key(state.read_text().strip())))
 
 
@@ -213,6 +226,78 @@ async def test_an_offer_that_asks_too_much_is_not_paid(world: World) -> None:
 
     assert result.price == PRICE
     assert (await balances(world, key))[0] == before[0] - PRICE.atomic
+
+
+async def test_a_relay_gets_no_header_signature_that_its_target_takes(world: World) -> None:
+    """Header signatures name a node by host and port alone, so the client must not let anybody else name them."""
+    model, key = await published(world), await world.consumer()
+    async with world.client(key) as direct:
+        await direct.run(model.text, {"features": world.trained.rows[0]})
+    async with between(world, lambda _, raw: raw) as url, client(world, url, world.operator) as relayed:
+        with pytest.raises(SignatureInvalid):
+            await relayed.unload(model.text)
+    async with world.client(key) as direct:
+        assert model.text in [row["model_id"] for row in await direct.models()]
+
+
+async def test_header_signatures_reach_this_machine_by_either_name(world: World) -> None:
+    key = await world.consumer()
+    async with client(world, world.node.url.replace("127.0.0.1", "localhost"), key) as local:
+        with pytest.raises(ResultUnknown):
+            await local.stored("0x" + "11" * 32)
+
+
+async def test_a_node_without_a_rail_is_not_paid(world: World) -> None:
+    model, key = await priced(world), await world.consumer()
+    before = await balances(world, key)
+
+    def railless(_: str, raw: bytes) -> bytes:
+        return raw.replace(b'"rails":["transfer"]', b'"rails":[]') if b'"payment_required"' in raw else raw
+
+    async with between(world, railless) as url, client(world, url, key) as careful:
+        with pytest.raises(PaymentRequired):
+            await careful.run(model.text, {"features": world.trained.rows[0]}, max_price="0.02")
+
+    assert await balances(world, key) == before
+
+
+async def test_a_receipt_for_another_model_is_refused(world: World) -> None:
+    """Signed by the node itself, and bound to this very request."""
+    model, key = await published(world), await world.consumer()
+    node_key = parse_key((world.node.folder / "state" / "node.key").read_text().strip())
+
+    def renamed(path: str, raw: bytes) -> bytes:
+        if not path.endswith("/inference/run"):
+            return raw
+        answer = orjson.loads(raw)
+        envelope = answer["receipt"]
+        envelope["receipt"]["modelId"] = "0x" + "77" * 32
+        digest = Domain.parse(envelope["domain"]).digest(RECEIPT.hash(RECEIPT.parse(envelope["receipt"])))
+        envelope |= {"receipt_hash": str(digest), "signature": signature_text(node_key, digest)}
+        envelope |= {"request": None, "checksums": None}
+        return orjson.dumps(answer)
+
+    async with between(world, renamed) as url, client(world, url, key) as liar:
+        with pytest.raises(ReceiptInvalid) as refused:
+            await liar.run(model.text, {"features": world.trained.rows[0]})
+
+    assert refused.value.data["field"] == "modelId"
+
+
+@pytest.mark.parametrize("member", [b'"x"', b"[]", b"-1", b"1e308"])
+async def test_a_strange_wish_to_wait_is_no_crash(world: World, member: bytes) -> None:
+    model, key = await published(world), await world.consumer()
+    busy = b'{"code":"overloaded","detail":"busy","retry_after":' + member + b"}"
+    tries: list[str] = []
+
+    def once_busy(path: str, raw: bytes) -> bytes:
+        tries.append(path)
+        return busy if tries.count(path) == 1 and path.endswith("/inference/run") else raw
+
+    async with between(world, once_busy, problem=True) as url, client(world, url, key) as patient:
+        result = await patient.run(model.text, {"features": world.trained.rows[0]})
+
+    assert result.output["predictions"]
 
 
 async def test_what_is_no_node_is_told_apart(world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ _RETRYABLE = frozenset(
     {"request_running", "payment_pending", "settlement_pending", "overloaded", "chain_unavailable", "not_ready"}
 )
 _PAUSE_S = (0.2, 5.0)  # first and longest pause between tries, unless the node names one
+_LONGEST_WAIT_S = 1e6  # beyond it a number is no wish to wait
+_THIS_MACHINE = re.compile(r"(?:localhost|127\.0\.0\.1)(:[0-9]+)?", re.ASCII)
 USDC: dict[int, str] = {
     1: "0xA0b86991c6218b36c1d19D4a2e9Eb0cE3606eB48",
     8453: "0x833589fCD6eDb6E08f4c7C32D4f71b54bdA02913",
@@ -136,12 +139,12 @@ class AsyncClient:
 
     async def models(self) -> list[dict[str, Any]]:
         """What the node has loaded, one row per model."""
-        return list((await self._json(Exchange("GET", "/api/v1/models")))["models"])
+        return list(_part(await self._json(Exchange("GET", "/api/v1/models")), "models", list))
 
     async def model(self, model: str) -> dict[str, Any]:
         """What the vault says of the model, and what its worker says if it is loaded."""
         path = f"/api/v1/models/{ModelId.parse(model).text}"
-        return dict((await self._json(Exchange("GET", path)))["model_info"])
+        return dict(_part(await self._json(Exchange("GET", path)), "model_info", dict))
 
     # --- signed calls ---------------------------------------------------------------------------------------------
 
@@ -236,11 +239,14 @@ class AsyncClient:
                 if repeat and signed.expires_at <= time.time() + 1:
                     err.add_note(f"it may have run: ask for stored({str(signed.id)!r}) before you call again")
                     raise
-                await asyncio.sleep(min(longest, float(err.data.get("retry_after") or pause)))
+                await asyncio.sleep(min(longest, _wait_of(err) or pause))
             pause = min(longest, 2 * pause)
             signed = signed if repeat else signer.post(RUN, model, body, limit)
         payment = body.get("payment", {}).get("tx_hash")
-        return self._verified(await self.node(), raw, str(signed.id), signed=signed, limit=limit, payment=payment)
+        result = self._verified(await self.node(), raw, str(signed.id), signed=signed, limit=limit, payment=payment)
+        if result.receipt["receipt"]["modelId"] != str(model.key):
+            raise ReceiptInvalid("the receipt is for another model than the one that was asked", field="modelId")
+        return result
 
     def _verified(
         self,
@@ -267,8 +273,12 @@ class AsyncClient:
         fields = envelope["receipt"]
         self._require_mine(fields, request_id, limit)
         price = Usdc.parse_atomic(fields["price"])
+        try:
+            output = orjson.loads(result)
+        except orjson.JSONDecodeError as err:
+            raise ReceiptInvalid("the result is not JSON", field="result") from err
         sent = b"" if signed is None else signed.exchange.body
-        return Result(orjson.loads(result), price, request_id, envelope, result, payment, sent, raw)
+        return Result(output, price, request_id, envelope, result, payment, sent, raw)
 
     def _require_mine(self, fields: dict[str, Any], request_id: str, limit: Usdc | None) -> None:
         """A valid receipt may still be somebody else's, or of another call, or over the agreed price."""
@@ -280,6 +290,9 @@ class AsyncClient:
             raise ReceiptInvalid("the receipt charges more than was agreed to", field="price")
 
     async def _pay(self, model: ModelId, offer: PaymentRequired, limit: Usdc) -> str:
+        rails = offer.data.get("rails")
+        if not isinstance(rails, list) or "transfer" not in rails:
+            raise offer  # the money would be gone, and this node would not count it
         if not self._rpc:
             raise PaymentRequired(
                 f"{offer.detail}; to pay, give the client an RPC endpoint of the chain (rpc=)", **offer.data
@@ -287,12 +300,12 @@ class AsyncClient:
         node = await self.node()
         if self._payer is None:
             self._payer = Payer(self._rpc, self._key, node.chain_id, node.vault)
-        token = USDC.get(node.chain_id) or node.about["payment_token"]
+        token = USDC.get(node.chain_id) or _part(node.about, "payment_token", str)
         return str(await self._payer.pay(model, node.address, limit, frozenset({Address.parse(token)})))
 
     async def _signer(self) -> Signer:
         node = await self.node()
-        authority = str(node.about.get("authority") or self._transport.authority)
+        authority = _authority(self._transport.url, node.about.get("authority"))
         return Signer(self._key, node.address, node.chain_id, node.vault, authority)
 
     def _require_trusted(self, shown: Address) -> None:
@@ -314,6 +327,29 @@ class AsyncClient:
         if not isinstance(members, dict):
             raise NodeUntrusted("the answer is no JSON object: is this a node?")
         return members
+
+
+def _authority(url: str, shown: object) -> str:
+    """Host and port of the URL that the caller gave, for header signatures.
+
+    Not what the node says of itself: these signatures name no node but by it, so one that named another's would get
+    signatures that the other takes. The two names of this machine are one.
+    """
+    own = messages.authority_of(url)
+    here, there = _THIS_MACHINE.fullmatch(own), _THIS_MACHINE.fullmatch(str(shown))
+    return str(shown) if here and there and here[1] == there[1] else own
+
+
+def _part(answer: dict[str, Any], name: str, kind: type[Any]) -> Any:
+    if not isinstance(answer.get(name), kind):
+        raise NodeUntrusted(f"the node's answer has no {name}: is this a node?")
+    return answer[name]
+
+
+def _wait_of(err: DivaultError) -> float | None:
+    """What the node asks to wait, in seconds, if it is a number at all."""
+    wait = err.data.get("retry_after")
+    return float(wait) if isinstance(wait, int | float) and 0 < wait < _LONGEST_WAIT_S else None
 
 
 def _with_payment(err: DivaultError, body: dict[str, Any]) -> DivaultError:

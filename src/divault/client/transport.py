@@ -35,11 +35,6 @@ class Transport:
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
         self._session: aiohttp.ClientSession | None = None
 
-    @property
-    def authority(self) -> str:
-        """Host and port of the node, as header signatures name them."""
-        return self.url.partition("://")[2].partition("/")[0].lower()
-
     async def close(self) -> None:
         """Close connections."""
         if self._session is not None:
