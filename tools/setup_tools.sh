@@ -4,10 +4,11 @@
 #   node       from PATH when it is 18 or later, else Node.js out of its Python wheel
 #   anvil      1.7.1, the executable out of its npm package, whose digest is checked
 #   contracts  the Solidity compiler and OpenZeppelin, as contracts/package-lock.json names them
+#   sdk        Lighthouse's own client for the tests, as tests/js/package-lock.json names it
 #   age wrk bwrap   by apt when root, else unpacked from Debian's packages without installing them
 #
-# All but what apt installs goes to .venv/tools. What can't be had here is said and left out: the tests that need it
-# skip by name (and CI takes no skip).
+# What comes with a lock file goes to node_modules beside it, what apt installs where apt puts it, all else to
+# .venv/tools. What can't be had here is said and left out: the tests that need it skip by name (and CI takes no skip).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=$PWD/.venv/tools
@@ -54,9 +55,10 @@ get_anvil() {
   rm -rf "$work"
 }
 
-get_contracts() {
-  say "contracts: compiler and libraries from npm"
-  npm ci --prefix contracts --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null
+# Name, folder with a lock file, what it holds. No package gets to run scripts of its own.
+locked() {
+  say "$1: $3 from npm"
+  npm ci --prefix "$2" --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null
 }
 
 # Package, the program it brings, and libraries that a plain machine may lack.
@@ -99,7 +101,8 @@ for name in "$@"; do
   case $name in
     node) get_node ;;
     anvil) get_anvil ;;
-    contracts) get_contracts ;;
+    contracts) locked contracts contracts "compiler and libraries" ;;
+    sdk) locked sdk tests/js "Lighthouse's client" ;;
     age) debian age age ;;
     wrk) debian wrk wrk libluajit-5.1-2 ;;
     bwrap) debian bubblewrap bwrap ;;

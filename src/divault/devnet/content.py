@@ -51,10 +51,10 @@ class ContentStore:
         """`http://127.0.0.1:PORT` while it runs."""
 
     async def __aenter__(self) -> Self:
-        app = web.Application(middlewares=[_errors])
-        app.router.add_get("/ipfs/{cid}", self._get)  # HEAD too
+        app = web.Application(middlewares=[typed_errors])
+        app.router.add_get("/ipfs/{cid}", self.answer_get)  # HEAD too
         app.router.add_post("/api/v0/add", self._add)
-        app.router.add_post("/api/v0/dag/import", self._import)
+        app.router.add_post("/api/v0/dag/import", self.answer_import)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -70,7 +70,8 @@ class ContentStore:
             await self._runner.cleanup()
             self._runner, self.url = None, ""
 
-    async def _get(self, request: web.Request) -> web.StreamResponse:
+    async def answer_get(self, request: web.Request) -> web.StreamResponse:
+        """The handler of `/ipfs/{cid}`, for servers that have it among others, behind `typed_errors`."""
         cid = parse_cid(request.match_info["cid"])
         form = _form(request)
         if form is Form.BLOCK:
@@ -137,7 +138,8 @@ class ContentStore:
         root = (await asyncio.to_thread(importer.finish))[profile]
         return web.json_response({"Name": part.filename or str(root), "Hash": str(root), "Size": str(size)})
 
-    async def _import(self, request: web.Request) -> web.Response:
+    async def answer_import(self, request: web.Request) -> web.Response:
+        """The handler of `/api/v0/dag/import`, likewise."""
         self._check_key(request)
         incoming = CarImport(self.blocks)
         async for chunk in _car_body(request):
@@ -172,7 +174,8 @@ def content_store(directory: Path, *, api_key: Secret | None = None) -> Iterator
 
 
 @web.middleware
-async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def typed_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Middleware: what the store raises becomes a status and a line of text."""
     try:
         return await handler(request)
     except InvalidCID as err:

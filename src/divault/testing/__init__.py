@@ -10,5 +10,6 @@ async with TestChain.start() as chain:
 """
 
 from divault.testing.chain import TestChain
+from divault.testing.lighthouse import LighthouseDouble
 
-__all__ = ["TestChain"]
+__all__ = ["LighthouseDouble", "TestChain"]

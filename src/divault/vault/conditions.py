@@ -14,7 +14,7 @@ Rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -361,6 +361,15 @@ class AccessConditions:
             parse_aggregator(aggregator, ids)
         return cls(conditions, aggregator if conditions else "", (body.get("chainType") or "EVM").upper())
 
+    def met(self, results: Sequence[bool]) -> bool:
+        """Whether the whole holds when each condition, in order, does or does not; without conditions it never does.
+
+        Raises ValueError for another number of results than there are conditions.
+        """
+        ids = [_id_text(condition["id"]) for condition in self.conditions]
+        values = dict(zip(ids, results, strict=True))
+        return bool(ids) and _holds(parse_aggregator(self.aggregator, ids), values)
+
 
 def gate_conditions(token: Address, minimum: int, chain_id: int) -> AccessConditions:
     """The token gate of a model as Kavach's nodes check it: `balanceOf` at least the minimum, in raw units.
@@ -381,6 +390,15 @@ def gate_conditions(token: Address, minimum: int, chain_id: int) -> AccessCondit
         "parameters": [":userAddress"],
     }
     return AccessConditions((condition,), "([1])", "EVM")
+
+
+def _holds(expression: Expression, values: Mapping[str, bool]) -> bool:
+    word, *parts = expression
+    if word == "id":
+        return values[parts[0]]
+    if word == "not":
+        return not _holds(parts[0], values)
+    return (all if word == "and" else any)(_holds(part, values) for part in parts)
 
 
 def _id_text(value: Any) -> str:
