@@ -18,7 +18,8 @@ from divault.vault.age import Identity
 from tests.test_receipts import DRAFT, issuer
 
 COMMANDS = [["serve"], ["demo"], ["publish"], ["seal"], ["open"], ["call"], ["verify"], ["doctor"], ["config"],
-            ["keys", "new"], ["keys", "age"], ["keys", "show"], ["keys", "node"], ["receipt", "redact"]]  # fmt: skip
+            ["keys", "new"], ["keys", "age"], ["keys", "show"], ["keys", "node"], ["receipt", "redact"],
+            ["lighthouse"]]  # fmt: skip
 
 
 def divault(*words: str | Path, cwd: Path, typed: str = "", **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,7 @@
-"""The command line: `divault serve | demo | publish | seal | open | call | verify | doctor | keys | config`."""
+"""The command line: `divault serve | demo | publish | seal | open | call | verify | doctor | keys | config`.
+
+For development also `divault lighthouse`.
+"""
 
 from __future__ import annotations
 

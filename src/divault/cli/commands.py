@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import divault
-from divault.cli import consumer, demo, files, keys, operator, publisher
+from divault.cli import consumer, demo, development, files, keys, operator, publisher
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,7 +16,7 @@ app = typer.Typer(
     help="Decentralized Inference Vault: sealed models, wallet gates, direct payment, signed receipts. "
     "Start with: divault demo",
 )
-for part in (operator, demo, publisher, files, consumer):
+for part in (operator, demo, publisher, files, consumer, development):
     app.registered_commands += part.app.registered_commands
 app.add_typer(keys.app, name="keys")
 app.add_typer(consumer.receipt_app, name="receipt")
