@@ -53,7 +53,10 @@ def parse_object(raw: bytes, field: str) -> dict[str, Any]:
 def dump(value: Any, max_bytes: int) -> bytes:
     """The value as JSON. Raises ModelFailed for what JSON can't carry, and over `max_bytes`."""
     room = [MAX_VALUES]
-    raw = orjson.dumps(_copied(value, MAX_DEPTH, room))
+    try:
+        raw = orjson.dumps(_copied(value, MAX_DEPTH, room))
+    except orjson.JSONEncodeError as err:
+        raise ModelFailed("the model's answer holds text that is no Unicode", kind="not_json") from err
     if len(raw) > max_bytes:
         raise ModelFailed(f"the answer has {len(raw)} bytes, at most {max_bytes} are sent", kind="answer_too_large")
     return raw
