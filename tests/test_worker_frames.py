@@ -131,7 +131,6 @@ def test_escaped_text_is_short_printable_ascii(text: str, limit: int) -> None:
 # --- the gateway's end of a real socket -----------------------------------------------------------------------------
 
 
-
 @pytest.fixture
 async def line() -> AsyncIterator[tuple[Line, socket.socket, list[int]]]:
     """A line, the far end of its socket, and a list that grows when the line is lost."""

@@ -81,6 +81,7 @@ FAMILIES: dict[str, re.Pattern[str]] = {
 
 _REPLACED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): rebuilding.latin1,
+    ("builtins", "bytes"): rebuilding.no_bytes,
     ("numpy", "dtype"): rebuilding.dtype,
     ("numpy", "ndarray"): rebuilding.NDARRAY,
     ("numpy._core.multiarray", "_reconstruct"): rebuilding.reconstruct,

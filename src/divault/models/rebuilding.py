@@ -111,6 +111,11 @@ def latin1(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+def no_bytes() -> bytes:
+    """The empty bytes, which protocol 2 writes as a call of `bytes`; with an argument that would make memory."""
+    return b""
+
+
 def reconstruct(subtype: Any, shape: Any, kind: Any) -> Any:
     """An empty array, to be filled by `fill`."""
     import numpy as np

@@ -142,7 +142,7 @@ def _spec(estimator: Any) -> RowSpec | TextSpec:
     count = getattr(estimator, "n_features_in_", None)
     mixed = any(_has_text_categories(part) for part in parts)
     width = count if isinstance(count, int) and count > 0 else None
-    return RowSpec(width, mixed=mixed, missing=_takes_nan(estimator))
+    return RowSpec(width, mixed=mixed, missing=_takes_nan(estimator, parts))
 
 
 def _parts(estimator: Any, levels: int = 8) -> list[Any]:
@@ -170,9 +170,14 @@ def _has_text_categories(part: Any) -> bool:
     return any(kind in "OUS" for kind in kinds)
 
 
-def _takes_nan(estimator: Any) -> bool:
+def _takes_nan(estimator: Any, parts: list[Any]) -> bool:
+    """Whether null may stand for a missing value: by the model's own word, or since an imputer comes first."""
+    from sklearn.impute import KNNImputer, SimpleImputer
+    from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder
     from sklearn.utils import get_tags
 
+    if any(isinstance(part, SimpleImputer | KNNImputer) for part in parts):
+        return all(isinstance(part, SimpleImputer | KNNImputer | OneHotEncoder | OrdinalEncoder) for part in parts)
     return bool(get_tags(estimator).input_tags.allow_nan)
 
 

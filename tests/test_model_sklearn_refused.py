@@ -1,0 +1,284 @@
+"""What the allow-list loader refuses, by name, and what this node names and does not load."""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import gzip
+import io
+import lzma
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+from scipy import sparse
+from sklearn.cluster import DBSCAN
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.tree import DecisionTreeClassifier
+
+from divault import models
+from divault.errors import DivaultError, ModelFailed, UnsupportedModel
+from divault.models.base import Inputs
+from divault.models.sklearn import SklearnPickle
+from tests.memory_models import load, memory_files
+
+TREE = DecisionTreeClassifier(random_state=0).fit([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], [0, 1, 1])
+
+
+def seen(data: bytes) -> str:
+    """What the refusal says that the file is."""
+    with memory_files({"model": data}) as files, pytest.raises(UnsupportedModel) as caught:
+        models.load(files, "cpu")
+    found: str = caught.value.data["seen"]
+    return found
+
+
+class Calls:
+    """Pickles as a call."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+def own_function(rows: Any) -> Any:
+    return rows
+
+
+CALLS: dict[str, tuple[Any, str]] = {
+    "a command": (Calls(os.system, "true"), "posix.system"),
+    "eval": (Calls(eval, "1"), "builtins.eval"),
+    "getattr": (Calls(getattr, "x", "upper"), "builtins.getattr"),
+    "import": (Calls(__import__, "os"), "builtins.__import__"),
+    "a file": (Calls(open, "/etc/passwd"), "io.open"),
+    "a process": (Calls(subprocess.Popen, "true"), "subprocess.Popen"),
+    "much memory": (Calls(bytearray, 10 << 30), "builtins.bytearray"),
+    "a long range": (Calls(range, 10 << 30), "builtins.range"),
+    "a partial": (Calls(functools.partial, print), "functools.partial"),
+    "numpy reading a file": (Calls(np.load, "/etc/passwd"), "numpy.load"),
+    "memory by numpy": (Calls(np.zeros, 10 << 30), "numpy.zeros"),
+    "a memory map": (Calls(np.memmap, "/etc/passwd"), "numpy.memmap"),
+    "joblib reading a file": (Calls(joblib.load, "/etc/passwd"), "joblib.numpy_pickle.load"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("protocol", [3, 4])
+def test_a_call_is_refused_by_the_name_of_what_it_calls(name: str, protocol: int) -> None:
+    call, word = CALLS[name]
+
+    found = seen(pickle.dumps(call, protocol=protocol))
+
+    assert found == f"a pickle that needs {word}"
+
+
+def test_the_first_refused_name_is_the_one_named() -> None:
+    assert seen(pickle.dumps([Calls(os.system, "true"), Calls(eval, "1")])) == "a pickle that needs posix.system"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("sklearn.datasets", "load_files"), ("sklearn.datasets._base", "load_files"), ("sklearn.utils", "shuffle"),
+        ("sklearn.externals._arff", "load"), ("sklearn.tests.test_base", "K"), ("sklearn.conftest", "fetch_fixture"),
+        ("sklearn.linear_model._logistic", "np.load"), ("sklearn.pipeline", "joblib"), ("sklearn.base", "clone"),
+        ("sklearn.metrics._dist_metrics", "PyFuncDistance"), ("sklearn..tree", "x"), ("sklearn.nosuch", "Thing"),
+        ("sklearn.tree._classes", "DecisionTreeClassifier.fit"), ("sklearn.tree._classes", "__builtins__"),
+        ("sklearn.model_selection._split", "np"), ("numpy.random", "seed"), ("builtins", "object"), ("os", "environ"),
+        ("divault.values", "Secret"), ("torch.nn.modules.linear", "Linear"), ("torch.storage", "_load_from_bytes"),
+    ],
+)  # fmt: skip
+def test_a_global_off_the_list_is_refused_by_name(module: str, name: str) -> None:
+    assert seen(b"\x80\x02c" + f"{module}\n{name}\n".encode() + b".") == f"a pickle that needs {module}.{name}"
+
+
+def test_a_function_of_ones_own_inside_a_pipeline_is_named() -> None:
+    ours = make_pipeline(FunctionTransformer(own_function), DecisionTreeClassifier()).fit([[0.0], [1.0]], [0, 1])
+
+    assert seen(pickle.dumps(ours)) == f"a pickle that needs {__name__}.own_function"
+
+
+def test_empty_bytes_are_data_and_sized_bytes_are_not() -> None:
+    """Protocol 2 writes b"" as a call of `bytes`; `bytes(n)` would make memory."""
+    assert seen(pickle.dumps(b"", protocol=2)) == "a pickle of builtins.bytes"
+    assert "damaged" in seen(b"\x80\x02c__builtin__\nbytes\nK\x05\x85R.")
+
+
+RAW: dict[str, bytes] = {
+    "a persistent reference": b"\x80\x02X\x01\x00\x00\x00aQ.",
+    "an extension code": b"\x80\x02\x82\x01.",
+    "a call of what was built": b"\x80\x02K\x01)R.",
+    "an instance of what was built": b"\x80\x02K\x01)\x81.",
+    "state for a class": b"\x80\x02csklearn.tree._classes\nDecisionTreeClassifier\n}X\x03\x00\x00\x00fitK\x01sb.",
+    "a reserved name": b"\x80\x02csklearn.tree._classes\nDecisionTreeClassifier\n)\x81}X\x09\x00\x00\x00__class__K\x01sb.",
+    "items for an object": b"\x80\x02csklearn.tree._classes\nDecisionTreeClassifier\n)\x81K\x01a.",
+    "no end": b"\x80\x02K",
+    "an unknown opcode": b"\x80\x02\xff.",
+    "a frame over the end": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7fK\x01.",
+    "bytes over the end": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7fx.",
+    "an array of forged pointers": b"\x80\x02cnumpy\nndarray\n(K\x01\x85X\x01\x00\x00\x00OtR.",
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_forged_stream_is_refused(name: str) -> None:
+    assert "damaged" in seen(RAW[name])
+
+
+@pytest.mark.parametrize(
+    ("side", "value"), [("left_child", 999), ("right_child", -2), ("left_child", 2**40), ("feature", 7)]
+)
+def test_a_tree_that_points_outside_itself_is_refused(side: str, value: int) -> None:
+    """The library's compiled code would read there."""
+    forged = pickle.loads(pickle.dumps(TREE))
+    state = forged.tree_.__getstate__()
+    state["nodes"][side][0] = value
+    forged.tree_.__setstate__(state)
+
+    assert "outside" in seen(pickle.dumps(forged))
+
+
+def test_a_sparse_matrix_that_points_outside_itself_is_refused() -> None:
+    ours = LogisticRegression().fit([[0.0, 1.0], [1.0, 0.0]], [0, 1]).sparsify()
+    assert sparse.issparse(ours.coef_)
+    assert load(SklearnPickle(), {"model": pickle.dumps(ours)})
+    ours.coef_.indices[0] = 1000
+
+    assert "damaged" in seen(pickle.dumps(ours))
+
+
+@pytest.mark.parametrize("cut", [20, 100, 0.5])
+@pytest.mark.parametrize("compress", [0, 3], ids=["plain", "compressed"])
+def test_a_cut_file_is_refused(cut: float, compress: int) -> None:
+    out = io.BytesIO()
+    joblib.dump(TREE, out, compress=compress)
+    data = out.getvalue()
+
+    assert "damaged" in seen(data[: int(len(data) * cut) if cut < 1 else len(data) - int(cut)])
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "zlib": zlib.compress, "gzip": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_a_small_file_that_unfolds_without_end_is_refused(packer: str) -> None:
+    bomb = PACKERS[packer](pickle.dumps(bytes(150_000_000)))
+
+    assert "unfolds to more than 50 times its size" in seen(bomb)
+
+
+def test_an_object_without_predict_is_named() -> None:
+    scaler, clusters = StandardScaler().fit([[1.0]]), DBSCAN().fit([[1.0]])
+
+    assert seen(pickle.dumps(scaler)) == "a pickle of sklearn.preprocessing._data.StandardScaler"
+    assert seen(pickle.dumps(clusters)) == "a pickle of sklearn.cluster._dbscan.DBSCAN"
+    assert seen(pickle.dumps({"model": TREE})) == "a pickle of builtins.dict"
+
+
+@pytest.mark.parametrize("setting", ["filename", "file"])
+def test_a_vectorizer_that_reads_files_reads_none(setting: str, tmp_path: Path) -> None:
+    """Its text would be a path of the node, chosen by a caller."""
+    secret = tmp_path / "secret"
+    secret.write_text("good good good")
+    ours = make_pipeline(CountVectorizer(), DecisionTreeClassifier()).fit(["good", "bad"], [0, 1])
+    ours.steps[0][1].input = setting
+    model = load(SklearnPickle(), {"model": pickle.dumps(ours)})
+
+    with pytest.raises((ValueError, AttributeError)):
+        model.predict([Inputs({"text": str(secret)}, {})])
+
+
+def zipped(*names: str) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"x")
+    return out.getvalue()
+
+
+KNOWN: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "empty"),
+    "h5": (b"\x89HDF\r\n\x1a\n" + bytes(8), "HDF5"),
+    "gguf": (b"GGUF" + bytes(8), "GGUF"),
+    "npy": (b"\x93NUMPY" + bytes(8), "numpy"),
+    "elf": (b"\x7fELF" + bytes(8), "executable"),
+    "html": (b"<!DOCTYPE html><html>", "HTML"),
+    "pdf": (b"%PDF-1.7", "PDF"),
+    "lightgbm": (b"tree\nversion=v4\n", "LightGBM"),
+    "old pickle": (pickle.dumps(TREE, protocol=0), "protocol 0 or 1"),
+    "torchscript": (zipped("m/code/a.py", "m/constants.pkl", "m/data.pkl"), "TorchScript"),
+    "pt2": (zipped("m/archive_format", "m/models/model.json"), "torch.export"),
+    "keras": (zipped("config.json", "metadata.json", "model.weights.h5"), "Keras"),
+    "skops": (zipped("schema.json"), "skops"),
+    "npz": (zipped("a.npy"), "npz"),
+    "zip": (zipped("a.txt"), "zip"),
+    "onnx": (b"\x08\x08\x12\x07pytorch\x1a\x052.0.0", "ONNX"),
+    "gzip": (gzip.compress(b"hello"), "gzip"),
+    "bz2": (bz2.compress(b"hello"), "bzip2"),
+    "json": (b'{"a": 1}', "JSON"),
+    "text": (b"hello there", "text"),
+    "noise": (bytes(range(200, 255)), "unknown"),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_is_no_model_of_ours_is_named(name: str) -> None:
+    data, word = KNOWN[name]
+
+    assert word.lower() in seen(data).lower()
+
+
+def test_a_changed_pickle_is_a_model_or_a_typed_error() -> None:
+    """In a process of its own, as in a worker: 1500 changed files, the same ones at every run."""
+    script = f"import sys; sys.path[:0] = {sys.path!r}; from {__name__} import change_and_load; change_and_load(1500)"
+
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=90)
+
+    assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr[-2000:]
+
+
+def change_and_load(count: int) -> None:
+    """Load `count` changed files; anything but a model or a typed error ends the process with a traceback."""
+    chance = random.Random(20)
+    out = io.BytesIO()
+    joblib.dump(TREE, out)
+    sources = [pickle.dumps(TREE), pickle.dumps(TREE, protocol=2), out.getvalue(), pickle.dumps(LogisticRegression())]
+    for _ in range(count):
+        data = bytearray(chance.choice(sources))
+        for _ in range(chance.randint(1, 4)):
+            place = chance.randrange(len(data))
+            data[place : place + chance.randint(0, 2)] = chance.randbytes(chance.randint(0, 3))
+        load_and_run(bytes(data))
+    print("done")
+
+
+def load_and_run(data: bytes) -> None:
+    with memory_files({"model": data}) as files:
+        try:
+            model = models.load(files, "cpu")
+        except DivaultError as err:
+            assert isinstance(err, UnsupportedModel | ModelFailed)
+        else:
+            assert model.description.format == "sklearn"
+
+
+def test_the_tests_know_the_layout_of_a_tree() -> None:
+    assert struct.calcsize("q") == TREE.tree_.__getstate__()["nodes"]["left_child"].dtype.itemsize
