@@ -31,7 +31,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
 from divault import models
-from divault.errors import DivaultError, ModelFailed, UnsupportedModel
+from divault.errors import DivaultError, UnsupportedModel
 from divault.models.base import Inputs
 from divault.models.sklearn import SklearnPickle
 from tests.memory_models import load, memory_files
@@ -120,14 +120,15 @@ def test_empty_bytes_are_data_and_sized_bytes_are_not() -> None:
     assert "damaged" in seen(b"\x80\x02c__builtin__\nbytes\nK\x05\x85R.")
 
 
+CLASS = b"\x80\x02csklearn.tree._classes\nDecisionTreeClassifier\n"
 RAW: dict[str, bytes] = {
     "a persistent reference": b"\x80\x02X\x01\x00\x00\x00aQ.",
     "an extension code": b"\x80\x02\x82\x01.",
     "a call of what was built": b"\x80\x02K\x01)R.",
     "an instance of what was built": b"\x80\x02K\x01)\x81.",
-    "state for a class": b"\x80\x02csklearn.tree._classes\nDecisionTreeClassifier\n}X\x03\x00\x00\x00fitK\x01sb.",
-    "a reserved name": b"\x80\x02csklearn.tree._classes\nDecisionTreeClassifier\n)\x81}X\x09\x00\x00\x00__class__K\x01sb.",
-    "items for an object": b"\x80\x02csklearn.tree._classes\nDecisionTreeClassifier\n)\x81K\x01a.",
+    "state for a class": CLASS + b"}X\x03\x00\x00\x00fitK\x01sb.",
+    "a reserved name": CLASS + b")\x81}X\x09\x00\x00\x00__class__K\x01sb.",
+    "items for an object": CLASS + b")\x81K\x01a.",
     "no end": b"\x80\x02K",
     "an unknown opcode": b"\x80\x02\xff.",
     "a frame over the end": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7fK\x01.",
@@ -250,9 +251,10 @@ def test_a_changed_pickle_is_a_model_or_a_typed_error() -> None:
     """In a process of its own, as in a worker: 1500 changed files, the same ones at every run."""
     script = f"import sys; sys.path[:0] = {sys.path!r}; from {__name__} import change_and_load; change_and_load(1500)"
 
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=90)
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
 
-    assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr[-2000:]
+    assert (done.returncode, done.stdout) == (0, "done"), done.stderr[-2000:]
 
 
 def change_and_load(count: int) -> None:
@@ -266,18 +268,16 @@ def change_and_load(count: int) -> None:
         for _ in range(chance.randint(1, 4)):
             place = chance.randrange(len(data))
             data[place : place + chance.randint(0, 2)] = chance.randbytes(chance.randint(0, 3))
-        load_and_run(bytes(data))
-    print("done")
+        assert loads_or_says_why(bytes(data))
+    sys.stdout.write("done")
 
 
-def load_and_run(data: bytes) -> None:
+def loads_or_says_why(data: bytes) -> bool:
     with memory_files({"model": data}) as files:
         try:
-            model = models.load(files, "cpu")
+            return models.load(files, "cpu").description.format == "sklearn"
         except DivaultError as err:
-            assert isinstance(err, UnsupportedModel | ModelFailed)
-        else:
-            assert model.description.format == "sklearn"
+            return isinstance(err, UnsupportedModel)
 
 
 def test_the_tests_know_the_layout_of_a_tree() -> None:

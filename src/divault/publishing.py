@@ -5,7 +5,8 @@ Rules:
 1. What leaves this machine is ciphertext; the plaintext is read once and copied nowhere.
 2. The CID is computed here and compared with what the store answers; nothing is registered on a mismatch.
 3. A folder is sealed as one tar with plain, sorted names and no owner, time or mode in it.
-4. A model id that is registered already with other content is never overwritten silently: it is the owner's
+4. The seal names the model id, so that nodes open it under no other: whoever registers the same CID gets nothing.
+5. A model id that is registered already with other content is never overwritten silently: it is the owner's
    `updateModelMetadata`, and other people's ids are refused before anything is uploaded.
 """
 
@@ -81,7 +82,7 @@ class Publisher:
         await self._require_mine(listing.model)
         with tempfile.TemporaryDirectory(prefix="divault-publish-") as folder:
             sealed = Path(folder, "model.age")
-            size = await asyncio.to_thread(seal_path, path, sealed, recipients)
+            size = await asyncio.to_thread(seal_path, path, sealed, recipients, listing.model)
             cid = await publish_file(sealed, self.store, api_key=self.api_key, progress=progress)
         transaction = await self.register(listing, cid)
         info = await self._known(listing.model)
@@ -123,16 +124,21 @@ class Publisher:
             )
 
 
-def seal_path(path: Path, sealed: Path, recipients: Sequence[Recipient | Passphrase]) -> int:
-    """Seal a file, or a folder as one tar, into a new file; gives its size in bytes. Raises BadRequest."""
+def seal_path(
+    path: Path, sealed: Path, recipients: Sequence[Recipient | Passphrase], model: ModelId | None = None
+) -> int:
+    """Seal a file, or a folder as one tar, into a new file; gives its size in bytes. Raises BadRequest.
+
+    Nodes open it for `model` alone, where that is given.
+    """
     if path.is_dir():
         with tempfile.TemporaryFile() as packed, sealed.open("xb") as sink:
             pack_folder(path, packed)
             packed.seek(0)
-            seal_stream(packed, sink, recipients)
+            seal_stream(packed, sink, recipients, model)
     elif path.is_file():
         with path.open("rb") as source, sealed.open("xb") as sink:
-            seal_stream(source, sink, recipients)
+            seal_stream(source, sink, recipients, model)
     else:
         raise BadRequest(f"{path} is neither a file nor a folder", field="path")
     return sealed.stat().st_size

@@ -227,3 +227,15 @@ async def test_a_receipt_chain_has_no_gap(world: World) -> None:
     sequences = [int(envelope["receipt"]["sequence"]) for envelope in receipts]
     assert sequences == list(range(sequences[0], sequences[0] + 3))
     assert [e["receipt"]["prevReceiptHash"] for e in receipts[1:]] == [e["receipt_hash"] for e in receipts[:-1]]
+
+
+async def test_a_priced_model_is_not_to_be_had_under_another_name(world: World) -> None:
+    """Anybody can register any CID, for nothing, and the node's key opens whatever was sealed to the node."""
+    model, key = await priced(world), await world.consumer()
+    cid = (await world.request("GET", f"/api/v1/models/{model}"))[1]["model_info"]["cid"]
+    thief = await world.chain.register_open("copied-model", cid)
+
+    status, body, _ = await send(world, await paid_request(world, thief, key, None, Usdc(0)))
+
+    assert (status, body["code"], body["seen"]) == (400, "unsupported_model", "a file sealed for another model")
+    assert (await send(world, await paid_request(world, model, key, await pay(world, key))))[0] == 200

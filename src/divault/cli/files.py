@@ -15,7 +15,7 @@ from divault import keyfiles
 from divault.cli.console import progress, say, show
 from divault.errors import BadRequest
 from divault.publishing import seal_path
-from divault.values import Secret
+from divault.values import ModelId, Secret
 from divault.vault.age import Passphrase, Recipient
 from divault.vault.keys import CallerKey, KeySource, NodeIdentity
 from divault.vault.sealed import open_stream
@@ -30,12 +30,15 @@ def seal(
     recipient: Annotated[
         list[str] | None, typer.Option("--recipient", "-r", help="age1... of a node; repeat for several")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="the model id that it is for; nodes open it under no other")
+    ] = None,
     *,
     passphrase: Annotated[bool, typer.Option("--passphrase", "-p", help="ask for a passphrase instead")] = False,
 ) -> None:
     """Seal a model so that only the named recipients open it (age v1).
 
-    Example: divault seal model.joblib -o model.age -r age1node...
+    Example: divault seal model.joblib -o model.age -r age1node... -m breast-cancer
     """
     if bool(recipient) == passphrase:
         raise BadRequest("name recipients with -r, or ask for a passphrase with -p", field="recipient")
@@ -43,7 +46,7 @@ def seal(
     if passphrase:
         to.append(Passphrase(_ask_passphrase(confirm=True)))
     with progress(f"sealing {path.name}"):
-        size = seal_path(path, output, to)
+        size = seal_path(path, output, to, None if model is None else ModelId.parse(model))
     say(f"sealed {path} into {output}")
     show({"output": str(output), "bytes": size, "recipients": [str(r) for r in recipient or []]})
 

@@ -155,12 +155,15 @@ class Passphrase:
         )
 
 
-def new_header(recipients: Sequence[Recipient | Passphrase]) -> tuple[bytes, Secret]:
-    """Bytes of a header and its fresh file key. Raises BadRequest for none, and a passphrase beside others."""
-    if not recipients or (len(recipients) > 1 and any(isinstance(r, Passphrase) for r in recipients)):
-        raise BadRequest("seal to one passphrase, or to one or more recipients")
+def new_header(recipients: Sequence[Recipient | Passphrase], beside: Sequence[Stanza] = ()) -> tuple[bytes, Secret]:
+    """Bytes of a header and its fresh file key; `beside` are further stanzas, which the MAC covers too.
+
+    Raises BadRequest for no recipient, and for a passphrase that does not stand alone.
+    """
+    if not recipients or (len(recipients) + len(beside) > 1 and any(isinstance(r, Passphrase) for r in recipients)):
+        raise BadRequest("seal to one passphrase, or to one or more recipients; a passphrase stands alone")
     file_key = Secret(secrets.token_bytes(FILE_KEY_BYTES))
-    stanzas = [recipient.wrap(file_key) for recipient in recipients]
+    stanzas = [*(recipient.wrap(file_key) for recipient in recipients), *beside]
     return encode_header(stanzas, lambda covered: header_mac(file_key, covered)), file_key
 
 

@@ -3,6 +3,10 @@
 The steps, each of which hands its result to the next: `read_preamble` (what is this, and its header), `payload_key`
 (which key source opens it; the header is authenticated here), `open_payload` (the plaintext). `open_stream` is all.
 
+An age file may say for which model it was sealed: a stanza `divault-model` with the model's key in the vault, which
+every age program steps over and the header's MAC covers. Anybody can register anybody's CID, and a node opens what was
+sealed to it, so without that a priced model could be had under another name for nothing.
+
 >>> import io
 >>> from divault.vault.age import Identity
 >>> from divault.vault.keys import NodeIdentity
@@ -20,14 +24,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from divault.errors import SealedFileDamaged, WrongKey
-from divault.values import Grant, Secret
+from divault.errors import SealedFileDamaged, UnsupportedModel, WrongKey
+from divault.values import Grant, ModelId, Secret
 from divault.vault import age, lighthouse, stream
 from divault.vault.armor import ArmorReader
-from divault.vault.header import MAX_HEADER_BYTES, parse_header
+from divault.vault.header import MAX_HEADER_BYTES, Header, Stanza, parse_header
 from divault.vault.keys import KeySource, SealFormat, recognise
 from divault.vault.streams import Reader, Rest, Writer, fill, write_all
 
+_FOR_MODEL = "divault-model"
 _ARMOR_LABEL = b"BEGIN AGE ENCRYPTED FILE"
 
 
@@ -75,7 +80,8 @@ def payload_key(preamble: Preamble, sources: Sequence[KeySource], grant: Grant |
     """The key of the payload, from the first source that has one; an age header is authenticated with it.
 
     May take seconds and 1 GiB (passphrase) or 0.1 s (Lighthouse): run it in a thread, one at a time, and only for
-    callers who were let in. Raises WrongKey, SealedFileDamaged (stage `mac`).
+    callers who were let in. Raises WrongKey, SealedFileDamaged (stage `mac`), UnsupportedModel (with a grant: the file
+    was sealed for other models).
     """
     for source in sources:
         key = source.unwrap(preamble.header, grant)
@@ -83,7 +89,10 @@ def payload_key(preamble: Preamble, sources: Sequence[KeySource], grant: Grant |
             continue
         if preamble.format is SealFormat.LIGHTHOUSE:
             return key
-        age.check_mac(key, parse_header(preamble.header))
+        header = parse_header(preamble.header)
+        age.check_mac(key, header)
+        if grant is not None:
+            _require_sealed_for(grant.model.model, header)
         return age.payload_key(key, preamble.salt)
     raise WrongKey(_no_key(preamble))
 
@@ -104,12 +113,16 @@ def open_stream(source: Reader, sink: Writer, sources: Sequence[KeySource], gran
     return open_payload(preamble, payload_key(preamble, sources, grant), payload, sink)
 
 
-def seal_stream(source: Reader, sink: Writer, recipients: Sequence[age.Recipient | age.Passphrase]) -> int:
+def seal_stream(
+    source: Reader, sink: Writer, recipients: Sequence[age.Recipient | age.Passphrase], model: ModelId | None = None
+) -> int:
     """Seal everything in `source` as a binary age file; the number of plaintext bytes.
 
-    Raises BadRequest for no recipient, a recipient of low order, and a passphrase beside others.
+    Nodes open it for `model` alone, where that is given. Raises BadRequest for no recipient, a recipient of low order,
+    and a passphrase beside anything else.
     """
-    header, file_key = age.new_header(recipients)
+    beside = [] if model is None else [Stanza(_FOR_MODEL, (str(model.key),), b"")]
+    header, file_key = age.new_header(recipients, beside)
     nonce = secrets.token_bytes(age.PAYLOAD_NONCE_BYTES)
     write_all(sink, memoryview(header + nonce))
     return stream.seal_payload(age.payload_key(file_key, nonce).reveal(), source, sink)
@@ -121,6 +134,15 @@ def plain_size(preamble: Preamble, file_size: int) -> int:
         return file_size - lighthouse.OVERHEAD_BYTES
     decoded = file_size if preamble.spelling is Spelling.BINARY else file_size * 3 // 4
     return stream.plain_size(max(0, decoded - preamble.size))
+
+
+def _require_sealed_for(model: ModelId, header: Header) -> None:
+    named = [stanza.args for stanza in header.stanzas if stanza.kind == _FOR_MODEL]
+    if named and (str(model.key),) not in named:
+        raise UnsupportedModel(
+            f"this file was sealed for another model than {model}: who sealed it seals it for this one",
+            seen="a file sealed for another model",
+        )
 
 
 def _looks_armored(head: bytes) -> bool:
