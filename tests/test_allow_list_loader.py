@@ -186,7 +186,7 @@ def call(module: str, name: str, arguments: bytes = b")") -> bytes:
 
 REFUSED_NAMES = [
     ("builtins", "eval"), ("builtins", "exec"), ("builtins", "getattr"), ("builtins", "__import__"),
-    ("builtins", "bytearray"), ("builtins", "bytes"), ("builtins", "range"), ("builtins", "open"),
+    ("builtins", "bytearray"), ("builtins", "range"), ("builtins", "open"),
     ("__builtin__", "eval"),
     ("os", "system"), ("posix", "system"), ("subprocess", "Popen"), ("nt", "system"), ("operator", "attrgetter"),
     ("functools", "partial"), ("importlib", "import_module"), ("pickle", "loads"), ("joblib", "load"),
