@@ -24,6 +24,7 @@ from divault.chain import contracts
 from divault.chain.vault import VaultReader
 from divault.chain.wallet import Wallet
 from divault.errors import BadRequest, ModelUnknown, TransactionFailed
+from divault.storage.lighthouse import Lighthouse
 from divault.storage.upload import publish_file
 from divault.values import Address, Cid, Digest, ModelId, ModelInfo, Secret, Usdc
 from divault.vault.age import Passphrase, Recipient
@@ -59,11 +60,11 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Publisher:
-    """A publisher's wallet, the vault he registers in, and the store (URL) that takes his ciphertext."""
+    """A publisher's wallet, the vault he registers in, and the store (URL, or Lighthouse) that takes his ciphertext."""
 
     wallet: Wallet
     vault: Address
-    store: str
+    store: str | Lighthouse
     api_key: Secret | None = None
 
     async def publish(
@@ -83,12 +84,17 @@ class Publisher:
         with tempfile.TemporaryDirectory(prefix="divault-publish-") as folder:
             sealed = Path(folder, "model.age")
             size = await asyncio.to_thread(seal_path, path, sealed, recipients, listing.model)
-            cid = await publish_file(sealed, self.store, api_key=self.api_key, progress=progress)
+            cid = await self._store(sealed, progress)
         transaction = await self.register(listing, cid)
         info = await self._known(listing.model)
         if info is None or info.cid != cid.text:
             raise TransactionFailed(f"the vault does not name {cid} for {listing.model} after its registration")
         return Published(cid, size, transaction, info)
+
+    async def _store(self, sealed: Path, progress: Advance | None) -> Cid:
+        if isinstance(self.store, Lighthouse):
+            return (await self.store.upload(sealed, progress=progress)).cid
+        return await publish_file(sealed, self.store, api_key=self.api_key, progress=progress)
 
     async def register(self, listing: Listing, cid: Cid) -> Digest | None:
         """Make the vault name `cid` for the model: register it, or change its content. None: it named it already."""

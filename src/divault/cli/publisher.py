@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ from divault.client import AsyncClient
 from divault.errors import BadRequest
 from divault.publishing import Listing, Published, Publisher
 from divault.settings import Settings
+from divault.storage.lighthouse import Lighthouse
 from divault.values import Address, ModelId, Secret, Usdc
 from divault.vault.age import Recipient
 
@@ -30,7 +33,7 @@ def publish(
     price: Annotated[str, typer.Option("--price", help="USDC per call, for example 0.02")],
     gate: Annotated[str, typer.Option("--gate", help="0xTOKEN:MINIMUM in raw units, or open")],
     node: Annotated[list[str], typer.Option("--node", help="URL#0xADDRESS of a node that may open it; repeatable")],
-    store: Annotated[str, typer.Option("--to", help="URL of the store that takes the ciphertext")],
+    store: Annotated[str, typer.Option("--to", help="URL of the store that takes the ciphertext, or lighthouse")],
     key: Annotated[Path, typer.Option("--key", "-k", help="the owner's wallet key file")],
     *,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask before the transaction")] = False,
@@ -60,11 +63,29 @@ async def _publish(
     chain = Chain(Rpc.parse(settings.web3_provider_url, settings.divault_chain_id), head_ttl_s=0)
     try:
         await chain.connect()
-        publisher = Publisher(Wallet(key, chain), settings.vault, store, settings.lighthouse_api_key)
-        with progress(f"storing {path.name}") as advance:
-            return await publisher.publish(path, listing, recipients, progress=advance)
+        async with _store(settings, store) as place:
+            publisher = Publisher(Wallet(key, chain), settings.vault, place, settings.lighthouse_api_key)
+            with progress(f"storing {path.name}") as advance:
+                return await publisher.publish(path, listing, recipients, progress=advance)
     finally:
         await chain.close()
+
+
+@asynccontextmanager
+async def _store(settings: Settings, store: str) -> AsyncIterator[str | Lighthouse]:
+    if store != "lighthouse":
+        yield store
+        return
+    lighthouse = Lighthouse(
+        settings.lighthouse_api_key,
+        upload_url=settings.divault_lighthouse_upload_url,
+        api_url=settings.divault_lighthouse_api_url,
+        gateway_urls=settings.divault_lighthouse_gateway_urls,
+    )
+    try:
+        yield lighthouse
+    finally:
+        await lighthouse.close()
 
 
 async def _recipient(node: str, vault: Address, key: Secret) -> Recipient:
