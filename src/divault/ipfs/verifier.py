@@ -17,6 +17,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
@@ -81,6 +82,24 @@ class Wanted(NamedTuple):
     size: int | None
 
 
+class CheckedBlock(NamedTuple):
+    """A block whose bytes have the hash that its multihash says; `check_block` makes it. The bytes stay as they are."""
+
+    multihash: bytes
+    data: Bytes
+
+
+def check_block(multihash: bytes, data: Bytes, limits: Limits) -> CheckedBlock:
+    """The proof that these bytes belong to the multihash; needs no verifier, so blocks are hashed side by side.
+
+    Raises BlockTooLarge, HashMismatch.
+    """
+    if len(data) > limits.max_block_bytes:
+        raise BlockTooLarge(f"a block of {len(data)} bytes; {limits.max_block_bytes} are allowed")
+    check_hash(multihash, data)
+    return CheckedBlock(multihash, data)
+
+
 class _Role(Enum):
     ROOT_FILE = auto()
     ROOT_DIRECTORY = auto()
@@ -112,7 +131,7 @@ class _Place(NamedTuple):
 class Verifier:
     """Assembles the file (or, with `directory=True`, all files) under a root from blocks of any origin.
 
-    Not thread-safe; use it from one thread at a time.
+    Not thread-safe; use it from one thread at a time (`check_block`, the costly part, from any).
     """
 
     def __init__(self, root: Cid, output: Output, limits: Limits | None = None, *, directory: bool = False) -> None:
@@ -168,16 +187,23 @@ class Verifier:
         """True for a block that was verified before."""
         return multihash in self._leaves or multihash in self.nodes
 
+    def place(self, multihash: bytes) -> Wanted | None:
+        """Where the file bytes of a block stand that is asked for (its first place); None when nobody asks for it."""
+        want = next(iter(self._wants.get(multihash, ())), None)
+        return None if want is None else Wanted(multihash, want.cid.codec, want.path, want.offset, want.size)
+
     def accept(self, multihash: bytes, data: Bytes) -> bool:
         """True when the block was wanted and is now used; False when nobody asks for it (nothing is looked at).
 
         Raises HashMismatch (state unchanged, another source may help), or what is wrong with the content itself.
         """
+        return multihash in self._wants and self.use(check_block(multihash, data, self.limits))
+
+    def use(self, block: CheckedBlock) -> bool:
+        """As `accept`, for a block that was hashed already, perhaps in another thread."""
+        multihash, data = block
         if multihash not in self._wants:
             return False
-        if len(data) > self.limits.max_block_bytes:
-            raise BlockTooLarge(f"a block of {len(data)} bytes; {self.limits.max_block_bytes} are allowed")
-        check_hash(multihash, data)
         self._unsettled = True  # for good, if an error of the content or the output ends this
         for want in self._wants.pop(multihash):
             self._visit(want, data)
@@ -371,13 +397,16 @@ class Verifier:
 class CarStream:
     """One CAR answer poured into a verifier: `feed` its pieces, then `finish` for a cut inside a section.
 
-    What the DAG still lacks after it, `Verifier.finish` or `Verifier.missing` tells.
+    What the DAG still lacks after it, `Verifier.finish` or `Verifier.missing` tells. Several streams may feed one
+    verifier from threads of their own when they share a lock: blocks are hashed outside it.
     """
 
-    def __init__(self, verifier: Verifier) -> None:
-        self._verifier = verifier
+    def __init__(self, verifier: Verifier, lock: AbstractContextManager[object] | None = None) -> None:
+        self._verifier, self._lock = verifier, lock or nullcontext()
         self._reader = CarReader(verifier.limits)
         self._received = 0
+        self.last: Wanted | None = None
+        """The block that was used last, with its place."""
 
     def feed(self, piece: Bytes) -> None:
         """Verify and write what ends in this piece.
@@ -385,10 +414,16 @@ class CarStream:
         Raises CarMalformed, BlockTooLarge, TooManyExtraBytes, HashMismatch (the source's fault), or ContentInvalid of
         another kind (the content's fault).
         """
+        verifier = self._verifier
         for cid, data in self._reader.feed(piece):
             self._received += len(data) + _SECTION_BYTES
-            if not self._verifier.accept(cid.multihash, data):
-                self._unasked(cid, data)
+            block = check_block(cid.multihash, data, verifier.limits) if verifier.wants(cid.multihash) else None
+            with self._lock:
+                place = verifier.place(cid.multihash)
+                if block is not None and verifier.use(block):
+                    self.last = place
+                elif not verifier.accept(cid.multihash, data):  # asked for by now, when another stream brought its node
+                    self._unasked(cid, data)
 
     def finish(self) -> None:
         """Nothing, when the answer ended between sections. Raises Truncated."""
