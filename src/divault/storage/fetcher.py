@@ -24,7 +24,7 @@ from divault.ipfs.limits import Limits
 from divault.ipfs.verifier import Verifier
 from divault.storage.cache import CiphertextCache, Entry, Part
 from divault.storage.source import Storage
-from divault.storage.transfer import NODE_REASONS, SOURCE_FAULTS, Progress, Transfer, in_thread, named
+from divault.storage.transfer import NODE_REASONS, SOURCE_FAULTS, Progress, Quarantine, Transfer, in_thread, named
 from divault.values import Cid, VerifiedBlob
 
 
@@ -52,6 +52,7 @@ class Fetcher:
         self._sources, self._cache = tuple(sources), cache
         self._limits = replace(limits or Limits(), max_size_bytes=max_model_bytes)
         self._running: dict[tuple[int, bytes], _Running] = {}
+        self._quarantine = Quarantine()
 
     async def fetch(self, cid: Cid, *, progress: Progress | None = None) -> VerifiedBlob:
         """The verified file, kept from eviction while the returned object lives.
@@ -110,7 +111,7 @@ class Fetcher:
             verifier = Verifier(cid, part, self._limits)
             keep = True
             await in_thread(part.restore, verifier)
-            await Transfer(cid, self._sources, verifier, part, progress).run()
+            await Transfer(cid, self._sources, verifier, part, progress, self._quarantine).run()
             return await in_thread(part.commit, verifier)
         except StorageFailed as err:
             refused = isinstance(err, ContentInvalid) and not isinstance(err, SOURCE_FAULTS)

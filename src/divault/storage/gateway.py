@@ -11,11 +11,11 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from urllib.parse import urlsplit
 
-from divault.errors import SettingsInvalid, StorageFailed
+from divault.errors import BlockTooLarge, SettingsInvalid, StorageFailed
 from divault.ipfs import varint
 from divault.ipfs.cid import parse_cid
 from divault.storage._http import NO_BYTE_TIMEOUT_S, HttpClient, HttpFailed, Response
-from divault.storage.source import Form, refused
+from divault.storage.source import Form, refused, short_answer
 from divault.values import Cid
 
 _RAW_TYPE = "application/vnd.ipld.raw"
@@ -43,6 +43,12 @@ class GatewayStorage:
         parts = urlsplit(url)
         self._base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/ipfs')}/ipfs/"
         self._name = parts.netloc
+        self._trustless: bool | None = None
+
+    @property
+    def trustless(self) -> bool | None:
+        """What the last probe found."""
+        return self._trustless
 
     @property
     def name(self) -> str:
@@ -63,13 +69,19 @@ class GatewayStorage:
             raise refused(self._name, cid, err.reason, err.detail) from err
 
     async def probe(self) -> bool:
-        """True when the gateway answers as a trustless one does. Raises StorageFailed when it answers nothing."""
+        """True when the gateway answers as a trustless one does; it is asked accordingly from then on.
+
+        Raises StorageFailed when it answers nothing.
+        """
         try:
-            return b"".join([piece async for piece in self.read(_EMPTY, (), Form.BLOCK)]) == b""
+            self._trustless = await short_answer(self, _EMPTY, Form.BLOCK, 0) == b""
+        except BlockTooLarge:
+            self._trustless = False
         except StorageFailed as err:
             if err.data["reason"] in ("unreachable", "timeout"):
                 raise
-            return False
+            self._trustless = None if err.data["reason"] == "busy" else False
+        return bool(self._trustless)
 
     def close(self) -> None:
         """Drop all connections."""
@@ -89,6 +101,8 @@ class GatewayStorage:
 
     def _check_status(self, cid: Cid, response: Response, wanted: range | None, form: Form) -> None:
         status = response.status
+        if status == 200 and form is Form.FILE and wanted is not None and wanted.start:
+            raise refused(self._name, cid, "unranged", "answers a range with the whole file")
         if status == 200 or (status == 206 and form is Form.FILE and wanted is not None):
             return
         if status in _ABSENT:

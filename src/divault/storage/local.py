@@ -38,6 +38,11 @@ class LocalStore:
             raise StorageFailed(f"the local store can't be made: {err.strerror}", reason="disk") from err
 
     @property
+    def trustless(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def name(self) -> str:
         """How errors call it."""
         return "local store"

@@ -10,8 +10,9 @@ The bytes of `read` are one of three forms, named by the caller:
 `ranges` are `range(first, end)` in bytes of the file, ascending and disjoint; none at all means everything.
 
 What a source can't give it refuses by StorageFailed with one of these reasons: `unsupported` (this form, ever),
-`not_found` (this content), `busy` (with `retry_after` seconds), `unreachable`, `timeout`, `cut` (the answer ended
-early), `encoded`, `redirect`, or `http_` and the status.
+`unranged` (a range that does not start at 0 was answered with the whole file), `not_found` (this content), `busy` (with
+`retry_after` seconds), `unreachable`, `timeout`, `cut` (the answer ended early), `encoded`, `redirect`, or `http_` and
+the status.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class Storage(Protocol):
     @property
     def name(self) -> str:
         """How errors call it: the host of a gateway, never a path or a key."""
+
+    @property
+    def trustless(self) -> bool | None:
+        """Whether it gives blocks and CARs, as far as it was probed; None where nobody looked yet."""
 
     def read(self, cid: Cid, ranges: Sequence[range] = (), form: Form = Form.CAR) -> AsyncGenerator[bytes, None]:
         """The bytes, in pieces of any size (about 1 MiB is best). Closing the generator ends the transfer.

@@ -1,24 +1,18 @@
 """One download: from sources that may lie, stall or know only part, into an output, until the DAG is complete.
 
-Each source in turn gives what it can of what is still missing:
-
-1. The root block alone, so that a size over the limit is refused before the transfer.
-2. One CAR of everything, or of the gaps.
-3. dag-pb nodes block by block, if the CAR did not bring them.
-4. Leaves: a few block by block; many as ranges of the plain file, since raw leaves are the file's bytes; else by block.
-
-Whoever sends a wrong block is not asked again. Rounds go on while they bring something new; a source that asks for
-patience (429) is waited for only when no other helps.
+`plan` decides what is asked whom; here requests run side by side, what comes is verified and written, and what a source
+did is remembered. Rounds go on while anything is left that is worth a try; a source that asks for patience (429), or
+that broke down after it had delivered, is waited for only when no other helps.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
 from divault.errors import (
@@ -31,9 +25,10 @@ from divault.errors import (
     TooManyExtraBytes,
     Truncated,
 )
-from divault.ipfs.cid import DAG_PB, RAW, make_cid, split_cid
-from divault.ipfs.verifier import CarStream, Verifier, Wanted
+from divault.ipfs.cid import make_cid, split_cid
+from divault.ipfs.verifier import CarStream, Verifier, Wanted, check_block
 from divault.storage.cache import Part
+from divault.storage.plan import LARGE_NODE_BYTES, Job, Peer, left_of, next_job
 from divault.storage.source import Form, Storage, short_answer
 from divault.values import Cid
 
@@ -42,170 +37,233 @@ T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with verified bytes and total bytes, from the event loop."""
 
-MAX_SPANS = 8
-"""Ranges of one CAR request; more gaps are merged, nearest first (the verifier allows for nodes sent 8 times)."""
-FEW_BLOCKS = 16
-"""So many missing leaves are asked for one by one; more as ranges."""
+TICK_S = 0.25
+"""So often stalled and superfluous requests are looked for."""
 MAX_WAIT_S = 60.0
 """Longest Retry-After that is honoured in full; beyond it we come back earlier."""
 MAX_WAITS = 5
 """So often a transfer waits for busy sources before it gives up."""
+MAX_STRIKES = 3
+"""So often in a row a source that had delivered may fail to answer before it is left alone."""
+QUARANTINE_S = 600.0
+"""So long a source that sent a wrong block is not asked for the same content again, while there are others."""
 
 NODE_REASONS = ("disk", "cache_full")
 """Reasons of errors that no source is to blame for."""
 SOURCE_FAULTS = (HashMismatch, CarMalformed, Truncated, TooManyExtraBytes, BlockTooLarge, MissingBlock)
 """Kinds of ContentInvalid that say something about the answer; all others are about the content itself."""
-_LEAVES_SOURCE = {"unreachable", "timeout", "busy", "not_found", "redirect"}
-"""Reasons after which asking the same source in another form would be a waste."""
+_SILENT = ("unreachable", "timeout")
 
 
-@dataclass(slots=True)
-class _Peer:
-    """What this transfer has learned about a source."""
+class Quarantine:
+    """Which sources sent a wrong block of which content, for a while."""
 
-    source: Storage
-    refused: set[Form] = field(default_factory=set)
-    ready_at: float = 0.0
+    def __init__(self) -> None:
+        self._until: dict[tuple[str, str], float] = {}
+
+    def add(self, cid: Cid, source: str) -> None:
+        """Keep the source away from this content."""
+        now = time.monotonic()
+        self._until = {key: until for key, until in self._until.items() if until > now}
+        self._until[cid.text, source] = now + QUARANTINE_S
+
+    def sources(self, cid: Cid, sources: Sequence[Storage]) -> list[Storage]:
+        """Those that may be asked: all where each is in quarantine, since asking is the only way to learn more."""
+        now = time.monotonic()
+        clean = [source for source in sources if self._until.get((cid.text, source.name), 0.0) <= now]
+        return clean or list(sources)
 
 
 class Transfer:
     """Fills a part; `run` returns when everything is verified and written."""
 
     def __init__(
-        self, cid: Cid, sources: Sequence[Storage], verifier: Verifier, part: Part, progress: Progress
+        self,
+        cid: Cid,
+        sources: Sequence[Storage],
+        verifier: Verifier,
+        part: Part,
+        progress: Progress,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._cid, self._verifier, self._part, self._progress = cid, verifier, part, progress
-        self._peers = [_Peer(source) for source in sources]
+        self._quarantine = quarantine or Quarantine()
+        self._peers = [Peer(source) for source in self._quarantine.sources(cid, sources)]
+        self._lock = threading.Lock()
+        self._running: dict[asyncio.Task[None], Job] = {}
         self._errors: list[tuple[str, StorageFailed]] = []
 
     async def run(self) -> None:
         """Raises StorageFailed (ContentInvalid among it) naming CID and sources."""
-        waits = 0
-        while not self._verifier.complete:
-            before = self._achieved()
-            for peer in self._peers:
-                if not self._verifier.complete and peer.ready_at <= time.monotonic():
-                    await self._from_peer(peer)
-            if self._achieved() == before and not self._verifier.complete:
-                busy = [peer.ready_at for peer in self._peers if peer.ready_at > time.monotonic()]
-                if not busy or waits == MAX_WAITS:
-                    raise self._failure()
-                waits += 1
-                await asyncio.sleep(max(0.0, min(busy) - time.monotonic()))
+        waits, before = 0, 0
+        try:
+            while not self._verifier.complete:
+                self._start_jobs()
+                if not self._running:
+                    waits, before = 1 if self._achieved() > before else waits + 1, self._achieved()
+                    await self._patience(waits)
+                    continue
+                ended, _ = await asyncio.wait(self._running, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
+                    self._settle(task)
+                self._end_superfluous()
+        finally:
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
 
-    def _achieved(self) -> int:
-        return self._verifier.bytes_written + len(self._verifier.nodes)
+    def _start_jobs(self) -> None:
+        missing = self._missing()
+        while job := next_job(missing, list(self._running.values()), self._peers, time.monotonic()):
+            self._running[asyncio.create_task(self._perform(job))] = job
 
-    async def _from_peer(self, peer: _Peer) -> None:
-        """Steps 1 to 4 of the module's list."""
-        for form, step in (
-            (Form.BLOCK, self._root),
-            (Form.CAR, self._car),
-            (Form.BLOCK, self._nodes),
-            (Form.BLOCK, self._few_leaves),
-            (Form.FILE, self._file),
-            (Form.BLOCK, self._leaves),
-        ):
-            if self._verifier.complete:
-                return
-            if form in peer.refused:
-                continue
-            before = self._achieved()
-            try:
-                await step(peer.source)
-            except StorageFailed as err:
-                went_on = err.data.get("reason") == "cut" and self._achieved() > before
-                if not self._blame(peer, form, err) or went_on:
-                    return  # after a cut the next round asks for the gaps
+    def _missing(self) -> list[Wanted]:
+        with self._lock:
+            return sorted(self._verifier.missing(), key=lambda want: (want.offset, want.size or 0, want.multihash))
 
-    def _blame(self, peer: _Peer, form: Form, err: StorageFailed) -> bool:
-        """Remember what a source did; True when another form of it is worth a try. Raises what no source can mend."""
-        name, reason = peer.source.name, str(err.data.get("reason"))
+    async def _patience(self, waits: int) -> None:
+        """Sleep until a source is ready that asked for time. Raises when there is none."""
+        busy = [peer.ready_at for peer in self._peers if peer.ready_at > time.monotonic()]
+        if not busy or waits > MAX_WAITS:
+            raise self._failure()
+        await asyncio.sleep(max(0.0, min(busy) - time.monotonic()))
+
+    def _settle(self, task: asyncio.Task[None]) -> None:
+        """A request ended: remember what it did not bring, or who is to blame. Raises what no source can mend."""
+        job = self._running.pop(task)
+        if task.cancelled():
+            return
+        err, left = task.exception(), left_of(job, self._missing())
+        if err is None:
+            job.peer.gaps |= {(job.form, want.multihash) for want in left}
+        elif isinstance(err, StorageFailed):
+            self._blame(job, err, left)
+        else:
+            raise err
+
+    def _end_superfluous(self) -> None:
+        """Another source was faster: what is still on its way here is no longer needed."""
+        missing = self._missing() if len(self._running) > 1 else None
+        for task, job in self._running.items():
+            if missing is not None and not left_of(job, missing):
+                task.cancel()
+
+    # --- what a source did ----------------------------------------------------------------------------------------
+
+    def _blame(self, job: Job, err: StorageFailed, left: Sequence[Wanted]) -> None:
+        peer, name, reason = job.peer, job.peer.source.name, str(err.data.get("reason"))
         if reason in NODE_REASONS or (isinstance(err, ContentInvalid) and not isinstance(err, SOURCE_FAULTS)):
             raise named(err, self._cid, "" if reason in NODE_REASONS else name) from err
+        if reason == "unranged":
+            peer.whole_only = True
+            return
         self._errors.append((name, err))
-        peer.refused |= _useless_after(err, form)
+        if isinstance(err, HashMismatch):
+            self._quarantine.add(self._cid, name)
+        peer.refused |= _useless_after(err, job)
         if reason == "busy":
             peer.ready_at = time.monotonic() + min(float(err.data.get("retry_after", 1)), MAX_WAIT_S)
-        return reason not in _LEAVES_SOURCE
+        elif reason in _SILENT:
+            self._strike(peer)
+        else:
+            peer.gaps |= {(job.form, want.multihash) for want in _not_given(job, reason, left)}
 
-    async def _root(self, source: Storage) -> None:
-        if self._verifier.size is None:
-            await self._blocks(source, self._verifier.missing())
+    def _strike(self, peer: Peer) -> None:
+        """A source does not answer: one that had delivered gets some seconds, any other is left alone."""
+        peer.strikes += 1
+        if not peer.delivered or peer.strikes > MAX_STRIKES:
+            peer.refused |= set(Form)
+        peer.ready_at = time.monotonic() + 2.0 ** (peer.strikes - 1)
 
-    async def _car(self, source: Storage) -> None:
-        spans = self._spans(self._verifier.missing(), MAX_SPANS)
-        if spans is None:
-            return
-        stream = CarStream(self._verifier)
-        async with aclosing(source.read(self._cid, spans, Form.CAR)) as pieces:
+    # --- one request ----------------------------------------------------------------------------------------------
+
+    async def _perform(self, job: Job) -> None:
+        if job.form is Form.BLOCK or (job.form is Form.FILE and job.wants[0].size is None):
+            await self._blocks(job)
+        elif job.form is Form.CAR:
+            await self._car(job)
+        else:
+            await self._file(job)
+
+    async def _blocks(self, job: Job) -> None:
+        for want in job.wants:
+            parts, _ = split_cid(b"\x01" + bytes([want.codec]) + want.multihash)
+            cid = self._cid if want.size is None else make_cid(1, want.codec, parts.hash_code, parts.digest)
+            if self._verifier.wants(want.multihash):
+                block = await short_answer(job.peer.source, cid, job.form, self._verifier.limits.max_block_bytes)
+                await self._use(job, self._accept, want.multihash, block)
+            job.reached += 1
+
+    async def _car(self, job: Job) -> None:
+        stream = CarStream(self._verifier, self._lock)
+        async with aclosing(self._answer(job)) as pieces:
             async for piece in pieces:
-                await self._use(stream.feed, piece)
-                if self._verifier.complete:
+                await self._use(job, stream.feed, piece)
+                if self._has_enough(job, stream.last):
                     return
         stream.finish()
 
-    async def _nodes(self, source: Storage) -> None:
-        while nodes := [wanted for wanted in self._verifier.missing() if wanted.codec == DAG_PB]:
-            await self._blocks(source, nodes)
+    def _has_enough(self, job: Job, last: Wanted | None) -> bool:
+        """True when the rest of the answer is of no use to this job."""
+        if self._verifier.complete:
+            return True
+        if last is None or not job.span or (last.size or 0) > LARGE_NODE_BYTES:
+            return False
+        if last.offset in job.span:
+            job.reached = max(job.reached, min(last.offset + (last.size or 0), job.span.stop))
+        elif not job.whole and job.reached == job.span.start > 0:
+            job.peer.whole_only = True  # asked for a place in the middle, it sends the file from its start
+            return True
+        return job.reached >= job.span.stop and not left_of(job, self._missing())
 
-    async def _few_leaves(self, source: Storage) -> None:
-        leaves = list(self._verifier.missing())
-        if len(leaves) <= FEW_BLOCKS:
-            await self._blocks(source, leaves)
-
-    async def _leaves(self, source: Storage) -> None:
-        await self._blocks(source, self._verifier.missing())
-
-    async def _blocks(self, source: Storage, wanted: Iterable[Wanted], form: Form = Form.BLOCK) -> None:
-        for multihash, codec in dict.fromkeys((w.multihash, w.codec) for w in list(wanted)):
-            parts, _ = split_cid(b"\x01" + bytes([codec]) + multihash)
-            cid = self._cid if self._verifier.size is None else make_cid(1, codec, parts.hash_code, parts.digest)
-            if self._verifier.wants(multihash):
-                block = await short_answer(source, cid, form, self._verifier.limits.max_block_bytes)
-                await self._use(self._verifier.accept, multihash, block)
-
-    async def _file(self, source: Storage) -> None:
-        """Raw leaves out of the plain file; each is hashed before it counts. A raw root is the file itself."""
-        if self._verifier.size is None and self._cid.codec == RAW:
-            await self._blocks(source, self._verifier.missing(), Form.FILE)
-            return
-        leaves = sorted((w.offset, w.size, w.multihash) for w in self._verifier.missing() if w.codec == RAW and w.size)
-        if not leaves:
-            return
-        spans = _merged([range(offset, offset + size) for offset, size, _ in leaves])
-        async with aclosing(source.read(self._cid, spans, Form.FILE)) as pieces:
-            have = bytearray()
+    async def _file(self, job: Job) -> None:
+        """Raw leaves out of the plain file; each is hashed before it counts."""
+        leaves = [(want.offset, want.size or 0, want.multihash) for want in job.wants]
+        have, at = bytearray(), 0 if job.whole else job.span.start
+        async with aclosing(self._answer(job)) as pieces:
             async for piece in pieces:
                 have += piece
-                while leaves and len(have) >= leaves[0][1]:
-                    _, size, multihash = leaves.pop(0)
-                    await self._use(self._verifier.accept, multihash, bytes(have[:size]))
-                    del have[:size]
-                if not leaves:
+                while leaves and at + len(have) >= leaves[0][0] + leaves[0][1]:
+                    offset, size, multihash = leaves.pop(0)
+                    leaf = bytes(have[offset - at : offset - at + size])
+                    del have[: offset - at + size]
+                    at = offset + size
+                    await self._use(job, self._accept, multihash, leaf)
+                    job.reached = at
+                if not leaves or leaves[0][0] >= job.span.stop:
                     return
+                dropped = min(len(have), leaves[0][0] - at)
+                del have[:dropped]
+                at += dropped
         raise Truncated("the file ended before its last leaf")
 
-    async def _use(self, step: Callable[..., object], *arguments: object) -> None:
+    def _answer(self, job: Job) -> AsyncGenerator[bytes, None]:
+        everything = job.whole or job.span == range(self._verifier.size or 0)
+        return job.peer.source.read(self._cid, () if everything else (job.span,), job.form)
+
+    def _accept(self, multihash: bytes, data: bytes) -> None:
+        block = check_block(multihash, data, self._verifier.limits)
+        with self._lock:
+            self._verifier.use(block)
+
+    async def _use(self, job: Job, step: Callable[..., object], *arguments: object) -> None:
         """Verify and write in a thread (hashing and writing release the GIL), then tell how far we are."""
+        before = self._achieved()
         await in_thread(self._step, step, *arguments)
+        if self._achieved() > before:
+            job.moved, job.moved_at = True, time.monotonic()
+            job.peer.delivered, job.peer.strikes = True, 0
         self._progress(self._verifier.bytes_written, self._verifier.size or 0)
+
+    def _achieved(self) -> int:
+        return self._verifier.bytes_written + len(self._verifier.nodes)
 
     def _step(self, step: Callable[..., object], *arguments: object) -> None:
         try:
             step(*arguments)
         finally:
-            self._part.flush()
-
-    def _spans(self, missing: Iterable[Wanted], most: int) -> tuple[range, ...] | None:
-        """What to ask a CAR for: () for everything, None when ranges can't name what is missing."""
-        if not self._verifier.bytes_written:
-            return ()
-        spans = _merged([range(w.offset, w.offset + w.size) for w in missing if w.size])
-        while len(spans) > most:
-            nearest = min(range(1, len(spans)), key=lambda i: spans[i].start - spans[i - 1].stop)
-            spans[nearest - 1 : nearest + 1] = [range(spans[nearest - 1].start, spans[nearest].stop)]
-        return tuple(spans) or None
+            with self._lock:
+                self._part.flush()
 
     def _failure(self) -> StorageFailed:
         """The error of the whole: the content's kind where a source sent wrong bytes, else the last reason."""
@@ -224,15 +282,29 @@ class Transfer:
         return error(f"no source gave all of {self._cid}: {told}", cid=str(self._cid), gateway=everyone, reason=reason)
 
 
-def _useless_after(err: StorageFailed, form: Form) -> set[Form]:
+def _not_given(job: Job, reason: str, left: Sequence[Wanted]) -> Sequence[Wanted]:
+    """The blocks that are not asked for in this form again, so that a transfer without progress comes to its end."""
+    if job.form is Form.BLOCK:
+        return job.wants[job.reached : job.reached + 1] if reason in ("cut", "not_found") else left
+    if job.moved:
+        return ()
+    return left[:1] if reason == "cut" else left  # behind a block that it lacks there may be others
+
+
+def _useless_after(err: StorageFailed, job: Job) -> set[Form]:
     """The forms in which a source need not be asked again after this error."""
-    reason = err.data.get("reason")
+    reason, every = err.data.get("reason"), set(Form)
     if isinstance(err, HashMismatch):
         # A wrong block may only mean that it ignores `format` and sends the plain file; all else is quarantine.
-        return {Form.BLOCK, Form.CAR} if form is Form.BLOCK else set(Form)
+        return {Form.BLOCK, Form.CAR} if job.form is Form.BLOCK else every
+    if isinstance(err, Truncated) and job.moved:
+        return set()  # a cut that looks like an end: the next request asks for the rest
+    if reason == "redirect":
+        return every
     if reason == "not_found":
-        return set(Form)
-    return {form} if isinstance(err, ContentInvalid) or reason in ("unsupported", "encoded") else set()
+        # It may lack one block of a file that it else has.
+        return set() if job.form is Form.BLOCK and job.wants[0].size is not None else every
+    return {job.form} if isinstance(err, ContentInvalid) or reason in ("unsupported", "encoded") else set()
 
 
 def named(err: StorageFailed, cid: Cid, source: str = "") -> StorageFailed:
@@ -253,14 +325,3 @@ async def in_thread(step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
                 await asyncio.wait([work])
         work.exception()  # looked at, so that nobody complains about it
         raise
-
-
-def _merged(spans: Sequence[range]) -> list[range]:
-    """Ascending and disjoint; what touches becomes one."""
-    merged: list[range] = []
-    for span in sorted(spans, key=lambda r: r.start):
-        if merged and span.start <= merged[-1].stop:
-            merged[-1] = range(merged[-1].start, max(merged[-1].stop, span.stop))
-        else:
-            merged.append(span)
-    return merged
