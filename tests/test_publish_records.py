@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from divault.chain.wallet import SignedTransaction
 from divault.errors import NotReady, SettingsInvalid
 from divault.ipfs.cid import parse_cid
-from divault.publishing import Publication, Publications, SealedTo, Sent, Source, Stage
+from divault.publishing import Publication, Publications, SealedTo, Source, Stage
 from divault.values import Address, Digest, ModelId
 from divault.vault.age import Identity
 
@@ -45,7 +46,7 @@ def registered(publication: Publication) -> Publication:
 
 def test_every_stage_comes_back_as_it_was_saved(tmp_path: Path, sealed: Publication) -> None:
     records = Publications(tmp_path / "published")
-    stored = replace(sealed, stage=Stage.STORED, cid=CID, sent=Sent(Digest(b"\x04" * 32), 7, b"\xf8raw"))
+    stored = replace(sealed, stage=Stage.STORED, cid=CID, sent=SignedTransaction(Digest(b"\x04" * 32), 7, b"\xf8raw"))
 
     for publication in (sealed, stored):
         records.save(publication)

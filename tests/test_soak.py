@@ -18,11 +18,10 @@ from divault.client import AsyncClient
 from divault.devnet.content import ContentStore
 from divault.errors import DivaultError
 from divault.models import example
-from divault.publishing import Listing, Publisher
+from divault.publishing import Listing, Publisher, SealedTo
 from divault.testing import TestChain
 from divault.testing.node import NodeProcess, node_environment, serving_node
 from divault.values import ModelId, Usdc
-from divault.vault.age import Recipient
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
 PRICE = Usdc.parse("0.02")
@@ -40,9 +39,9 @@ async def shop(tmp_path: Path) -> AsyncIterator[tuple[TestChain, NodeProcess, li
         node = await stack.enter_async_context(serving_node(environ, tmp_path))
         trained = await asyncio.to_thread(example.train, tmp_path)
         async with AsyncClient(node.url, "0x" + "11" * 32, known_nodes=tmp_path / "known.json") as client:
-            recipient = Recipient.parse((await client.node()).age_recipient)
+            sealed_to = SealedTo.of(await client.node())
         publisher = Publisher(chain.publisher, chain.vault, store.url)
-        await publisher.publish(trained.path, Listing(ModelId.parse(MODEL), PRICE, chain.token, 1), [recipient])
+        await publisher.publish(trained.path, Listing(ModelId.parse(MODEL), PRICE, chain.token, 1), [sealed_to])
         yield chain, node, trained.rows
 
 

@@ -16,11 +16,10 @@ import pytest_asyncio
 from divault.client import AsyncClient
 from divault.devnet.content import ContentStore
 from divault.models import example
-from divault.publishing import Listing, Publisher
+from divault.publishing import Listing, Publisher, SealedTo
 from divault.testing import TestChain
 from divault.testing.node import NodeProcess, node_environment, serving_node
 from divault.values import Address, ModelId, Secret, Usdc
-from divault.vault.age import Recipient
 
 MINIMUM = 100
 
@@ -56,11 +55,11 @@ class World:
     ) -> ModelId:
         """Seal to the node, store and register, as a publisher does."""
         async with self.client(Secret(secrets.token_bytes(32)), node) as client:
-            recipient = Recipient.parse((await client.node()).age_recipient)
+            sealed_to = SealedTo.of(await client.node())
         publisher = Publisher(self.chain.publisher, self.chain.vault, self.store.url)
         token = self.chain.token if minimum else None
         listing = Listing(ModelId.parse(name), Usdc.parse(price), token, minimum)
-        return (await publisher.publish(path or self.trained.path, listing, [recipient])).info.model
+        return (await publisher.publish(path or self.trained.path, listing, [sealed_to])).info.model
 
     async def consumer(self, *, tokens: int = MINIMUM, usdc: str = "1") -> Secret:
         """Make a wallet with tokens and money; gives its key."""

@@ -203,9 +203,10 @@ class Chain:
 
     # --- sending ---------------------------------------------------------------------------------------------------
 
-    async def nonce(self, address: Address) -> int:
-        """The next nonce of the account, pending transactions counted. Raises ChainUnavailable."""
-        return await self._ask(Request("eth_getTransactionCount", (str(address), "pending"), records.quantity))
+    async def nonce(self, address: Address, *, mined: bool = False) -> int:
+        """The next nonce of the account; pending transactions count unless `mined`. Raises ChainUnavailable."""
+        at = "latest" if mined else "pending"
+        return await self._ask(Request("eth_getTransactionCount", (str(address), at), records.quantity))
 
     async def fees(self) -> Fees:
         """What the chain asks for now. Raises ChainUnavailable."""

@@ -6,12 +6,15 @@ The node's pipeline never uses it. Rules:
 2. Fees: twice the base fee plus a tip of at most 1 gwei (EIP-1559), or the node's gas price as it stands; never a
    multiple of a suggested price, which some nodes feed back and so drive up. Over `max_fee_wei` nothing is sent.
 3. `send` returns when the transaction is mined and succeeded; everything else raises and names the transaction.
+4. What must not happen twice is signed first (`sign`), kept by the caller, and then delivered (`deliver`), as often as
+   it takes: of all transactions with one nonce at most one is ever mined.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from divault.chain import contracts, erc20
@@ -26,6 +29,15 @@ from divault.values import Address, Digest, Secret, Usdc
 _TIP_LIMIT_WEI = 10**9
 _POLL_S = (0.01, 1.0)
 """First and longest pause between looks for a receipt; doubling in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class SignedTransaction:
+    """A signed transaction. Whoever has `raw` can send it; it can be mined once."""
+
+    hash: Digest
+    nonce: int
+    raw: bytes
 
 
 class Wallet:
@@ -64,7 +76,44 @@ class Wallet:
         receipt = await self._mined(tx)
         if not receipt.succeeded:
             reason = await self._why(ContractCall(to, data) if to else None, value, receipt)
-            raise TransactionFailed(f"transaction {tx} failed: {reason}", transaction=str(tx), reason=reason)
+            raise _failed(tx, reason)
+        return receipt
+
+    async def sign(
+        self, contract: Contract, at: Address, function: str, *args: Any, nonce: int | None = None
+    ) -> SignedTransaction:
+        """A call that changes state, signed and not sent; `nonce` is that of an earlier one that it shall replace.
+
+        Raises as `invoke`.
+        """
+        data = contract.encode(function, *args)
+        gas = await self._gas(contract, at, function, data)
+        fees = await self._fees()
+        async with self._sending:
+            if nonce is None:
+                nonce = max(self._next_nonce, await self.chain.nonce(self.address))
+                self._next_nonce = nonce + 1
+        fields = {"to": str(at), "value": 0, "gas": gas, "nonce": nonce, "data": data, "chainId": self.chain.chain_id}
+        raw = self._sign({**fields, **fees})
+        return SignedTransaction(Digest.keccak(raw), nonce, raw)
+
+    async def deliver(self, signed: SignedTransaction) -> TransactionReceipt:
+        """The receipt of a transaction that `sign` gave, whether it was sent before or not.
+
+        Raises TransactionFailed (refused, reverted, replaced by another, or not mined in time), ChainUnavailable.
+        """
+        receipt = await self.chain.receipt(signed.hash)
+        if receipt is None and await self.chain.transaction(signed.hash) is None:
+            if await self.chain.nonce(self.address, mined=True) > signed.nonce:
+                raise TransactionFailed(
+                    f"another transaction was mined in the place of {signed.hash}",
+                    transaction=str(signed.hash),
+                    reason="replaced",
+                )
+            await self._submit(signed.raw)
+        receipt = receipt or await self._mined(signed.hash)
+        if not receipt.succeeded:
+            raise _failed(signed.hash, "reverted")
         return receipt
 
     async def deploy(self, name: str, *args: Any) -> Address:
@@ -86,12 +135,13 @@ class Wallet:
         Raises ValueError (arguments), TransactionFailed, ChainUnavailable.
         """
         data = contract.encode(function, *args)
-        try:
-            gas = await self.chain.estimate_gas(self.address, at, data)
-        except Reverted as err:
-            reason = contract.explain(err)
-            raise TransactionFailed(f"{contract.name}.{function} fails: {reason}", reason=reason) from err
-        return await self.send(at, data, gas=_with_margin(gas))
+        return await self.send(at, data, gas=await self._gas(contract, at, function, data))
+
+    async def cost(self, contract: Contract, at: Address, function: str, *args: Any) -> tuple[int, int]:
+        """Gas that the call would take at most, and the price of each in wei at most. Raises as `invoke`."""
+        gas = await self._gas(contract, at, function, contract.encode(function, *args))
+        fees = await self._fees()
+        return gas, fees.get("gasPrice", fees.get("maxFeePerGas", 0))
 
     async def read(self, contract: Contract, at: Address, function: str, *args: Any) -> Any:
         """What the function returns at the newest block. Raises TransactionFailed when it reverts, ChainUnavailable."""
@@ -114,6 +164,13 @@ class Wallet:
         """
         mark = erc20.payment_mark(node, self.address)
         return await self.send(token, erc20.transfer(owner, amount.atomic, mark.raw))
+
+    async def _gas(self, contract: Contract, at: Address, function: str, data: bytes) -> int:
+        try:
+            return _with_margin(await self.chain.estimate_gas(self.address, at, data))
+        except Reverted as err:
+            reason = contract.explain(err)
+            raise TransactionFailed(f"{contract.name}.{function} fails: {reason}", reason=reason) from err
 
     async def _estimate(self, to: Address | None, data: bytes, value: int) -> int:
         try:
@@ -192,6 +249,10 @@ class Wallet:
         except ChainUnavailable:
             pass
         return "reverted without a reason (perhaps out of gas)"
+
+
+def _failed(tx: Digest, reason: str) -> TransactionFailed:
+    return TransactionFailed(f"transaction {tx} failed: {reason}", transaction=str(tx), reason=reason)
 
 
 def _with_margin(gas: int) -> int:

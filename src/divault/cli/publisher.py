@@ -17,7 +17,7 @@ from divault.chain.wallet import Wallet
 from divault.cli.console import progress, say, show
 from divault.client import AsyncClient
 from divault.errors import BadRequest
-from divault.publishing import Listing, Published, Publisher
+from divault.publishing import Listing, Publications, Published, Publisher, SealedTo
 from divault.settings import Settings
 from divault.storage.lighthouse import Lighthouse
 from divault.values import Address, ModelId, Secret, Usdc
@@ -37,6 +37,9 @@ def publish(
     key: Annotated[Path, typer.Option("--key", "-k", help="the owner's wallet key file")],
     *,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask before the transaction")] = False,
+    owner_copy: Annotated[
+        bool, typer.Option("--owner-copy/--no-owner-copy", help="seal to KEY.age too, so that you can open it")
+    ] = True,
 ) -> None:
     """Seal a model to nodes, store it by CID and register it with a gate and a price.
 
@@ -50,23 +53,26 @@ def publish(
     say(f"{model} at {listing.price} USDC per call, for {gate_words}, opened by {len(node)} node(s)")
     if not yes:
         typer.confirm("seal, upload and register?", abort=True)
-    done = asyncio.run(_publish(settings, path, listing, (node, store), keyfiles.read_signing_key(key)))
+    signing_key = keyfiles.read_signing_key(key)
+    owner = _owner(key) if owner_copy else None
+    done = asyncio.run(_publish(settings, path, listing, (node, store, owner), signing_key))
     say(f"published {model}: {done.size} bytes as {done.cid}")
     show(_summary(done))
 
 
 async def _publish(
-    settings: Settings, path: Path, listing: Listing, where: tuple[list[str], str], key: Secret
+    settings: Settings, path: Path, listing: Listing, where: tuple[list[str], str, Recipient | None], key: Secret
 ) -> Published:
-    nodes, store = where
-    recipients = [await _recipient(node, settings.vault, key) for node in nodes]
+    nodes, store, owner = where
+    sealed_to = [await _sealed_to(node, settings.vault, key) for node in nodes]
     chain = Chain(Rpc.parse(settings.web3_provider_url, settings.divault_chain_id), head_ttl_s=0)
     try:
         await chain.connect()
         async with _store(settings, store) as place:
-            publisher = Publisher(Wallet(key, chain), settings.vault, place, settings.lighthouse_api_key)
+            records = Publications(settings.divault_state_dir / "published")
+            publisher = Publisher(Wallet(key, chain), settings.vault, place, settings.lighthouse_api_key, records, say)
             with progress(f"storing {path.name}") as advance:
-                return await publisher.publish(path, listing, recipients, progress=advance)
+                return await publisher.publish(path, listing, sealed_to, owner=owner, progress=advance)
     finally:
         await chain.close()
 
@@ -88,13 +94,22 @@ async def _store(settings: Settings, store: str) -> AsyncIterator[str | Lighthou
         await lighthouse.close()
 
 
-async def _recipient(node: str, vault: Address, key: Secret) -> Recipient:
+async def _sealed_to(node: str, vault: Address, key: Secret) -> SealedTo:
     url, _, pinned = node.partition("#")
     async with AsyncClient(url, key, node=pinned or None) as client:
         info = await client.node()
     if info.vault != vault:
         raise BadRequest(f"the node {url} serves the vault {info.vault}, not {vault}", field="node")
-    return Recipient.parse(info.age_recipient)
+    return SealedTo.of(info)
+
+
+def _owner(key: Path) -> Recipient:
+    path = key.with_name(key.name + ".age")
+    is_new = not path.exists()
+    recipient = keyfiles.identity(path).recipient
+    made = "made" if is_new else "found"
+    say(f"sealed to your own age identity too ({made} at {path}): with it you allow and revoke nodes later")
+    return recipient
 
 
 def _gate(text: str) -> tuple[Address | None, int]:

@@ -23,10 +23,9 @@ from divault.client import AsyncClient
 from divault.devnet import Devnet
 from divault.devnet.content import ContentStore
 from divault.models import example
-from divault.publishing import Listing, Publisher
+from divault.publishing import Listing, Publisher, SealedTo
 from divault.testing.node import NodeProcess, node_environment, serving_node
 from divault.values import Address, ModelId, Secret, Usdc
-from divault.vault.age import Recipient
 
 MODEL = "breast-cancer"
 PRICE = "0.02"
@@ -140,7 +139,7 @@ async def publish(on: Stage) -> example.Trained:
         about = await client.node()
     publisher = Publisher(there.owner, there.vault, there.store.url)
     listing = Listing(ModelId.parse(MODEL), Usdc.parse(PRICE), there.token, GATE_MINIMUM, tags=("tabular", "demo"))
-    done = await publisher.publish(trained.path, listing, [Recipient.parse(about.age_recipient)])
+    done = await publisher.publish(trained.path, listing, [SealedTo.of(about)])
     report.step("seal", f"It was sealed (encrypted) to the node's key and stored: {done.size} bytes, CID {done.cid}")
     report.step(
         "register",

@@ -3,17 +3,20 @@
 Killed at any moment and run again, a publish ends with the same CID and one registration.
 """
 
-from divault.publishing.publisher import Listing, Published, Publisher, pack_folder, seal_path
-from divault.publishing.records import Publication, Publications, SealedTo, Sent, Source, Stage
+from divault.publishing.publisher import Published, Publisher
+from divault.publishing.records import Publication, Publications, SealedTo, Source, Stage
+from divault.publishing.registration import Cost, Listing, Registry
+from divault.publishing.sealing import pack_folder, seal_path
 
 __all__ = [
+    "Cost",
     "Listing",
     "Publication",
     "Publications",
     "Published",
     "Publisher",
+    "Registry",
     "SealedTo",
-    "Sent",
     "Source",
     "Stage",
     "pack_folder",

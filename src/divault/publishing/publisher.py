@@ -2,50 +2,35 @@
 
 Rules:
 
-1. What leaves this machine is ciphertext; the plaintext is read once and copied nowhere.
+1. What leaves this machine is ciphertext.
 2. The CID is computed here and compared with what the store answers; nothing is registered on a mismatch.
-3. A folder is sealed as one tar with plain, sorted names and no owner, time or mode in it.
-4. The seal names the model id, so that nodes open it under no other: whoever registers the same CID gets nothing.
-5. A model id that is registered already with other content is never overwritten silently: it is the owner's
-   `updateModelMetadata`, and other people's ids are refused before anything is uploaded.
+3. The seal names the model id, so that nodes open it under no other: whoever registers the same CID gets nothing.
+4. Each step is in the record before the next one begins, and a step that the record shows is not done again: the same
+   plaintext for the same recipients keeps its sealed file, its CID and its registration, whatever ended the process.
+5. A model id of somebody else, or one that is offered otherwise, is refused before anything is sealed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from divault.chain import contracts
-from divault.chain.vault import VaultReader
 from divault.chain.wallet import Wallet
-from divault.errors import BadRequest, ModelUnknown, TransactionFailed
+from divault.errors import TransactionFailed
+from divault.publishing.records import Publication, Publications, SealedTo, Source, Stage
+from divault.publishing.registration import Cost, Listing, Registry
+from divault.publishing.sealing import fingerprint, is_complete, seal_durably
 from divault.storage.lighthouse import Lighthouse
-from divault.storage.upload import publish_file
-from divault.values import Address, Cid, Digest, ModelId, ModelInfo, Secret, Usdc
-from divault.vault.age import Passphrase, Recipient
-from divault.vault.sealed import seal_stream
+from divault.storage.upload import Stored, UploadService, store_file
+from divault.values import Address, Cid, Digest, ModelInfo, Secret
+from divault.vault.age import Recipient
 
 Advance = Callable[[int, int | None], None]
-OTHER = 6
-"""Category `other` of the vault's list."""
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """How a model is offered. `token` None: open to every wallet; otherwise `min_balance` raw units open the gate."""
-
-    model: ModelId
-    price: Usdc
-    token: Address | None = None
-    min_balance: int = 0
-    category: int = OTHER
-    tags: tuple[str, ...] = field(default=())
-    version: str = "1"
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,106 +45,167 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Publisher:
-    """A publisher's wallet, the vault he registers in, and the store (URL, or Lighthouse) that takes his ciphertext."""
+    """A publisher's wallet, the vault he registers in, and the store (URL, or Lighthouse) that takes his ciphertext.
+
+    Without `records` a publish that was interrupted begins anew. `tell` gets a line after each step.
+    """
 
     wallet: Wallet
     vault: Address
     store: str | Lighthouse
     api_key: Secret | None = None
+    records: Publications | None = None
+    tell: Tell = lambda _line: None
+
+    async def cost(self, listing: Listing) -> Cost:
+        """What the registration would cost now.
+
+        Raises TransactionFailed (someone else's id), BadRequest (the vault offers it otherwise), ChainUnavailable.
+        """
+        return await self._registry.cost(listing)
 
     async def publish(
         self,
         path: Path,
         listing: Listing,
-        recipients: Sequence[Recipient],
+        nodes: Sequence[SealedTo],
+        *,
+        owner: Recipient | None = None,
+        progress: Advance | None = None,
+    ) -> Published:
+        """Seal the model at `path` (a file or a folder) to the nodes and the owner, store it, register it.
+
+        Raises BadRequest (nothing there, unsafe names, nobody to seal to, offered otherwise), StorageFailed (also: the
+        store names another CID), TransactionFailed (someone else's id, no funds), NotReady (another publish of this
+        model is at work), SettingsInvalid (the records), ChainUnavailable.
+        """
+        await self._registry.require_offer(listing)
+        chain_id = self.wallet.chain.chain_id
+        with self._kept() as records, records.locked(chain_id, self.vault, listing.model):
+            await self._settle(records, listing)
+            publication = await self._kept_publication(records, path, listing, nodes, owner)
+            if publication is None:
+                publication = await asyncio.to_thread(self._sealed, records, path, listing, nodes, owner)
+            return await self.finish(records, listing, publication, progress=progress)
+
+    async def finish(
+        self,
+        records: Publications,
+        listing: Listing,
+        publication: Publication,
         *,
         progress: Advance | None = None,
     ) -> Published:
-        """Seal the model at `path` (a file or a folder) to `recipients`, store it, register it.
+        """Store and register a publication whose sealed file lies in its place; under the records' lock.
 
-        Raises BadRequest (nothing there, unsafe names, no recipient), StorageFailed (also: the store names another
-        CID), TransactionFailed (someone else's id, no funds), ChainUnavailable.
+        Raises StorageFailed, TransactionFailed, ChainUnavailable.
         """
-        await self._require_mine(listing.model)
-        with tempfile.TemporaryDirectory(prefix="divault-publish-") as folder:
-            sealed = Path(folder, "model.age")
-            size = await asyncio.to_thread(seal_path, path, sealed, recipients, listing.model)
-            cid = await self._store(sealed, progress)
-        transaction = await self.register(listing, cid)
-        info = await self._known(listing.model)
-        if info is None or info.cid != cid.text:
-            raise TransactionFailed(f"the vault does not name {cid} for {listing.model} after its registration")
-        return Published(cid, size, transaction, info)
-
-    async def _store(self, sealed: Path, progress: Advance | None) -> Cid:
-        if isinstance(self.store, Lighthouse):
-            return (await self.store.upload(sealed, progress=progress)).cid
-        return await publish_file(sealed, self.store, api_key=self.api_key, progress=progress)
-
-    async def register(self, listing: Listing, cid: Cid) -> Digest | None:
-        """Make the vault name `cid` for the model: register it, or change its content. None: it named it already."""
-        contract = contracts.load("ModelVault")
-        key = listing.model.key
-        known = await self._known(listing.model)
-        if known is not None and known.cid == cid.text:
-            return None
-        rest = (listing.category, list(listing.tags), listing.version)
-        arguments: tuple[Any, ...]
-        if known is not None:
-            function, arguments = "updateModelMetadata", (key, cid.text, *rest[1:])
-        elif listing.token is None:
-            function, arguments = "registerOpenModel", (key, cid.text, listing.price.atomic, *rest)
-        else:
-            gated = (listing.token, listing.price.atomic, *rest, listing.min_balance)
-            function, arguments = "registerModel", (key, cid.text, *gated)
-        return (await self.wallet.invoke(contract, self.vault, function, *arguments)).transaction_hash
-
-    async def _known(self, model: ModelId) -> ModelInfo | None:
-        chain = self.wallet.chain
-        try:
-            return await VaultReader(chain, self.vault).model(model, await chain.head(fresh=True))
-        except ModelUnknown:
-            return None
-
-    async def _require_mine(self, model: ModelId) -> None:
-        info = await self._known(model)
-        if info is not None and info.owner != self.wallet.address:
-            raise TransactionFailed(
-                f"the model id {model} belongs to {info.owner}; choose another name, or publish from that wallet",
-                reason="model_exists",
+        if publication.stage is Stage.SEALED:
+            stored = await self._stored(records.sealed_path(publication), progress)
+            publication = replace(
+                publication, stage=Stage.STORED, cid=stored.cid, profile=stored.profile, store=self._store_name
             )
+            records.save(publication)
+            self.tell(f"stored as {stored.cid}")
+        transaction = publication.transaction
+        if publication.stage is Stage.STORED:
+            transaction = await self._registry.register(listing, publication, records.save)
+            self.tell("registered" if transaction is None else f"registered by {transaction}")
+        return await self._confirmed(records, publication, transaction)
 
+    async def _confirmed(
+        self, records: Publications, publication: Publication, transaction: Digest | None
+    ) -> Published:
+        """What the vault says now, in the record too. Raises TransactionFailed when it says something else."""
+        info, cid = await self._registry.known(publication.model), publication.cid
+        if cid is None or info is None or info.cid != cid.text:
+            raise TransactionFailed(f"the vault does not name {cid} for {publication.model} after its registration")
+        if publication.stage is Stage.STORED:
+            records.save(replace(publication, stage=Stage.REGISTERED, transaction=transaction))
+        return Published(cid, publication.size, transaction, info)
 
-def seal_path(
-    path: Path, sealed: Path, recipients: Sequence[Recipient | Passphrase], model: ModelId | None = None
-) -> int:
-    """Seal a file, or a folder as one tar, into a new file; gives its size in bytes. Raises BadRequest.
+    async def _settle(self, records: Publications, listing: Listing) -> None:
+        """Learn what became of a registration that was sent: another one must not race with it.
 
-    Nodes open it for `model` alone, where that is given.
-    """
-    if path.is_dir():
-        with tempfile.TemporaryFile() as packed, sealed.open("xb") as sink:
-            pack_folder(path, packed)
-            packed.seek(0)
-            seal_stream(packed, sink, recipients, model)
-    elif path.is_file():
-        with path.open("rb") as source, sealed.open("xb") as sink:
-            seal_stream(source, sink, recipients, model)
-    else:
-        raise BadRequest(f"{path} is neither a file nor a folder", field="path")
-    return sealed.stat().st_size
+        Raises TransactionFailed while that is open.
+        """
+        pending = records.unfinished(self.wallet.chain.chain_id, self.vault, listing.model)
+        if pending is None or pending.sent is None:
+            return
+        transaction = await self._registry.settled(pending)
+        info = await self._registry.known(listing.model)
+        if info is not None and pending.cid is not None and info.cid == pending.cid.text:
+            records.save(replace(pending, stage=Stage.REGISTERED, transaction=transaction))
 
+    async def _kept_publication(
+        self,
+        records: Publications,
+        path: Path,
+        listing: Listing,
+        nodes: Sequence[SealedTo],
+        owner: Recipient | None,
+    ) -> Publication | None:
+        """A publication of the same plaintext, recipients and store that can be gone on with, or is there already."""
+        where = (self.wallet.chain.chain_id, self.vault, listing.model)
+        unfinished, registered = records.unfinished(*where), records.find(*where)
+        if unfinished is None and registered is None:
+            return None
+        source = await asyncio.to_thread(fingerprint, path)
+        recipients = [*(node.recipient for node in nodes), *((owner,) if owner else ())]
+        if unfinished is not None and unfinished.seals_the_same(source, recipients):
+            if unfinished.stage is Stage.STORED and unfinished.store == self._store_name:
+                return unfinished
+            sealed = records.sealed_path(unfinished)
+            if await asyncio.to_thread(is_complete, sealed, unfinished.size, unfinished.sha256):
+                return replace(unfinished, stage=Stage.SEALED, cid=None, sent=None)
+        info = await self._registry.known(listing.model)
+        if registered is None or registered.cid is None or info is None or info.cid != registered.cid.text:
+            return None
+        same = registered.seals_the_same(source, recipients) and registered.store == self._store_name
+        return replace(registered, transaction=None) if same else None
 
-def pack_folder(folder: Path, sink: BinaryIO) -> None:
-    """Write the folder's files as a tar. Raises BadRequest for links and special files, and for an empty folder."""
-    names = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-    if not names:
-        raise BadRequest(f"{folder} is empty", field="path")
-    with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for path in names:
-            if path.is_symlink() or not path.is_file():
-                raise BadRequest(f"{path} is a link or a special file; a model folder holds files only", field="path")
-            entry = tarfile.TarInfo(path.relative_to(folder).as_posix())
-            entry.size = path.stat().st_size
-            with path.open("rb") as file:
-                tar.addfile(entry, file)
+    def _sealed(
+        self,
+        records: Publications,
+        path: Path,
+        listing: Listing,
+        nodes: Sequence[SealedTo],
+        owner: Recipient | None,
+    ) -> Publication:
+        chain_id, recipients = self.wallet.chain.chain_id, [node.recipient for node in nodes]
+        place = records.sealed_file(chain_id, self.vault, listing.model)
+        sealed = seal_durably(path, place, [*recipients, *((owner,) if owner else ())], listing.model)
+        publication = Publication(
+            model=listing.model,
+            chain_id=chain_id,
+            vault=self.vault,
+            source=Source(str(path.absolute()), sealed.source_sha256),
+            nodes=tuple(nodes),
+            owner=owner,
+            size=sealed.size,
+            sha256=sealed.sha256,
+        )
+        records.save(publication)
+        self.tell(f"sealed {sealed.size} bytes")
+        return publication
+
+    async def _stored(self, sealed: Path, progress: Advance | None) -> Stored:
+        if isinstance(self.store, Lighthouse):
+            return await self.store.upload(sealed, progress=progress)
+        return await store_file(sealed, UploadService(self.store, self.api_key), [self.store], progress=progress)
+
+    @property
+    def _store_name(self) -> str:
+        return self.store if isinstance(self.store, str) else "lighthouse"
+
+    @property
+    def _registry(self) -> Registry:
+        return Registry(self.wallet, self.vault)
+
+    @contextmanager
+    def _kept(self) -> Iterator[Publications]:
+        if self.records is not None:
+            yield self.records
+            return
+        with tempfile.TemporaryDirectory(prefix="divault-publish-") as folder:
+            yield Publications(Path(folder))

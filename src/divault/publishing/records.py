@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -24,6 +24,8 @@ from typing import Any, Literal, Self
 
 import msgspec
 
+from divault.chain.wallet import SignedTransaction
+from divault.client.asynchronous import NodeInfo
 from divault.errors import DivaultError, NotReady, SettingsInvalid
 from divault.ipfs.cid import parse_cid
 from divault.values import Address, Cid, Digest, ModelId
@@ -52,6 +54,11 @@ class SealedTo:
     address: Address
     recipient: Recipient
 
+    @classmethod
+    def of(cls, node: NodeInfo) -> Self:
+        """A node that proved who it is. Raises BadRequest when its recipient is none."""
+        return cls(node.url, node.address, Recipient.parse(node.age_recipient))
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -59,15 +66,6 @@ class Source:
 
     path: str
     sha256: Digest
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """A signed registration, which may be sent any number of times and is mined at most once."""
-
-    transaction: Digest
-    nonce: int
-    raw: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,9 @@ class Publication:
     """Set from `stored` on."""
     profile: str | None = None
     """How the store cut the file into blocks."""
-    sent: Sent | None = None
+    store: str | None = None
+    """The store: its URL, or `lighthouse`."""
+    sent: SignedTransaction | None = None
     """The registration, from the moment before it was sent."""
     transaction: Digest | None = None
     """The registration that was mined; None while it was not, and where the vault named the CID already."""
@@ -100,9 +100,9 @@ class Publication:
         """Everybody who opens the sealed file: the nodes, then the owner."""
         return (*(node.recipient for node in self.nodes), *((self.owner,) if self.owner else ()))
 
-    def seals_the_same(self, source: Digest, recipients: frozenset[Recipient]) -> bool:
+    def seals_the_same(self, source: Digest, recipients: Iterable[Recipient]) -> bool:
         """True when a new seal would hold the same plaintext for the same recipients."""
-        return self.source.sha256 == source and frozenset(self.recipients) == recipients
+        return self.source.sha256 == source and frozenset(self.recipients) == frozenset(recipients)
 
 
 class Publications:
@@ -219,6 +219,7 @@ class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stage: Stage
     cid: str | None
     profile: str | None
+    store: str | None
     sent: _Sent | None
     transaction: str | None
 
@@ -237,7 +238,8 @@ class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             stage=it.stage,
             cid=_text(it.cid),
             profile=it.profile,
-            sent=None if it.sent is None else _Sent(str(it.sent.transaction), it.sent.nonce, it.sent.raw),
+            store=it.store,
+            sent=None if it.sent is None else _Sent(str(it.sent.hash), it.sent.nonce, it.sent.raw),
             transaction=_text(it.transaction),
         )
 
@@ -261,7 +263,8 @@ class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             stage=self.stage,
             cid=None if self.cid is None else parse_cid(self.cid),
             profile=self.profile,
-            sent=None if sent is None else Sent(Digest.parse(sent.transaction), sent.nonce, sent.raw),
+            store=self.store,
+            sent=None if sent is None else SignedTransaction(Digest.parse(sent.transaction), sent.nonce, sent.raw),
             transaction=None if self.transaction is None else Digest.parse(self.transaction),
         )
 
