@@ -6,8 +6,8 @@ block, then the leaves in spans of the file. Rules:
 1. Sources stand in the order of the settings. While little is missing, the first that can help works alone; a large
    file is spread over `MAX_JOBS` connections, `MAX_JOBS_PER_SOURCE` to one source.
 2. A form that a source refused, or in which it left a block out, is not tried there again; so every transfer ends.
-3. When nothing is left to begin, the idle help the busy: from a span that still has much to come they take the rear
-   half, and what stands still (`STALL_S`) is asked for at another source as well; the first verified block wins.
+3. When nothing is left to begin, the idle help the slow: of a span that will need longer than `SLOW_S` they take the
+   rear half, and what stands still (`STALL_S`) is asked for at another source as well; the first verified block wins.
 4. A source that sent one wrong block is out for this content.
 """
 
@@ -33,6 +33,8 @@ MIN_SPAN_BYTES, MAX_SPAN_BYTES = 4 * MIB, 32 * MIB
 """Of one request: large enough that asking is cheap, small enough that a failure costs little."""
 STALL_S = 5.0
 """So long without a verified block, and the same bytes are asked for elsewhere."""
+SLOW_S = 1.0
+"""A span that needs longer than this from now on is shared with whoever is idle."""
 FEW_BLOCKS = 16
 """So many missing leaves are asked for one by one before ranges of the plain file; also the blocks of one job."""
 LARGE_NODE_BYTES = 2 * MIB
@@ -76,6 +78,7 @@ class Job:
     """Where the last verified byte of it ends; of blocks, how many were asked for and came."""
     moved: bool = False
     """Something verified came."""
+    began_at: float = field(default_factory=time.monotonic)
     moved_at: float = field(default_factory=time.monotonic)
     helped: bool = False
     """Somebody asks for the same bytes elsewhere."""
@@ -89,6 +92,11 @@ class Job:
     def stalled(self, now: float) -> bool:
         """Nothing verified came for a while."""
         return now - self.moved_at > STALL_S
+
+    def seconds_left(self, now: float) -> float:
+        """At the rate of this job so far; 0 while it is too young to tell."""
+        came, left, age = self.reached - self.span.start, self.span.stop - self.reached, now - self.began_at
+        return age * left / max(came, 1) if age > SLOW_S else 0.0
 
 
 def next_job(missing: Sequence[Wanted], running: Sequence[Job], peers: Sequence[Peer], now: float) -> Job | None:
@@ -182,10 +190,8 @@ def _help(missing: Sequence[Wanted], running: Sequence[Job], able: Sequence[Peer
             if helper is not None:
                 job.helped = True
                 return helper
-    spans = [job for job in running if job.form is not Form.BLOCK and not job.whole]
-    for job in sorted(spans, key=lambda job: job.span.stop - job.reached, reverse=True):
-        if job.span.stop - job.reached < 2 * MIN_SPAN_BYTES:
-            return None
+    spans = [job for job in running if job.form is not Form.BLOCK and not job.whole and job.seconds_left(now) > SLOW_S]
+    for job in sorted(spans, key=lambda job: job.seconds_left(now), reverse=True):
         helper = _rear_half(job, missing, able)
         if helper is not None:
             return helper
