@@ -44,7 +44,7 @@ class CarReader:
         self.roots: tuple[CidParts, ...] | None = None
         """Roots that the header names, once it is read: a claim, not a promise."""
         self._varint = bytearray()
-        self._buffer = bytearray()
+        self._buffer = memoryview(bytearray())
         self._have = 0
         self._need: int | None = None
 
@@ -103,11 +103,11 @@ class CarReader:
         if len(part) == need:
             return part
         if len(self._buffer) < need:
-            self._buffer = bytearray(need)
+            self._buffer = memoryview(bytearray(need))
         end = self._have + len(part)
-        self._buffer[self._have : end] = part
+        self._buffer[self._have : end] = part  # between views: a bytearray would make a copy of the part first
         self._have = end
-        return memoryview(self._buffer)[:end] if end == need else None
+        return self._buffer[:end] if end == need else None
 
     def _section(self, body: memoryview) -> Section:
         try:

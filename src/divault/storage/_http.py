@@ -80,8 +80,8 @@ class Response:
         self.status = exchange.response.status
         self.headers = exchange.response.headers
 
-    async def pieces(self) -> AsyncGenerator[bytes, None]:
-        """The body. Raises HttpFailed: `cut`, `timeout`."""
+    async def pieces(self) -> AsyncGenerator[memoryview, None]:
+        """The body, in pieces that are good until the next one is asked for. Raises HttpFailed: `cut`, `timeout`."""
         while piece := await self._client.run(self._exchange, self._exchange.read_piece):
             yield piece
 
@@ -188,6 +188,7 @@ class _Exchange:
         self._window = (time.monotonic(), 0)
         self._ended = False
         self._failed: HttpFailed | None = None
+        self._buffer = memoryview(bytearray())
 
     @property
     def reusable(self) -> bool:
@@ -215,24 +216,25 @@ class _Exchange:
         self._ended = self._left == 0
         self._window = (time.monotonic(), 0)
 
-    def read_piece(self) -> bytes:
-        """Up to 1 MiB, or what came within a quarter of a second; empty at the end of the body."""
+    def read_piece(self) -> memoryview:
+        """Up to 1 MiB, or what came within a quarter of a second; empty at the end. Good until the next call."""
         if self.response.getheader("Content-Encoding", "identity").strip().lower() != "identity":
             raise HttpFailed("encoded", "the body is compressed, which was not asked for")
         if self._failed is not None:
             raise self._failed
-        parts: list[bytes] = []
+        if not self._buffer:
+            expected = PIECE_BYTES if self._left is None else min(PIECE_BYTES, self._left)
+            self._buffer = memoryview(bytearray(expected))
         have, patience = 0, time.monotonic() + PIECE_PATIENCE_S
-        while have < PIECE_BYTES and not self._ended and (not parts or self._more_by(patience)):
+        while have < len(self._buffer) and not self._ended and (not have or self._more_by(patience)):
             try:
-                parts.append(self._receive(min(_RECEIVE_BYTES, PIECE_BYTES - have)))
+                have += self._receive(self._buffer[have : have + _RECEIVE_BYTES])
             except HttpFailed as err:
-                if not parts:
+                if not have:
                     raise
                 self._failed = err  # what came before the fault is handed on first
                 break
-            have += len(parts[-1])
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return self._buffer[:have]
 
     def _more_by(self, patience: float) -> bool:
         """True when the socket has bytes, now or before patience ends."""
@@ -256,20 +258,26 @@ class _Exchange:
                 self.response.close()
             self.connection.close()
 
-    def _receive(self, most: int) -> bytes:
+    def _receive(self, room: memoryview) -> int:
+        """Bytes of one receive call, straight into the buffer where the length of the body is known."""
         try:
-            part = self.response.read1(most if self._left is None else min(most, self._left))
+            if self._left is None:
+                part = self.response.read1(len(room))
+                room[: len(part)] = part
+                count = len(part)
+            else:
+                count = self.response.fp.readinto1(room[: self._left])
         except TimeoutError as err:
             raise HttpFailed("timeout", f"no byte for {self._timeout_s:g} s") from err
         except (OSError, http.client.HTTPException, ValueError) as err:
             raise HttpFailed("cut", f"the answer broke off ({type(err).__name__})") from err
         if self._left is not None:
-            self._left -= len(part)
-            if not part:
+            self._left -= count
+            if not count:
                 raise HttpFailed("cut", f"the answer ended {self._left} bytes early")
-        self._ended = not part or self._left == 0
-        self._check_rate(len(part))
-        return part
+        self._ended = not count or self._left == 0
+        self._check_rate(count)
+        return count
 
     def _check_rate(self, received: int) -> None:
         started, count = self._window

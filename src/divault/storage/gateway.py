@@ -15,7 +15,7 @@ from divault.errors import BlockTooLarge, SettingsInvalid, StorageFailed
 from divault.ipfs import varint
 from divault.ipfs.cid import parse_cid
 from divault.storage._http import NO_BYTE_TIMEOUT_S, HttpClient, HttpFailed, Response
-from divault.storage.source import Form, refused, short_answer
+from divault.storage.source import Form, Piece, refused, short_answer
 from divault.values import Cid
 
 _RAW_TYPE = "application/vnd.ipld.raw"
@@ -55,7 +55,7 @@ class GatewayStorage:
         """Host and port."""
         return self._name
 
-    async def read(self, cid: Cid, ranges: Sequence[range] = (), form: Form = Form.CAR) -> AsyncGenerator[bytes, None]:
+    async def read(self, cid: Cid, ranges: Sequence[range] = (), form: Form = Form.CAR) -> AsyncGenerator[Piece, None]:
         """See `Storage.read`: one request per range."""
         try:
             for number, wanted in enumerate(ranges or [None]):
@@ -87,7 +87,7 @@ class GatewayStorage:
         """Drop all connections."""
         self._client.close()
 
-    async def _answer(self, cid: Cid, wanted: range | None, form: Form) -> AsyncGenerator[bytes, None]:
+    async def _answer(self, cid: Cid, wanted: range | None, form: Form) -> AsyncGenerator[Piece, None]:
         query, headers = _question(wanted, form)
         response = await self._client.get(f"{self._base}{cid}{query}", headers)
         try:
@@ -131,7 +131,7 @@ def _retry_after(text: str) -> float:
     return float(text) if re.fullmatch(r"[0-9]{1,9}", text) else _DEFAULT_RETRY_S
 
 
-async def _cut_out(response: Response, wanted: range | None) -> AsyncGenerator[bytes, None]:
+async def _cut_out(response: Response, wanted: range | None) -> AsyncGenerator[Piece, None]:
     """The wanted bytes of an answer that may be the range or, where ranges are ignored, the whole file."""
     first = _first_byte(response) if response.status == 206 else 0
     start, stop = (wanted.start - first, wanted.stop - first) if wanted is not None else (0, None)
@@ -157,9 +157,9 @@ def _first_byte(response: Response) -> int:
     return int(match[1])
 
 
-async def _without_header(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+async def _without_header(pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
     """Sections alone, so that the answers to several ranges make one CAR."""
-    head, left = b"", -1
+    head, left = bytearray(), -1
     async with aclosing(pieces):
         async for piece in pieces:
             if left < 0:
@@ -170,7 +170,7 @@ async def _without_header(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator
                     continue
                 except ValueError as err:
                     raise HttpFailed("cut", "not a CAR") from err
-                piece, left = head, at + length  # noqa: PLW2901  # the held-back start goes through the same cut
+                piece, left = bytes(head), at + length  # noqa: PLW2901  # the held-back start goes through the same cut
             skipped = min(left, len(piece))
             left -= skipped
             if len(piece) > skipped:

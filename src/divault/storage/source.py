@@ -25,6 +25,8 @@ from typing import Protocol
 from divault.errors import BlockTooLarge, StorageFailed
 from divault.values import Cid
 
+Piece = bytes | memoryview
+
 
 class Form(StrEnum):
     """What the bytes of an answer are; the values are those of the gateways' `format` parameter."""
@@ -45,8 +47,10 @@ class Storage(Protocol):
     def trustless(self) -> bool | None:
         """Whether it gives blocks and CARs, as far as it was probed; None where nobody looked yet."""
 
-    def read(self, cid: Cid, ranges: Sequence[range] = (), form: Form = Form.CAR) -> AsyncGenerator[bytes, None]:
-        """The bytes, in pieces of any size (about 1 MiB is best). Closing the generator ends the transfer.
+    def read(self, cid: Cid, ranges: Sequence[range] = (), form: Form = Form.CAR) -> AsyncGenerator[Piece, None]:
+        """The bytes, in pieces of any size (about 1 MiB is best), each good until the next one is asked for.
+
+        Closing the generator ends the transfer.
 
         Raises StorageFailed, before or between pieces.
         """

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import ParamSpec, TypeVar
@@ -29,7 +30,7 @@ from divault.ipfs.cid import make_cid, split_cid
 from divault.ipfs.verifier import CarStream, Verifier, Wanted, check_block
 from divault.storage.cache import Part
 from divault.storage.plan import LARGE_NODE_BYTES, Job, Peer, left_of, next_job
-from divault.storage.source import Form, Storage, short_answer
+from divault.storage.source import Form, Piece, Storage, short_answer
 from divault.values import Cid
 
 P = ParamSpec("P")
@@ -218,30 +219,25 @@ class Transfer:
 
     async def _file(self, job: Job) -> None:
         """Raw leaves out of the plain file; each is hashed before it counts."""
-        leaves = [(want.offset, want.size or 0, want.multihash) for want in job.wants]
-        have, at = bytearray(), 0 if job.whole else job.span.start
+        leaves = deque((want.offset, want.size or 0, want.multihash) for want in job.wants)
+        cutter = _Cutter(0 if job.whole else job.span.start)
         async with aclosing(self._answer(job)) as pieces:
             async for piece in pieces:
-                have += piece
-                while leaves and at + len(have) >= leaves[0][0] + leaves[0][1]:
-                    offset, size, multihash = leaves.pop(0)
-                    leaf = bytes(have[offset - at : offset - at + size])
-                    del have[: offset - at + size]
-                    at = offset + size
-                    await self._use(job, self._accept, multihash, leaf)
-                    job.reached = at
+                cutter.feed(piece)
+                while leaves and (leaf := cutter.take(leaves[0][0], leaves[0][1])) is not None:
+                    await self._use(job, self._accept, leaves[0][2], leaf)
+                    job.reached = leaves[0][0] + leaves[0][1]
+                    leaves.popleft()
                 if not leaves or leaves[0][0] >= job.span.stop:
                     return
-                dropped = min(len(have), leaves[0][0] - at)
-                del have[:dropped]
-                at += dropped
+                cutter.keep(leaves[0][0])
         raise Truncated("the file ended before its last leaf")
 
-    def _answer(self, job: Job) -> AsyncGenerator[bytes, None]:
+    def _answer(self, job: Job) -> AsyncGenerator[Piece, None]:
         everything = job.whole or job.span == range(self._verifier.size or 0)
         return job.peer.source.read(self._cid, () if everything else (job.span,), job.form)
 
-    def _accept(self, multihash: bytes, data: bytes) -> None:
+    def _accept(self, multihash: bytes, data: Piece) -> None:
         block = check_block(multihash, data, self._verifier.limits)
         with self._lock:
             self._verifier.use(block)
@@ -280,6 +276,30 @@ class Transfer:
         error = type(chosen) if len({type(err) for _, err in self._errors}) == 1 else StorageFailed
         reason = chosen.data.get("reason") if error is type(chosen) else "all_sources_failed"
         return error(f"no source gave all of {self._cid}: {told}", cid=str(self._cid), gateway=everyone, reason=reason)
+
+
+class _Cutter:
+    """Leaves out of a stream of pieces, without a copy where a leaf lies in one piece."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+        """Where what we have begins in the file."""
+        self._have: Piece = b""
+
+    def feed(self, piece: Piece) -> None:
+        """The next piece of the stream; it may change after `keep`."""
+        self._have = b"".join((self._have, piece)) if self._have else piece
+
+    def take(self, offset: int, size: int) -> Piece | None:
+        """The bytes of a leaf; None while they are not all there."""
+        start = offset - self._at
+        return self._have[start : start + size] if start + size <= len(self._have) else None
+
+    def keep(self, offset: int) -> None:
+        """Go on from this place of the file, with a copy of what we have of it."""
+        start = min(offset - self._at, len(self._have))
+        self._have = bytes(self._have[start:])
+        self._at += start
 
 
 def _not_given(job: Job, reason: str, left: Sequence[Wanted]) -> Sequence[Wanted]:
