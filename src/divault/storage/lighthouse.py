@@ -14,8 +14,8 @@ from divault.errors import InvalidCID, StorageFailed
 from divault.ipfs.cid import multihash, parse_cid
 from divault.ipfs.importer import PROFILES
 from divault.storage._api import ApiHost, Reply
+from divault.storage.arrival import Progress
 from divault.storage.kavach import Authorisation, Kavach
-from divault.storage.transfer import Progress
 from divault.storage.upload import Stored, UploadService, store_file
 from divault.values import Address, Cid, Secret
 from divault.vault.conditions import AccessConditions

@@ -28,6 +28,7 @@ from divault.errors import (
 )
 from divault.ipfs.cid import make_cid, split_cid
 from divault.ipfs.verifier import CarStream, Verifier, Wanted, check_block
+from divault.storage.arrival import Progress
 from divault.storage.cache import Part
 from divault.storage.plan import LARGE_NODE_BYTES, Job, Peer, left_of, next_job
 from divault.storage.source import Form, Piece, Storage, short_answer
@@ -35,9 +36,6 @@ from divault.values import Cid
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
-"""Called with verified bytes and total bytes, from the event loop."""
-
 TICK_S = 0.25
 """So often stalled and superfluous requests are looked for."""
 MAX_WAIT_S = 60.0

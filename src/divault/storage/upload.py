@@ -29,9 +29,9 @@ from divault.ipfs.importer import UNIXFS_V1_2025, Block, Importer, Profile
 from divault.ipfs.limits import Limits
 from divault.ipfs.walk import raw_cid, walk
 from divault.storage._api import Reply, bearer, failures_of, patiently, read_reply
+from divault.storage.arrival import Progress
 from divault.storage.gateway import GatewayStorage
 from divault.storage.source import Form, Storage, short_answer
-from divault.storage.transfer import Progress
 from divault.values import Cid, Secret
 
 _PIECE_BYTES = UNIXFS_V1_2025.chunk_bytes
