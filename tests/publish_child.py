@@ -75,7 +75,6 @@ async def publish(order: dict[str, Any], point: str) -> None:
         Secret.of_text(order["api_key"]), upload_url=order["upload"], gateway_urls=[order["gateway"]]
     )
     records = StoppingRecords(Path(order["folder"]), point)
-    publisher = Publisher(wallet, Address.parse(order["vault"]), lighthouse, records=records)
     listing = Listing(ModelId.parse(order["model"]), Usdc.parse("0.02"), Address.parse(order["token"]), 100)
     node = SealedTo("http://127.0.0.1:1", wallet.address, Recipient.parse(order["recipient"]))
 
@@ -83,8 +82,10 @@ async def publish(order: dict[str, Any], point: str) -> None:
         if total is not None and done > total // 2:
             stand_still("mid-upload", point)
 
+    vault = Address.parse(order["vault"])
+    publisher = Publisher(wallet, vault, lighthouse, records=records, progress=advance)
     try:
-        done = await publisher.publish(Path(order["path"]), listing, [node], progress=advance)
+        done = await publisher.publish(Path(order["path"]), listing, [node])
         print(f"published {done.cid} {done.transaction}", flush=True)  # noqa: T201 - what the parent waits for
     finally:
         await lighthouse.close()

@@ -71,6 +71,9 @@ class Settings(BaseModel):
         ("http://127.0.0.1:8080", "https://gateway.lighthouse.storage"),
         description="IPFS gateways, tried in order; none is trusted",
     )
+    divault_store_url: str | None = Field(
+        None, description="store that `divault publish` sends to; unset: Lighthouse, where its API key is set"
+    )
     divault_lighthouse_api_url: str = Field(
         "https://api.lighthouse.storage", description="Lighthouse's host for facts about files"
     )

@@ -4,9 +4,10 @@ Killed at any moment and run again, a publish ends with the same CID and one reg
 """
 
 from divault.publishing.publisher import Published, Publisher
+from divault.publishing.recognition import Recognised, recognise
 from divault.publishing.records import Publication, Publications, SealedTo, Source, Stage
 from divault.publishing.registration import Cost, Listing, Registry
-from divault.publishing.sealing import pack_folder, seal_path
+from divault.publishing.sealing import measure, pack_folder, seal_path, sealed_size
 
 __all__ = [
     "Cost",
@@ -15,10 +16,14 @@ __all__ = [
     "Publications",
     "Published",
     "Publisher",
+    "Recognised",
     "Registry",
     "SealedTo",
     "Source",
     "Stage",
+    "measure",
     "pack_folder",
+    "recognise",
     "seal_path",
+    "sealed_size",
 ]

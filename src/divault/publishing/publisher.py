@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from divault.chain.wallet import Wallet
-from divault.errors import TransactionFailed
+from divault.errors import BadRequest, TransactionFailed
 from divault.publishing.records import Publication, Publications, SealedTo, Source, Stage
 from divault.publishing.registration import Cost, Listing, Registry
-from divault.publishing.sealing import fingerprint, is_complete, seal_durably
+from divault.publishing.sealing import is_complete, measure, seal_durably
 from divault.storage.lighthouse import Lighthouse
 from divault.storage.upload import Stored, UploadService, store_file
 from divault.values import Address, Cid, Digest, ModelInfo, Secret
@@ -44,10 +44,26 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
+class _Order:
+    """What to publish, how, and for whom."""
+
+    path: Path
+    listing: Listing
+    nodes: tuple[SealedTo, ...]
+    owner: Recipient | None
+
+    @property
+    def recipients(self) -> list[Recipient]:
+        """Everybody who shall open it."""
+        return [*(node.recipient for node in self.nodes), *((self.owner,) if self.owner else ())]
+
+
+@dataclass(frozen=True, slots=True)
 class Publisher:
     """A publisher's wallet, the vault he registers in, and the store (URL, or Lighthouse) that takes his ciphertext.
 
-    Without `records` a publish that was interrupted begins anew. `tell` gets a line after each step.
+    Without `records` a publish that was interrupted begins anew. `tell` gets a line after each step, `progress` bytes
+    of the upload.
     """
 
     wallet: Wallet
@@ -56,6 +72,7 @@ class Publisher:
     api_key: Secret | None = None
     records: Publications | None = None
     tell: Tell = lambda _line: None
+    progress: Advance | None = None
 
     async def cost(self, listing: Listing) -> Cost:
         """What the registration would cost now.
@@ -71,11 +88,12 @@ class Publisher:
         nodes: Sequence[SealedTo],
         *,
         owner: Recipient | None = None,
-        progress: Advance | None = None,
+        expected: Digest | None = None,
     ) -> Published:
         """Seal the model at `path` (a file or a folder) to the nodes and the owner, store it, register it.
 
-        Raises BadRequest (nothing there, unsafe names, nobody to seal to, offered otherwise), StorageFailed (also: the
+        `expected` is what the plaintext must be, by its sha256 as `Source` has it. Raises BadRequest (nothing there,
+        unsafe names, nobody to seal to, offered otherwise, other content than expected), StorageFailed (also: the
         store names another CID), TransactionFailed (someone else's id, no funds), NotReady (another publish of this
         model is at work), SettingsInvalid (the records), ChainUnavailable.
         """
@@ -83,25 +101,21 @@ class Publisher:
         chain_id = self.wallet.chain.chain_id
         with self._kept() as records, records.locked(chain_id, self.vault, listing.model):
             await self._settle(records, listing)
-            publication = await self._kept_publication(records, path, listing, nodes, owner)
+            order = _Order(path, listing, tuple(nodes), owner)
+            publication = await self._kept_publication(records, order)
             if publication is None:
-                publication = await asyncio.to_thread(self._sealed, records, path, listing, nodes, owner)
-            return await self.finish(records, listing, publication, progress=progress)
+                publication = await asyncio.to_thread(self._sealed, records, order)
+            if expected not in (None, publication.source.sha256):
+                raise BadRequest(f"{path} changed while it was being published: run it again", field="path")
+            return await self.finish(records, listing, publication)
 
-    async def finish(
-        self,
-        records: Publications,
-        listing: Listing,
-        publication: Publication,
-        *,
-        progress: Advance | None = None,
-    ) -> Published:
+    async def finish(self, records: Publications, listing: Listing, publication: Publication) -> Published:
         """Store and register a publication whose sealed file lies in its place; under the records' lock.
 
         Raises StorageFailed, TransactionFailed, ChainUnavailable.
         """
         if publication.stage is Stage.SEALED:
-            stored = await self._stored(records.sealed_path(publication), progress)
+            stored = await self._stored(records.sealed_path(publication))
             publication = replace(
                 publication, stage=Stage.STORED, cid=stored.cid, profile=stored.profile, store=self._store_name
             )
@@ -137,51 +151,37 @@ class Publisher:
         if info is not None and pending.cid is not None and info.cid == pending.cid.text:
             records.save(replace(pending, stage=Stage.REGISTERED, transaction=transaction))
 
-    async def _kept_publication(
-        self,
-        records: Publications,
-        path: Path,
-        listing: Listing,
-        nodes: Sequence[SealedTo],
-        owner: Recipient | None,
-    ) -> Publication | None:
+    async def _kept_publication(self, records: Publications, order: _Order) -> Publication | None:
         """A publication of the same plaintext, recipients and store that can be gone on with, or is there already."""
-        where = (self.wallet.chain.chain_id, self.vault, listing.model)
+        where = (self.wallet.chain.chain_id, self.vault, order.listing.model)
         unfinished, registered = records.unfinished(*where), records.find(*where)
         if unfinished is None and registered is None:
             return None
-        source = await asyncio.to_thread(fingerprint, path)
-        recipients = [*(node.recipient for node in nodes), *((owner,) if owner else ())]
+        source, _ = await asyncio.to_thread(measure, order.path)
+        recipients = order.recipients
         if unfinished is not None and unfinished.seals_the_same(source, recipients):
             if unfinished.stage is Stage.STORED and unfinished.store == self._store_name:
                 return unfinished
             sealed = records.sealed_path(unfinished)
             if await asyncio.to_thread(is_complete, sealed, unfinished.size, unfinished.sha256):
                 return replace(unfinished, stage=Stage.SEALED, cid=None, sent=None)
-        info = await self._registry.known(listing.model)
+        info = await self._registry.known(order.listing.model)
         if registered is None or registered.cid is None or info is None or info.cid != registered.cid.text:
             return None
         same = registered.seals_the_same(source, recipients) and registered.store == self._store_name
         return replace(registered, transaction=None) if same else None
 
-    def _sealed(
-        self,
-        records: Publications,
-        path: Path,
-        listing: Listing,
-        nodes: Sequence[SealedTo],
-        owner: Recipient | None,
-    ) -> Publication:
-        chain_id, recipients = self.wallet.chain.chain_id, [node.recipient for node in nodes]
-        place = records.sealed_file(chain_id, self.vault, listing.model)
-        sealed = seal_durably(path, place, [*recipients, *((owner,) if owner else ())], listing.model)
+    def _sealed(self, records: Publications, order: _Order) -> Publication:
+        chain_id, model = self.wallet.chain.chain_id, order.listing.model
+        place = records.sealed_file(chain_id, self.vault, model)
+        sealed = seal_durably(order.path, place, order.recipients, model)
         publication = Publication(
-            model=listing.model,
+            model=model,
             chain_id=chain_id,
             vault=self.vault,
-            source=Source(str(path.absolute()), sealed.source_sha256),
-            nodes=tuple(nodes),
-            owner=owner,
+            source=Source(str(order.path.absolute()), sealed.source_sha256),
+            nodes=order.nodes,
+            owner=order.owner,
             size=sealed.size,
             sha256=sealed.sha256,
         )
@@ -189,10 +189,10 @@ class Publisher:
         self.tell(f"sealed {sealed.size} bytes")
         return publication
 
-    async def _stored(self, sealed: Path, progress: Advance | None) -> Stored:
+    async def _stored(self, sealed: Path) -> Stored:
         if isinstance(self.store, Lighthouse):
-            return await self.store.upload(sealed, progress=progress)
-        return await store_file(sealed, UploadService(self.store, self.api_key), [self.store], progress=progress)
+            return await self.store.upload(sealed, progress=self.progress)
+        return await store_file(sealed, UploadService(self.store, self.api_key), [self.store], progress=self.progress)
 
     @property
     def _store_name(self) -> str:

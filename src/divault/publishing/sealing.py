@@ -15,14 +15,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from divault.errors import BadRequest, StorageFailed
 from divault.publishing.records import sync_folder
 from divault.values import Digest, ModelId
+from divault.vault import stream
 from divault.vault.age import Passphrase, Recipient
 from divault.vault.sealed import seal_stream
-from divault.vault.streams import Reader
+from divault.vault.streams import Reader, Writer, write_all
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
+
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +76,28 @@ def is_complete(sealed: Path, size: int, sha256: Digest) -> bool:
     """True when the file is there and is, byte for byte, the one that was sealed."""
     try:
         with sealed.open("rb") as file:
-            return os.fstat(file.fileno()).st_size == size and fingerprint(sealed) == sha256
+            return os.fstat(file.fileno()).st_size == size and measure(sealed)[0] == sha256
     except OSError:
         return False
 
 
-def fingerprint(path: Path) -> Digest:
-    """The sha256 of a file, or of the tar that a folder becomes. Raises BadRequest."""
-    if path.is_dir():
-        sink = _HashedSink()
-        pack_folder(path, cast("BinaryIO", sink))
-        return Digest(sink.sha256.digest())
-    with _plaintext(path) as file:
-        return Digest(hashlib.file_digest(file, "sha256").digest())
+def measure(path: Path) -> tuple[Digest, int]:
+    """The sha256 and the size in bytes of a file, or of the tar that a folder becomes. Raises BadRequest."""
+    sink = _HashedSink()
+    _copy(path, sink)
+    return Digest(sink.sha256.digest()), sink.size
+
+
+def copy_plaintext(path: Path, target: Writer, digest: Hash) -> None:
+    """Write the file, or the folder's tar, and take its sha256 on the way. Raises BadRequest."""
+    _copy(path, _HashedSink(target, digest))
+
+
+def sealed_size(plain_bytes: int, recipients: Sequence[Recipient], model: ModelId) -> int:
+    """Bytes of a seal of so many bytes. Raises BadRequest for no recipient."""
+    empty = io.BytesIO()
+    seal_stream(io.BytesIO(), empty, recipients, model)
+    return len(empty.getvalue()) - stream.sealed_size(0) + stream.sealed_size(plain_bytes)
 
 
 def pack_folder(folder: Path, sink: BinaryIO) -> None:
@@ -146,19 +161,29 @@ class _HashedSource:
 class _HashedSink:
     """A writer that takes the sha256 of what it got, and passes it on to the file, if there is one."""
 
-    def __init__(self, file: BinaryIO | None = None) -> None:
+    def __init__(self, file: Writer | None = None, sha256: Hash | None = None) -> None:
         self._file = file
-        self._size = 0
-        self.sha256 = hashlib.sha256()
+        self.size = 0
+        self.sha256 = sha256 or hashlib.sha256()
 
     def write(self, data: memoryview | bytes, /) -> int:
         """All of it; the number of bytes."""
+        view = memoryview(data)
         if self._file is not None:
-            self._file.write(data)
-        self.sha256.update(data)
-        self._size += len(data)
-        return len(data)
+            write_all(self._file, view)
+        self.sha256.update(view)
+        self.size += len(view)
+        return len(view)
 
     def tell(self) -> int:
         """Where `tarfile` stands."""
-        return self._size
+        return self.size
+
+
+def _copy(path: Path, sink: _HashedSink) -> None:
+    if path.is_dir():
+        pack_folder(path, cast("BinaryIO", sink))
+        return
+    with _plaintext(path) as file:
+        while piece := file.read(_PIECE_BYTES):
+            sink.write(piece)
