@@ -27,7 +27,7 @@ def test_every_step_is_needed(tmp_path: Path) -> None:
     accepted = set(versions) - _refused_by_mypy(tmp_path)
 
     steps = {name.split("_")[2] for name in versions if name != "original"}
-    assert steps >= {"authenticate", "answered", "check", "hold", "open", "run", "charge", "fetch"}
+    assert steps >= {"authenticate", "answered", "check", "hold", "open", "run", "charge", "arriving"}
     assert accepted == {"original"}
 
 

@@ -4,7 +4,7 @@
 with one step left out, or two swapped, does not type-check; a test tries them all.
 
     SignedCall -> authenticate -> Principal -> gate -> Grant -> hold -> Hold
-    Cid -> fetch -> VerifiedBlob -> open -> OpenedModel -> run -> Output -> charge -> Answer with Receipt
+    Cid -> arriving -> Arrival (-> VerifiedBlob) -> open -> OpenedModel -> run -> Output -> charge -> Receipt
 """
 
 from __future__ import annotations
@@ -155,11 +155,11 @@ class Service:
             found = self._workers.find(grant.model.model, cid)
             if found is not None:
                 return found
-            blob = await self._fetcher.fetch(cid)
             sources, search = self._keys(call)
             key = call.decryption_key
             with self._wrong_keys.attempt(call.user, cid.text, key) if key is not None else nullcontext():
-                opened = await self._opener.open(blob, grant, sources, search)
+                async with self._fetcher.arriving(cid) as arrival:
+                    opened = await self._opener.open(arrival, grant, sources, search)
             await self._workers.load(opened)
             _log.info("loaded", model_id=grant.model.model.text, cid=cid.text, bytes=opened.size)
             return opened

@@ -1,6 +1,6 @@
-"""Opening a verified blob: from ciphertext on disk to sealed memory files, in a process of its own.
+"""Opening a verified file: from ciphertext on disk to sealed memory files, in a process of its own.
 
-Rules:
+The file may still be on its way: what of it is verified is opened meanwhile. Rules:
 
 1. The gateway reads the header alone. Key sources are asked here, in a thread; a process of its own gets the payload
    key of this one file over an inherited socket, never by argument or environment, and the ciphertext's descriptor.
@@ -9,7 +9,8 @@ Rules:
 3. Derivations (scrypt, PBKDF2) run one at a time: one may take 1 GiB and seconds. A wrong key costs about 0.1 s of
    CPU or more, so callers are authenticated and rate-limited before they come here.
 4. Sizes are compared with the limit before anything is decrypted.
-5. Descriptors come back only when the last chunk or the tag held. A failed, cut or timed out open leaves nothing.
+5. Descriptors come back only when the last chunk or the tag held, and the last block was verified. A failed, cut or
+   timed out open leaves nothing. The time limit counts from when the file is there.
 6. What the process sends is checked like any foreign input: typed frame, counts, sizes, seals.
 
 This module alone makes `OpenedModel`.
@@ -30,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import msgspec
 
@@ -48,15 +49,18 @@ from divault.errors import (
     WrongKey,
     from_code,
 )
-from divault.values import Digest, Grant, MemoryFile, OpenedModel, Secret, VerifiedBlob
+from divault.storage.arrival import FileReplaced
+from divault.values import Cid, Digest, Grant, MemoryFile, OpenedModel, Secret, VerifiedBlob
 from divault.vault.archive import MAX_FILES, MAX_NAME_BYTES
 from divault.vault.keys import KeySearch, KeySource, SealFormat, costs_a_derivation
 from divault.vault.sealed import Preamble, Spelling, payload_key, plain_size, read_preamble
-from divault.workers.opening_child import MAX_MESSAGE_BYTES
+from divault.workers.opening_child import MAX_MESSAGE_BYTES, PLACE_BYTES, VERIFIED
 
 T = TypeVar("T")
 
 _DESCRIPTOR = array("i")
+PREAMBLE_BYTES = 256 * 1024
+"""Header and what stands before the payload lie within: 64 KiB of header, a third more in armor, and some space."""
 
 _BOOTSTRAP = (
     "import sys; root = sys.argv[1]; root in sys.path or sys.path.insert(0, root); "
@@ -93,6 +97,7 @@ class _Order:
     offset: int
     iv: str
     max_bytes: int
+    size: int
 
 
 class Opener:
@@ -105,43 +110,53 @@ class Opener:
         self._derivations = ThreadPoolExecutor(1, thread_name_prefix="derivation")
 
     async def open(
-        self, blob: VerifiedBlob, grant: Grant, sources: Sequence[KeySource], search: KeySearch | None = None
+        self, file: Arriving | VerifiedBlob, grant: Grant, sources: Sequence[KeySource], search: KeySearch | None = None
     ) -> OpenedModel:
-        """The plaintext of the blob as sealed memory files, authenticated to its end; the caller closes them.
+        """The plaintext of the file as sealed memory files, authenticated to its end; the caller closes them.
 
-        `search` is asked when no source has a key. Raises what it raises, and WrongKey, SealedFileDamaged,
-        UnsupportedModel (the tar inside breaks a rule), TooLarge, StorageFailed (the cached file is gone), Overloaded
-        (no memory), DeadlineExceeded, ModelFailed (the process died).
+        `search` is asked when no source has a key. Raises what it raises and what the file's arrival raises, and
+        WrongKey, SealedFileDamaged, UnsupportedModel (the tar inside breaks a rule), TooLarge, StorageFailed (the
+        cached file is gone), Overloaded (no memory), DeadlineExceeded, ModelFailed (the process died).
         """
+        arriving = Arrived(file) if isinstance(file, VerifiedBlob) else file
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._open(blob, grant, sources, search)
+            async with asyncio.timeout(None) as limit, _clock(arriving, limit, self._timeout_s):
+                while True:
+                    try:
+                        return await self._open(arriving, grant, sources, search)
+                    except FileReplaced:
+                        arriving.restart()
         except TimeoutError:
-            limit = f"{self._timeout_s:g}"
-            raise DeadlineExceeded(f"opening the model took longer than {limit} s", limit_s=limit) from None
+            told = f"{self._timeout_s:g}"
+            raise DeadlineExceeded(f"opening the model took longer than {told} s", limit_s=told) from None
         except SealError as err:
-            err.data.setdefault("cid", blob.cid.text)
+            err.data.setdefault("cid", arriving.cid.text)
             raise
+        finally:
+            if isinstance(arriving, Arrived):
+                arriving.restart()
 
     def close(self) -> None:
         """Let the derivation thread end; a running derivation is waited for."""
         self._derivations.shutdown()
 
     async def _open(
-        self, blob: VerifiedBlob, grant: Grant, sources: Sequence[KeySource], search: KeySearch | None
+        self, arriving: Arriving, grant: Grant, sources: Sequence[KeySource], search: KeySearch | None
     ) -> OpenedModel:
-        with _opened_blob(blob) as sealed:
-            # At most 64 KiB, in the page cache since they were verified: no more than a change of threads costs.
-            preamble, _ = read_preamble(io.FileIO(sealed, closefd=False))
-            order = self._order(preamble, blob.size)
-            attempt = partial(self._attempt, preamble, order, sealed, grant)
-            try:
-                answer, descriptors = await attempt(sources)
-            except WrongKey:
-                if search is None:
-                    raise
-                answer, descriptors = await _first_opened(search.candidates(preamble.header, grant), attempt)
+        size = await arriving.size()
+        await arriving.upto(PREAMBLE_BYTES)
+        # In the page cache since it was verified: reading it costs no more than a change of threads.
+        preamble, _ = read_preamble(io.BytesIO(os.pread(arriving.fd, PREAMBLE_BYTES, 0)))
+        order = self._order(preamble, size)
+        attempt = partial(self._attempt, preamble, order, arriving, grant)
+        try:
+            answer, descriptors = await attempt(sources)
+        except WrongKey:
+            if search is None:
+                raise
+            answer, descriptors = await _first_opened(search.candidates(preamble.header, grant), attempt)
         with _closed_on_failure(descriptors):
+            blob = await arriving.blob()
             files = _checked_files(answer, descriptors, self._max_bytes)
             return OpenedModel(
                 model=grant.model.model,
@@ -163,16 +178,16 @@ class Opener:
             )
         iv = preamble.salt.hex() if preamble.format is SealFormat.LIGHTHOUSE else ""
         armored = preamble.spelling is Spelling.ARMORED
-        return _Order(preamble.format.value, armored, preamble.size, iv, self._max_bytes)
+        return _Order(preamble.format.value, armored, preamble.size, iv, self._max_bytes, size)
 
     async def _attempt(
-        self, preamble: Preamble, order: _Order, sealed: int, grant: Grant, sources: Sequence[KeySource]
+        self, preamble: Preamble, order: _Order, arriving: Arriving, grant: Grant, sources: Sequence[KeySource]
     ) -> tuple[_Opened, list[int]]:
         """What the process answers when it is given the key that these sources have. Raises WrongKey."""
         threads = self._derivations if costs_a_derivation(preamble.header) else None
         key = await _in_thread(threads, lambda: payload_key(preamble, sources, grant))
         try:
-            return await _run_process(order, key, sealed)
+            return await _run_process(order, key, arriving)
         finally:
             key.wipe()
 
@@ -196,19 +211,63 @@ async def _in_thread(threads: ThreadPoolExecutor | None, work: Callable[[], T]) 
     return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
-@contextlib.contextmanager
-def _opened_blob(blob: VerifiedBlob) -> Iterator[int]:
-    """The descriptor of the cached file, which must still have the size that was verified."""
-    try:
-        sealed = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        raise _gone(blob) from None
-    try:
-        if os.fstat(sealed).st_size != blob.size:
-            raise _gone(blob)
-        yield sealed
-    finally:
-        os.close(sealed)
+class Arriving(Protocol):
+    """A file that is verified from its start on, perhaps still on its way; `divault.storage.arrival` is one."""
+
+    @property
+    def cid(self) -> Cid:
+        """Of the file."""
+
+    @property
+    def fd(self) -> int:
+        """Its descriptor, after `upto` returned."""
+
+    async def size(self) -> int:
+        """Bytes of the whole file."""
+
+    async def upto(self, count: int) -> int:
+        """How many bytes from the start are verified, once they are `count` or all. May raise FileReplaced."""
+
+    async def blob(self) -> VerifiedBlob:
+        """The proof, when all of it is verified."""
+
+    def restart(self) -> None:
+        """Let go of the file; `upto` gives it anew."""
+
+
+class Arrived:
+    """A file that is there already, as one that arrives."""
+
+    def __init__(self, blob: VerifiedBlob) -> None:
+        self.cid = blob.cid
+        self.fd = -1
+        self._blob = blob
+
+    async def size(self) -> int:
+        """As it was verified."""
+        return self._blob.size
+
+    async def upto(self, count: int) -> int:
+        """All of it. Raises StorageFailed when it is not there any more or has another size."""
+        del count
+        if self.fd < 0:
+            try:
+                self.fd = os.open(self._blob.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except OSError:
+                raise _gone(self._blob) from None
+            if os.fstat(self.fd).st_size != self._blob.size:
+                raise _gone(self._blob)
+        return self._blob.size
+
+    async def blob(self) -> VerifiedBlob:
+        """The one it was made of."""
+        return self._blob
+
+    def restart(self) -> None:
+        """Close the file."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 def _gone(blob: VerifiedBlob) -> StorageFailed:
@@ -219,7 +278,24 @@ def _gone(blob: VerifiedBlob) -> StorageFailed:
     )
 
 
-async def _run_process(order: _Order, key: Secret, sealed: int) -> tuple[_Opened, list[int]]:
+@contextlib.asynccontextmanager
+async def _clock(arriving: Arriving, limit: asyncio.Timeout, seconds: float) -> AsyncGenerator[None, None]:
+    """The limit begins when the file is there: until then the fetch has its own."""
+
+    async def start() -> None:
+        with contextlib.suppress(DivaultError):  # whoever opens the file hears of it
+            await arriving.blob()
+            limit.reschedule(asyncio.get_running_loop().time() + seconds)
+
+    starting = asyncio.create_task(start())
+    try:
+        yield
+    finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+
+
+async def _run_process(order: _Order, key: Secret, arriving: Arriving) -> tuple[_Opened, list[int]]:
     """Start the process, send key and order, and wait for its one answer; it is gone when this returns or raises."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near, far:
@@ -227,8 +303,8 @@ async def _run_process(order: _Order, key: Secret, sealed: int) -> tuple[_Opened
         root = str(Path(divault.__file__).parent.parent)
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-I", "-c", _BOOTSTRAP, root, str(far.fileno()), str(sealed)),
-            pass_fds=(far.fileno(), sealed),
+            *("-I", "-c", _BOOTSTRAP, root, str(far.fileno()), str(arriving.fd)),
+            pass_fds=(far.fileno(), arriving.fd),
             env=_ENVIRONMENT,
             cwd="/",
             stdin=asyncio.subprocess.DEVNULL,
@@ -239,7 +315,7 @@ async def _run_process(order: _Order, key: Secret, sealed: int) -> tuple[_Opened
         far.close()
         try:
             near.send(key.reveal() + msgspec.json.encode(order))
-            await _readable(near)
+            await _answered(near, arriving, order.size)
             await process.wait()
         finally:
             if process.returncode is None:
@@ -248,6 +324,32 @@ async def _run_process(order: _Order, key: Secret, sealed: int) -> tuple[_Opened
                 await process.wait()
         # Last, with nothing awaited after it: descriptors waiting in the socket end with it, received ones would leak.
         return _received(near)
+
+
+async def _answered(connection: socket.socket, arriving: Arriving, size: int) -> None:
+    """Tell the process how far the file is verified, until it answers. Raises what the arrival raises."""
+    telling = asyncio.create_task(_tell(connection, arriving, size))
+    answering = asyncio.create_task(_readable(connection))
+    try:
+        await asyncio.wait({telling, answering}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            telling.result()
+            await answering
+    finally:
+        for task in (telling, answering):
+            task.cancel()
+        await asyncio.gather(telling, answering, return_exceptions=True)
+
+
+async def _tell(connection: socket.socket, arriving: Arriving, size: int) -> None:
+    loop = asyncio.get_running_loop()
+    told = 0
+    with contextlib.suppress(ConnectionError):  # it died, or knows enough: its answer, or its end, says which
+        while told < size:
+            told = await arriving.upto(told + 1)
+            await loop.sock_sendall(connection, told.to_bytes(PLACE_BYTES, "big"))
+        await arriving.blob()
+        await loop.sock_sendall(connection, VERIFIED)
 
 
 async def _readable(connection: socket.socket) -> None:
@@ -264,7 +366,11 @@ def _received(connection: socket.socket) -> tuple[_Opened, list[int]]:
     """The answer with its descriptors. Raises what the process reported, or ModelFailed for anything malformed."""
     # Not socket.recv_fds: it drops its flags, and descriptors without CLOEXEC would reach every process started here.
     room = socket.CMSG_SPACE(MAX_FILES * _DESCRIPTOR.itemsize)
-    data, ancillary, flags, _ = connection.recvmsg(MAX_MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+    try:
+        data, ancillary, flags, _ = connection.recvmsg(MAX_MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        # It ended with messages unread, which the kernel tells once, before the answer that waits behind it.
+        data, ancillary, flags, _ = connection.recvmsg(MAX_MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
     descriptors = _descriptors(ancillary)
     with _closed_on_failure(descriptors):
         if not data:

@@ -5,10 +5,13 @@ nothing but the payload key of this one file. Steps:
 
 1. no core dump, not dumpable, no new privileges, ends with its parent, resource limits;
 2. receive one message: 32 bytes of payload key, then the order as JSON;
-3. open the payload into a memory file; a second thread takes the sha256 of what was written meanwhile;
+3. open the payload into a memory file, as far as the sealed file is verified: messages of 8 bytes say how far that is;
+   a second thread takes the sha256 of what was written meanwhile;
 4. only then look at the plaintext: a tar is split into one memory file per member, and its pages are given back on
    the way, so that memory stays at one copy and 4 MiB;
 5. seal every memory file (no write, grow, shrink or further seal) and send the descriptors with one JSON answer.
+
+6. but not before the parent said that the whole sealed file is verified.
 
 Whatever fails is answered as an error of `divault.errors`; a failed open leaves nothing, since memory files end with
 the process. Imports are few on purpose: they are part of every cold load (see `bench/bench_open.py`).
@@ -20,7 +23,6 @@ import ctypes
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import resource
@@ -38,6 +40,10 @@ from divault.vault.armor import ArmorReader
 from divault.vault.streams import Reader, fill
 
 KEY_BYTES = 32
+VERIFIED = b"verified"
+"""The message after which an answer may be sent."""
+PLACE_BYTES = 8
+"""A message that says up to where the sealed file is verified: big-endian."""
 SINGLE_FILE = "model"
 """Name of the memory file when the seal holds one file and no tar."""
 MAX_MESSAGE_BYTES = 128 * 1024
@@ -63,10 +69,46 @@ def main() -> None:
         message = connection.recv(MAX_MESSAGE_BYTES)
         if len(message) <= KEY_BYTES:
             return  # the parent went away before it sent an order
-        answer, files = _answer(message[:KEY_BYTES], json.loads(message[KEY_BYTES:]), sealed)
+        order = json.loads(message[KEY_BYTES:])
+        arriving = Arriving(sealed, connection, order["size"])
+        answer, files = _answer(message[:KEY_BYTES], order, arriving)
+        if files:
+            arriving.finish()
         socket.send_fds(connection, [json.dumps(answer).encode()], files)
     # Teardown of the interpreter is time that the caller would wait for; the kernel frees everything.
     os._exit(0)
+
+
+class Arriving:
+    """The sealed file as a reader that waits for what is not verified yet, and never reads beyond."""
+
+    def __init__(self, fd: int, connection: socket.socket, size: int) -> None:
+        self._fd, self._connection, self._size = fd, connection, size
+        self._at = self._verified = 0
+
+    def skip(self, count: int) -> None:
+        """Go on behind so many bytes."""
+        self._at += count
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Bytes put into the buffer, 0 at the end of the file."""
+        while self._at >= self._verified and self._at < self._size:
+            self._verified = int.from_bytes(self._told(), "big")
+        room = buffer[: max(0, min(self._verified, self._size) - self._at)]
+        count = os.preadv(self._fd, [room], self._at) if room else 0
+        self._at += count
+        return count
+
+    def finish(self) -> None:
+        """Wait until all of the file is verified."""
+        while self._told() != VERIFIED:
+            pass
+
+    def _told(self) -> bytes:
+        message = self._connection.recv(PLACE_BYTES)
+        if len(message) != PLACE_BYTES:
+            os._exit(1)  # the parent went away
+        return message
 
 
 class MemoryFile:
@@ -126,18 +168,17 @@ class Fingerprint:
                 self._hashed += count
 
 
-def open_payload(order: dict[str, Any], key: bytes, sealed: int, sink: Any) -> int:
-    """Decrypt the file behind the descriptor `sealed` as the order says; the number of plaintext bytes.
+def open_payload(order: dict[str, Any], key: bytes, sealed: Arriving, sink: Any) -> int:
+    """Decrypt the sealed file as the order says; the number of plaintext bytes.
 
     Raises WrongKey, SealedFileDamaged.
     """
-    source: Reader = io.FileIO(sealed, closefd=False)
-    os.lseek(sealed, 0, os.SEEK_SET)
+    source: Reader = sealed
     if order["armored"]:
-        source = ArmorReader(source)
+        source = ArmorReader(sealed)
         fill(source, memoryview(bytearray(order["offset"])))
     else:
-        os.lseek(sealed, order["offset"], os.SEEK_SET)
+        sealed.skip(order["offset"])
     if order["format"] == "lighthouse":
         return lighthouse.open_payload(key, bytes.fromhex(order["iv"]), source, sink)
     return stream.open_payload(key, source, sink)
@@ -166,7 +207,7 @@ def _give_up_privileges() -> None:
             raise OSError(ctypes.get_errno(), "prctl")
 
 
-def _answer(key: bytes, order: dict[str, Any], sealed: int) -> tuple[dict[str, Any], list[int]]:
+def _answer(key: bytes, order: dict[str, Any], sealed: Arriving) -> tuple[dict[str, Any], list[int]]:
     """What to send back: names, sizes and the fingerprint beside the descriptors, or the error in words."""
     limit = order["max_bytes"]
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -190,7 +231,7 @@ def _no_memory() -> Overloaded:
     return Overloaded("this node has not enough memory left to open the model", retry_after=60)
 
 
-def _open(key: bytes, order: dict[str, Any], sealed: int) -> tuple[dict[str, Any], list[int]]:
+def _open(key: bytes, order: dict[str, Any], sealed: Arriving) -> tuple[dict[str, Any], list[int]]:
     whole = MemoryFile()
     sink = Fingerprint(whole)
     open_payload(order, key, sealed, sink)
