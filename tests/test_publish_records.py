@@ -30,7 +30,7 @@ def sealed() -> Publication:
         model=MODEL,
         chain_id=8453,
         vault=VAULT,
-        source=Source("/home/me/model.onnx", Digest(b"\x02" * 32)),
+        source=Source("/somewhere/model.onnx", Digest(b"\x02" * 32)),
         nodes=nodes,
         owner=Identity.generate().recipient,
         size=1234,

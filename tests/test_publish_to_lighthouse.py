@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,25 +16,17 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from divault import keyfiles
 from divault.devnet.content import ContentStore
 from divault.errors import HashMismatch, SettingsInvalid, StorageFailed
 from divault.ipfs.cid import multihash, parse_cid
 from divault.ipfs.importer import PROFILES, UNIXFS_V0_2015, UNIXFS_V1_2025, V1_1M_174, V1_256K_174, Importer, Profile
-from divault.messages import address_of
 from divault.settings import Settings
 from divault.storage import upload as uploading
 from divault.storage._api import MAX_ANSWER_BYTES, Reply
-from divault.storage.kavach import Kavach
 from divault.storage.lighthouse import Lighthouse
 from divault.storage.local import CarImport, LocalStore
 from divault.storage.upload import root_of
 from divault.values import Secret
-from divault.vault.kavach import recover_key
-from divault.vault.keys import CallerKey
-from divault.vault.sealed import open_stream
-from tests.kavach_nodes import KavachNodes
-from tests.markdown_blocks import run_script, script
 
 Answer = Callable[[str, str, int], web.Response]
 
@@ -476,35 +467,3 @@ def test_roots_of_all_profiles_come_from_one_pass_and_differ():
 
     assert len({multihash(cid) for cid in roots.values()}) == 3
     assert roots[UNIXFS_V0_2015].version == 0
-
-
-# --- the page -----------------------------------------------------------------------------------------------------
-
-
-async def test_how_to_runs_as_it_stands(host, gateway, tmp_path):
-    """Its script seals, stores and shares; then the node's own key fetches the file's key."""
-    node = Secret(b"\x02" * 32)
-    keyfiles.new_signing_key(tmp_path / "owner.key")
-    (tmp_path / "model.safetensors").write_bytes(b"weights" * 1000)
-    async with KavachNodes() as nodes:
-        exports = {
-            "LIGHTHOUSE_API_KEY": "apikey",
-            "NODE_ADDRESS": str(address_of(node)),
-            "DIVAULT_LIGHTHOUSE_UPLOAD_URL": host.url,
-            "DIVAULT_LIGHTHOUSE_GATEWAY_URLS": gateway.url,
-            "DIVAULT_LIGHTHOUSE_ENCRYPTION_URL": nodes.url,
-        }
-        text = "".join(f"export {name}={value}\n" for name, value in exports.items())
-        page = Path(__file__).parent.parent / "docs/how-to/publish-to-lighthouse.md"
-        done = await asyncio.to_thread(run_script, text + script(page), tmp_path, timeout_s=60)
-        assert done.returncode == 0, done.stdout
-        kavach = Kavach(nodes.url)
-        cid = parse_cid(next(iter(nodes.files)))
-        async with kavach.as_wallet(node) as who:
-            shards = [shard async for shard in kavach.shards(who, cid)]
-        await kavach.close()
-
-    sealed, opened = (tmp_path / "model.enc").read_bytes(), io.BytesIO()
-    open_stream(io.BytesIO(sealed), opened, [CallerKey(Secret.of_text(recover_key(shards[:3])))])
-    assert opened.getvalue() == b"weights" * 1000
-    assert f"as {cid} (" in done.stdout

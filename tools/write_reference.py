@@ -86,6 +86,8 @@ TRANSACTION_REASONS = {
     "gas_price": "the chain asks more per gas than the wallet pays; nothing was sent",
     "not_mined": "not in a block in time; it may still get there",
     "model_exists": "the id belongs to somebody else",
+    "replaced": "another transaction of the wallet took its nonce: it is dead",
+    "insufficient_funds": "the wallet has less than the transaction costs at most; nothing was sent",
 }
 TRANSFER_REASONS = {
     "bad_tx_hash": "not 0x and 64 lower-case hex digits",

@@ -13,6 +13,7 @@ from divault.publishing import Cost, Listing, Recognised, SealedTo
 from divault.values import Address, ModelId, Usdc
 
 _WEI = 10**18
+_MICRO = 10**12
 _LONGEST_LINE = 160
 _DEAR = Usdc.parse("10000")
 """Above it a price is nearly always a number in another unit."""
@@ -77,9 +78,10 @@ def offer_lines(listing: Listing, nodes: Sequence[SealedTo], vault: Address) -> 
 def cost_line(cost: Cost, sealed_bytes: int, store: str, nodes: int) -> str:
     """What it costs, at most."""
     where = "Lighthouse (counts against your plan there)" if store == "lighthouse" else store
-    gwei = f"{cost.gas_price / 10**9:.9f}".rstrip("0").rstrip(".")
+    gwei = f"{cost.gas_price / 10**9:.3f}".rstrip("0").rstrip(".")
+    whole = -(-cost.wei // _MICRO) * _MICRO  # rounded up: it is a bound
     return (
-        f"cost: up to {eth(cost.wei)} ETH for the registration ({cost.gas} gas at {gwei} gwei); {sealed_bytes} sealed "
+        f"cost: up to {eth(whole)} ETH for the registration ({cost.gas} gas at {gwei} gwei); {sealed_bytes} sealed "
         f"bytes for {nodes} node{'s' * (nodes != 1)} go to {where}"
     )
 
@@ -95,8 +97,8 @@ def consumer_lines(listing: Listing, node: SealedTo, found: Recognised | None) -
     example = {"your": "input"} if about is None else dict(about.example)
     return (
         "import os, divault\n"
-        f"client = divault.Client({node.url!r}, os.environ['WALLET_KEY'], node='{node.address}')\n"
-        f"print(client.run({listing.model.text!r}, {example!r}, max_price='{listing.price}').output)"
+        f"with divault.Client({node.url!r}, os.environ['WALLET_KEY'], node='{node.address}') as client:\n"
+        f"    print(client.run({listing.model.text!r}, {example!r}, max_price='{listing.price}').output)"
     )
 
 
