@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
 import secrets
@@ -15,12 +16,12 @@ import pytest
 import pytest_asyncio
 
 from divault.chain.vault import VaultReader
-from divault.errors import ModelUnknown
+from divault.errors import BadRequest, ModelUnknown
 from divault.messages import address_of
-from divault.publishing import Publications, Stage
+from divault.publishing import Listing, Publications, Publisher, SealedTo, Stage
 from divault.testing import TestChain
 from divault.testing.lighthouse import LighthouseDouble
-from divault.values import Digest, ModelId, ModelInfo, Secret
+from divault.values import Digest, ModelId, ModelInfo, Secret, Usdc
 from divault.vault.age import Identity
 from tests.publish_child import POINTS
 
@@ -270,3 +271,16 @@ async def test_somebody_elses_id_is_refused_before_anything_is_sealed(shop: Shop
     assert b"belongs to" in err
     assert not (shop.folder / "stranger").exists()
     assert len(shop.lighthouse.upload.asked) == uploads
+
+
+async def test_content_that_changed_after_it_was_agreed_to_is_not_uploaded(shop: Shop, tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(b"the new content")
+    agreed = Digest(hashlib.sha256(b"the content that was shown").digest())
+    publisher = Publisher(shop.chain.publisher, shop.chain.vault, shop.lighthouse.upload.url)
+    node = SealedTo("http://127.0.0.1:1", shop.chain.publisher.address, Identity.generate().recipient)
+    uploads = len(shop.lighthouse.upload.asked)
+    with pytest.raises(BadRequest, match="changed while it was being published"):
+        await publisher.publish(tmp_path / "model", Listing(ModelId.parse("swapped"), Usdc(0)), [node], expected=agreed)
+
+    assert len(shop.lighthouse.upload.asked) == uploads
+    assert await shop.info("swapped") is None

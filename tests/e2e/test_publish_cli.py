@@ -294,6 +294,13 @@ async def test_content_that_no_node_loads(world: World, tmp_path: Path) -> None:
     assert not (tmp_path / "state" / "published").exists(), "not even sealed"
 
 
+async def test_a_model_that_takes_too_long_to_load(world: World, tmp_path: Path) -> None:
+    told = await refused(world, tmp_path, DIVAULT_LOAD_TIMEOUT_SECONDS="0.01")
+
+    assert "code: deadline_exceeded" in told
+    assert not (tmp_path / "state" / "published").exists(), "not even sealed"
+
+
 class Evil:
     """A pickle that runs a command where nobody stops it."""
 

@@ -24,7 +24,6 @@ import msgspec
 from divault.errors import (
     DeadlineExceeded,
     DivaultError,
-    InputInvalid,
     ModelFailed,
     Overloaded,
     SealedFileDamaged,
@@ -141,11 +140,13 @@ async def _loaded(
 async def _example_warnings(process: Process, description: Description) -> list[str]:
     """Empty when the model answers its own example. Raises ModelFailed when it dies of it."""
     item = wire.Item(msgspec.json.encode(description.example), None)
-    reply = wire.expect(await process.ask(wire.Run(id=wire.new_id(), items=[item])), wire.Answers)
-    (answer,) = reply.items if len(reply.items) == 1 else (None,)
-    if not isinstance(answer, wire.Problem):
+    answers = wire.expect(await process.ask(wire.Run(id=wire.new_id(), items=[item])), wire.Answers).items
+    if len(answers) != 1:
+        raise wire.broken("it answered another number of callers than it was asked for")
+    if not isinstance(answers[0], wire.Problem):
+        wire.check_json(answers[0].result)
         return []
-    problem = wire.reported(answer, (InputInvalid, ModelFailed))
+    problem = wire.reported(answers[0], wire.RUN_ERRORS)
     return [f"it loads, but does not take the inferred example ({problem.detail}): tell consumers what it takes"]
 
 
