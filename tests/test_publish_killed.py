@@ -186,6 +186,22 @@ async def test_registration_that_waits_unmined_is_not_sent_twice(shop: Shop) -> 
     assert await shop.chain.chain.nonce(shop.chain.publisher.address) == nonce
 
 
+async def test_registration_that_waited_is_not_taken_for_one_on_other_terms(shop: Shop) -> None:
+    order = shop.order("terms", Identity.generate())
+    await shop.chain.rpc("evm_setAutomine", False)
+    try:
+        await killed_at(order, "after-sending")
+        again = await child(order | {"price": "0.03"})
+        await asyncio.sleep(1.0)
+        await shop.chain.mine()
+        _, err = await asyncio.wait_for(again.communicate(), 30)
+    finally:
+        await shop.chain.rpc("evm_setAutomine", True)
+
+    assert b"the vault offers terms at 0.02 USDC" in err
+    assert (await run(order))[1] == "None"
+
+
 async def test_registration_that_lost_its_nonce_is_signed_anew(shop: Shop) -> None:
     order = shop.order("overtaken", Identity.generate())
     await killed_at(order, "after-record-sent")

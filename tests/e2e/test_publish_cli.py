@@ -146,7 +146,7 @@ async def test_the_command_of_the_readme_needs_a_key_and_nothing_else(world: Wor
 
 
 async def test_the_owner_opens_what_he_published_unless_he_leaves_himself_out(world: World, tmp_path: Path) -> None:
-    done = await publish(world, tmp_path, "--id", "own-copy", "--yes")
+    done = await publish(world, tmp_path, "--id", "own-copy", "--unchecked", "--yes")
     assert done.status == 0, done.err
     identity = keyfiles.read_identity(tmp_path / "owner.key.age")
     chain_id = world.chain.chain.chain_id
@@ -154,7 +154,7 @@ async def test_the_owner_opens_what_he_published_unless_he_leaves_himself_out(wo
     record = records.find(chain_id, world.chain.vault, ModelId.parse("own-copy"))
     sealed, opened = await fetched(world, json.loads(done.out)["cid"]), io.BytesIO()
     open_stream(io.BytesIO(sealed), opened, [NodeIdentity(identity)])
-    without = await publish(world, tmp_path, "--id", "no-copy", "--no-owner-copy", "--yes")
+    without = await publish(world, tmp_path, "--id", "no-copy", "--no-owner-copy", "--unchecked", "--yes")
     other = records.find(chain_id, world.chain.vault, ModelId.parse("no-copy"))
 
     assert opened.getvalue() == world.trained.path.read_bytes()
@@ -165,9 +165,9 @@ async def test_the_owner_opens_what_he_published_unless_he_leaves_himself_out(wo
 
 
 async def test_the_same_command_once_more_changes_nothing(world: World, tmp_path: Path) -> None:
-    first = await publish(world, tmp_path, "--id", "twice", "--yes")
+    first = await publish(world, tmp_path, "--id", "twice", "--unchecked", "--yes")
     nonce = await world.chain.chain.nonce(world.chain.publisher.address)
-    second = await publish(world, tmp_path, "--id", "twice", "--yes")
+    second = await publish(world, tmp_path, "--id", "twice", "--unchecked", "--yes")
 
     assert (first.status, second.status) == (0, 0), second.err
     assert json.loads(first.out) | {"transaction": None} == json.loads(second.out)
@@ -177,17 +177,26 @@ async def test_the_same_command_once_more_changes_nothing(world: World, tmp_path
 async def test_changed_content_is_published_anew(world: World, tmp_path: Path) -> None:
     model = tmp_path / "model.joblib"
     model.write_bytes(world.trained.path.read_bytes())
-    first = await publish(world, tmp_path, str(model), "--id", "changing", "--yes")
-    import joblib
-
-    estimator = joblib.load(model)
-    estimator[-1].coef_[:] *= 2
-    joblib.dump(estimator, model)
-    second = await publish(world, tmp_path, str(model), "--id", "changing", "--yes")
+    first = await publish(world, tmp_path, str(model), "--id", "changing", "--unchecked", "--yes")
+    model.write_bytes(b"something else")
+    second = await publish(world, tmp_path, str(model), "--id", "changing", "--unchecked", "--yes")
 
     assert (first.status, second.status) == (0, 0), second.err
     assert json.loads(first.out)["cid"] != json.loads(second.out)["cid"]
     assert json.loads(second.out)["cid"] == (await entry(world, "changing"))["cid"]
+
+
+async def test_an_owner_is_told_who_no_longer_opens_it(world: World, tmp_path: Path) -> None:
+    (tmp_path / "node").mkdir()
+    async with world.other_node(tmp_path / "node") as other:
+        both = ("--node", world.node.url, "--node", other.url)
+        first = await publish(world, tmp_path, "--id", "dropping", "--unchecked", "--yes", *both)
+        second = await publish(world, tmp_path, "--id", "dropping", "--unchecked", "--yes")
+
+    assert (first.status, second.status) == (0, 0), second.err
+    assert "for 2 nodes go to" in first.err
+    assert f"no longer opened by: {other.url} (0x" in second.err
+    assert json.loads(first.out)["cid"] != json.loads(second.out)["cid"]
 
 
 async def test_what_cannot_be_tried_here_is_published_unchecked(world: World, tmp_path: Path) -> None:
@@ -263,7 +272,7 @@ async def test_somebody_elses_id(world: World, tmp_path: Path) -> None:
 
 async def test_other_terms_than_the_vault_has(world: World, tmp_path: Path) -> None:
     """They would silently not be what the owner typed."""
-    assert (await publish(world, tmp_path, "--id", "terms", "--yes")).status == 0
+    assert (await publish(world, tmp_path, "--id", "terms", "--unchecked", "--yes")).status == 0
     dearer = await refused(world, tmp_path, "--id", "terms", "--price", "0.03")
     wider = await refused(world, tmp_path, "--id", "terms", "--gate", "open")
 

@@ -22,6 +22,7 @@ from divault.client import AsyncClient
 from divault.client.asynchronous import NodeInfo
 from divault.errors import BadRequest, SettingsInvalid, TransactionFailed
 from divault.publishing import (
+    Cost,
     Listing,
     Publications,
     Published,
@@ -102,7 +103,6 @@ def publish(
 async def _publish(settings: Settings, order: _Order) -> tuple[Published, Recognised | None, SealedTo]:
     nodes = [await _node(node, order.key) for node in order.nodes]
     vault = _vault(settings, nodes)
-    found = await _recognised(settings, order)
     sealed_to = [SealedTo.of(node) for node in nodes]
     chain = Chain(Rpc.parse(settings.web3_provider_url, settings.divault_chain_id), head_ttl_s=0)
     try:
@@ -110,7 +110,9 @@ async def _publish(settings: Settings, order: _Order) -> tuple[Published, Recogn
         async with _store(settings, order.store) as store:
             records = Publications(settings.divault_state_dir / "published")
             publisher = Publisher(Wallet(order.key, chain), vault, store, settings.lighthouse_api_key, records, say)
-            expected = await _agreed(publisher, order, sealed_to, found)
+            cost = await _affordable(publisher, order.listing)
+            found = await _recognised(settings, order)
+            expected = await _agreed(publisher, order, sealed_to, (found, cost))
             with progress(f"storing {order.path.name}") as advance:
                 done = await replace(publisher, progress=advance).publish(
                     order.path, order.listing, sealed_to, owner=order.owner, expected=expected
@@ -129,22 +131,32 @@ async def _recognised(settings: Settings, order: _Order) -> Recognised | None:
     return found
 
 
-async def _agreed(publisher: Publisher, order: _Order, nodes: list[SealedTo], found: Recognised | None) -> Digest:
-    """The sha256 of what the owner agreed to publish, after he saw what it costs. Raises TransactionFailed."""
-    if found is None:
-        sha256, size = await asyncio.to_thread(measure, order.path)
-    else:
-        sha256, size = found.sha256, found.size
-    cost = await publisher.cost(order.listing)
+async def _affordable(publisher: Publisher, listing: Listing) -> Cost:
+    """What the registration costs, if the wallet has it and the id can be had. Raises TransactionFailed, BadRequest."""
+    cost = await publisher.cost(listing)
     if cost.balance < cost.wei:
         raise TransactionFailed(
             f"{publisher.wallet.address} has {offer.eth(cost.balance)} ETH and the registration costs up to "
             f"{offer.eth(cost.wei)}: send it some first; nothing was published",
             reason="insufficient_funds",
         )
+    return cost
+
+
+async def _agreed(
+    publisher: Publisher, order: _Order, nodes: list[SealedTo], told: tuple[Recognised | None, Cost]
+) -> Digest:
+    """The sha256 of what the owner agreed to publish, after he saw who gets it and what it costs."""
+    found, cost = told
+    if found is None:
+        sha256, size = await asyncio.to_thread(measure, order.path)
+    else:
+        sha256, size = found.sha256, found.size
     recipients = [*(node.recipient for node in nodes), *((order.owner,) if order.owner else ())]
     for line in offer.offer_lines(order.listing, nodes, publisher.vault):
         say(line)
+    for node in publisher.dropped(order.listing.model, nodes):
+        say(f"no longer opened by: {node.url} ({node.address}); name it with --node as well to keep it")
     say(offer.cost_line(cost, sealed_size(size, recipients, order.listing.model), order.store, len(nodes)))
     if order.ask:
         typer.confirm("seal, upload and register?", abort=True, err=True)

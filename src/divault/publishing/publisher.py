@@ -26,7 +26,7 @@ from divault.publishing.registration import Cost, Listing, Registry
 from divault.publishing.sealing import is_complete, measure, seal_durably
 from divault.storage.lighthouse import Lighthouse
 from divault.storage.upload import Stored, UploadService, store_file
-from divault.values import Address, Cid, Digest, ModelInfo, Secret
+from divault.values import Address, Cid, Digest, ModelId, ModelInfo, Secret
 from divault.vault.age import Recipient
 
 Advance = Callable[[int, int | None], None]
@@ -81,6 +81,14 @@ class Publisher:
         """
         return await self._registry.cost(listing)
 
+    def dropped(self, model: ModelId, nodes: Sequence[SealedTo]) -> list[SealedTo]:
+        """Nodes that open what was registered from here, and would not open a seal for `nodes`."""
+        if self.records is None:
+            return []
+        before = self.records.find(self.wallet.chain.chain_id, self.vault, model)
+        kept = {node.recipient for node in nodes}
+        return [node for node in (before.nodes if before else ()) if node.recipient not in kept]
+
     async def publish(
         self,
         path: Path,
@@ -101,6 +109,7 @@ class Publisher:
         chain_id = self.wallet.chain.chain_id
         with self._kept() as records, records.locked(chain_id, self.vault, listing.model):
             await self._settle(records, listing)
+            await self._registry.require_offer(listing)  # again: what was settled may be offered otherwise
             order = _Order(path, listing, tuple(nodes), owner)
             publication = await self._kept_publication(records, order)
             if publication is None:
