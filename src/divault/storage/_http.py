@@ -1,4 +1,4 @@
-"""A narrow HTTP/1.1 client for large bodies: GET, guarded redirects, pieces of about 1 MiB.
+"""A narrow HTTP/1.1 client for large bodies: GET, guarded redirects, pieces of up to 4 MiB.
 
 `http.client` in threads of its own: 0.29 s of CPU per GiB on loopback, thread hops included, where aiohttp took 0.35
 without and 0.76 with the hop to the verifying thread. Rules:
@@ -32,8 +32,8 @@ CONNECT_TIMEOUT_S = 10.0
 NO_BYTE_TIMEOUT_S = 30.0
 """What the trustless gateway specification asks of clients."""
 MAX_REDIRECTS = 3
-PIECE_BYTES = 1024 * 1024
-"""One leaf of the default profile; smaller pieces cost more hops between threads."""
+PIECE_BYTES = 4 * 1024 * 1024
+"""Four leaves of the default profile: each piece costs two hops between threads, 0.3 ms together."""
 PIECE_PATIENCE_S = 0.25
 """A slow answer is handed on this often, so that progress and deadlines stay true."""
 _RECEIVE_BYTES = 256 * 1024
@@ -217,7 +217,7 @@ class _Exchange:
         self._window = (time.monotonic(), 0)
 
     def read_piece(self) -> memoryview:
-        """Up to 1 MiB, or what came within a quarter of a second; empty at the end. Good until the next call."""
+        """Up to 4 MiB, or what came within a quarter of a second; empty at the end. Good until the next call."""
         if self.response.getheader("Content-Encoding", "identity").strip().lower() != "identity":
             raise HttpFailed("encoded", "the body is compressed, which was not asked for")
         if self._failed is not None:

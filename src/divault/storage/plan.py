@@ -35,8 +35,10 @@ STALL_S = 5.0
 """So long without a verified block, and the same bytes are asked for elsewhere."""
 SLOW_S = 1.0
 """A span that needs longer than this from now on is shared with whoever is idle."""
-FEW_BLOCKS = 16
-"""So many missing leaves are asked for one by one before ranges of the plain file; also the blocks of one job."""
+BLOCKS_AT_ONCE = 16
+"""Blocks that one job asks for, one after another."""
+FEW_LEAVES = 2
+"""So many missing leaves are asked for one by one before ranges of the plain file."""
 LARGE_NODE_BYTES = 2 * MIB
 """A dag-pb block for more of the file than a block may hold has children, and is fetched before leaves."""
 
@@ -148,12 +150,12 @@ def _orders(peer: Peer, free: Sequence[Wanted], *, small: bool) -> list[tuple[Fo
     leaves = [want for want in free if want.codec == RAW]
     files = [(Form.FILE, leaves)]
     ordered = [(Form.BLOCK, large), (Form.CAR, every), (Form.BLOCK, nodes)]
-    ordered += [(Form.BLOCK, leaves), *files] if len(leaves) <= FEW_BLOCKS else [*files, (Form.BLOCK, leaves)]
+    ordered += [(Form.BLOCK, leaves), *files] if len(leaves) <= FEW_LEAVES else [*files, (Form.BLOCK, leaves)]
     return files + ordered if peer.source.trustless is False else ordered
 
 
 def _blocks(peer: Peer, wants: Sequence[Wanted]) -> Job:
-    chosen = list({want.multihash: want for want in wants}.values())[:FEW_BLOCKS]
+    chosen = list({want.multihash: want for want in wants}.values())[:BLOCKS_AT_ONCE]
     return Job(peer, Form.BLOCK, chosen, range(0))
 
 

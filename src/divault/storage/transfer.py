@@ -190,7 +190,7 @@ class Transfer:
             cid = self._cid if want.size is None else make_cid(1, want.codec, parts.hash_code, parts.digest)
             if self._verifier.wants(want.multihash):
                 block = await short_answer(job.peer.source, cid, job.form, self._verifier.limits.max_block_bytes)
-                await self._use(job, self._accept, want.multihash, block)
+                await self._use(job, self._accept, [(want.multihash, block)])
             job.reached += 1
 
     async def _car(self, job: Job) -> None:
@@ -222,10 +222,12 @@ class Transfer:
         async with aclosing(self._answer(job)) as pieces:
             async for piece in pieces:
                 cutter.feed(piece)
+                ready = []
                 while leaves and (leaf := cutter.take(leaves[0][0], leaves[0][1])) is not None:
-                    await self._use(job, self._accept, leaves[0][2], leaf)
+                    ready.append((leaves[0][2], leaf))
                     job.reached = leaves[0][0] + leaves[0][1]
                     leaves.popleft()
+                await self._use(job, self._accept, ready)
                 if not leaves or leaves[0][0] >= job.span.stop:
                     return
                 cutter.keep(leaves[0][0])
@@ -235,10 +237,11 @@ class Transfer:
         everything = job.whole or job.span == range(self._verifier.size or 0)
         return job.peer.source.read(self._cid, () if everything else (job.span,), job.form)
 
-    def _accept(self, multihash: bytes, data: Piece) -> None:
-        block = check_block(multihash, data, self._verifier.limits)
-        with self._lock:
-            self._verifier.use(block)
+    def _accept(self, blocks: Sequence[tuple[bytes, Piece]]) -> None:
+        for multihash, data in blocks:
+            block = check_block(multihash, data, self._verifier.limits)
+            with self._lock:
+                self._verifier.use(block)
 
     async def _use(self, job: Job, step: Callable[..., object], *arguments: object) -> None:
         """Verify and write in a thread (hashing and writing release the GIL), then tell how far we are."""
