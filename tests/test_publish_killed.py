@@ -9,14 +9,15 @@ import random
 import secrets
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from divault.chain.vault import VaultReader
-from divault.errors import BadRequest, ModelUnknown
+from divault.chain.wallet import SignedTransaction
+from divault.errors import BadRequest, ModelUnknown, TransactionFailed
 from divault.messages import address_of
 from divault.publishing import Listing, Publications, Publisher, SealedTo, Stage
 from divault.testing import TestChain
@@ -212,6 +213,29 @@ async def test_registration_that_lost_its_nonce_is_signed_anew(shop: Shop) -> No
 
     assert (await shop.info("overtaken")).cid == cid
     assert await shop.events("overtaken", REGISTERED) == 1
+
+
+async def test_registration_that_is_refused_is_replaced_under_its_own_nonce(shop: Shop) -> None:
+    """So that one of the two at most is ever mined."""
+    order = shop.order("refused", Identity.generate())
+    await killed_at(order, "after-record-sent")
+    chain, records = shop.chain.chain, shop.records()
+    record = records.unfinished(chain.chain_id, shop.chain.vault, ModelId.parse("refused"))
+    fees = {"maxFeePerGas": 1, "maxPriorityFeePerGas": 1, "type": 2, "chainId": chain.chain_id, "gas": 10**6}
+    raw = shop.chain.publisher._sign(
+        {"to": str(shop.chain.vault), "value": 0, "data": b"", "nonce": record.sent.nonce, **fees}
+    )
+    before = SignedTransaction(Digest.keccak(raw), record.sent.nonce, raw)  # one that pays too little by now
+    records.save(replace(record, sent=before))
+    cid, transaction = await run(order)
+    mined = await chain.transaction(Digest.parse(transaction))
+
+    assert (await shop.info("refused")).cid == cid
+    assert mined.nonce == before.nonce
+    assert mined.hash != before.hash
+    with pytest.raises(TransactionFailed):
+        await chain.send_raw(before.raw)
+    assert await shop.events("refused", REGISTERED) == 1
 
 
 @pytest.mark.parametrize(

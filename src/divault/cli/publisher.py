@@ -200,6 +200,8 @@ async def _node(node: str, key: Secret) -> NodeInfo:
 def _vault(settings: Settings, nodes: list[NodeInfo]) -> Address:
     """The vault of the settings, else that of the nodes, which then have to agree. Raises BadRequest."""
     vault = settings.vault_contract_address or nodes[0].vault
+    if settings.vault_contract_address is None:
+        say(f"VAULT_CONTRACT_ADDRESS is not set, so this takes the vault that {nodes[0].url} names")
     for node in nodes:
         if node.vault != vault:
             raise BadRequest(f"the node {node.url} serves the vault {node.vault}, not {vault}", field="node")
