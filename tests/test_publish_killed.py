@@ -272,6 +272,16 @@ async def test_same_publish_once_more_changes_nothing(shop: Shop) -> None:
     assert await shop.chain.chain.nonce(shop.chain.publisher.address) == nonce
 
 
+async def test_new_content_keeps_tags_and_version(shop: Shop) -> None:
+    order = shop.order("tagged", Identity.generate())
+    entry = (ModelId.parse("tagged"), "bafkqaaa", shop.chain.token, Usdc(20_000), 6, ["tabular"], "7", 100)
+    await shop.chain.call_vault("registerModel", *entry)
+    cid, _ = await run(order)
+    info = await shop.info("tagged")
+
+    assert (info.cid, info.tags, info.version) == (cid, ("tabular",), "7")
+
+
 async def test_damaged_sealed_file_is_sealed_anew(shop: Shop) -> None:
     order = shop.order("damaged", Identity.generate())
     await killed_at(order, "after-record-sealed")

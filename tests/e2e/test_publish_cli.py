@@ -7,11 +7,14 @@ import io
 import json
 import os
 import pickle
+import secrets
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from divault import keyfiles
 from divault.messages import address_of
@@ -103,6 +106,23 @@ async def test_the_printed_lines_run_the_model(world: World, tmp_path: Path) -> 
     assert answer.status == 0, answer.err
     assert "predictions" in answer.out
     assert "\x1b" not in done.out + done.err, "plain lines when piped"
+
+
+async def test_a_folder_is_published_and_its_printed_lines_run_too(world: World, tmp_path: Path) -> None:
+    network = tmp_path / "small-network"
+    network.mkdir()
+    save_file({"0.weight": torch.zeros(3, 4), "0.bias": torch.zeros(3)}, network / "model.safetensors")
+    architecture = {"architecture": {"type": "mlp", "sizes": [4, 3], "activation": "relu"}}
+    (network / "divault.json").write_text(json.dumps(architecture))
+    done = await publish(world, tmp_path, str(network), "--price", "0", "--gate", "open", "--yes")
+    assert done.status == 0, done.err
+    key = {"WALLET_KEY": "0x" + secrets.token_hex(32)}
+    answer = await run(tmp_path, key, "-c", json.loads(done.out)["python"])
+
+    assert "recognised: torch" in done.err
+    assert "warning" not in done.err
+    assert answer.status == 0, answer.err
+    assert "outputs" in answer.out or "predictions" in answer.out
 
 
 async def test_an_owner_sees_format_example_and_cost_before_he_is_asked_once(world: World, tmp_path: Path) -> None:

@@ -33,7 +33,10 @@ _ANY_CID = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """How a model is offered. `token` None: open to every wallet; otherwise `min_balance` raw units open the gate."""
+    """How a model is offered. `token` None: open to every wallet; otherwise `min_balance` raw units open the gate.
+
+    Without tags or version an entry keeps those that it has.
+    """
 
     model: ModelId
     price: Usdc
@@ -41,7 +44,7 @@ class Listing:
     min_balance: int = 0
     category: int = OTHER
     tags: tuple[str, ...] = field(default=())
-    version: str = "1"
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +147,9 @@ class Registry:
 def _call(listing: Listing, cid: str, known: ModelInfo | None) -> tuple[str, tuple[Any, ...]]:
     """Which function of the vault to call, and with what."""
     key = listing.model.key
-    rest = (listing.category, list(listing.tags), listing.version)
     if known is not None:
-        return "updateModelMetadata", (key, cid, *rest[1:])
+        return "updateModelMetadata", (key, cid, list(listing.tags or known.tags), listing.version or known.version)
+    rest = (listing.category, list(listing.tags), listing.version or "1")
     if listing.token is None:
         return "registerOpenModel", (key, cid, listing.price.atomic, *rest)
     return "registerModel", (key, cid, listing.token, listing.price.atomic, *rest, listing.min_balance)
