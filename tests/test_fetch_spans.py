@@ -298,7 +298,7 @@ asyncio.run(fetcher.fetch(parse_cid(cid), progress=lambda done, total: print(don
 """
 
 
-@pytest.mark.parametrize("part", [0.1, 0.6, 0.95])
+@pytest.mark.parametrize("part", [0.1, 0.6, 0.85])
 async def test_a_killed_fetch_goes_on_and_fetches_nothing_twice(bench: Bench, content: bytes, part: float) -> None:
     async def paced(ask: Ask, body: bytes | None, line: Line) -> None:
         await line.head("200 OK", Content_Length=len(body or b""))

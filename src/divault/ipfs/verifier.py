@@ -192,6 +192,11 @@ class Verifier:
         want = next(iter(self._wants.get(multihash, ())), None)
         return None if want is None else Wanted(multihash, want.cid.codec, want.path, want.offset, want.size)
 
+    def leaf_offset(self, multihash: bytes) -> int | None:
+        """Where a verified leaf stands in its file (its first place); None for what is no such leaf."""
+        place = self._leaves.get(multihash)
+        return None if place is None else place.offset
+
     def accept(self, multihash: bytes, data: Bytes) -> bool:
         """True when the block was wanted and is now used; False when nobody asks for it (nothing is looked at).
 
@@ -401,12 +406,17 @@ class CarStream:
     verifier from threads of their own when they share a lock: blocks are hashed outside it.
     """
 
-    def __init__(self, verifier: Verifier, lock: AbstractContextManager[object] | None = None) -> None:
-        self._verifier, self._lock = verifier, lock or nullcontext()
+    def __init__(
+        self, verifier: Verifier, lock: AbstractContextManager[object] | None = None, span: range | None = None
+    ) -> None:
+        """`span`: the bytes of the file that were asked for."""
+        self._verifier, self._lock, self._span = verifier, lock or nullcontext(), span
         self._reader = CarReader(verifier.limits)
         self._received = 0
         self.last: Wanted | None = None
         """The block that was used last, with its place."""
+        self.outside_bytes = 0
+        """Of leaves that came although they lie outside the span."""
 
     def feed(self, piece: Bytes) -> None:
         """Verify and write what ends in this piece.
@@ -420,6 +430,9 @@ class CarStream:
             block = check_block(cid.multihash, data, verifier.limits) if verifier.wants(cid.multihash) else None
             with self._lock:
                 place = verifier.place(cid.multihash)
+                offset = verifier.leaf_offset(cid.multihash) if place is None else place.offset
+                if self._span and offset is not None and cid.codec == RAW and offset not in self._span:
+                    self.outside_bytes += len(data)
                 if block is not None and verifier.use(block):
                     self.last = place
                 elif not verifier.accept(cid.multihash, data):  # asked for by now, when another stream brought its node

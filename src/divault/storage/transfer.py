@@ -44,6 +44,8 @@ MAX_WAITS = 5
 """So often a transfer waits for busy sources before it gives up."""
 MAX_STRIKES = 3
 """So often in a row a source that had delivered may fail to answer before it is left alone."""
+MAX_OUTSIDE_BYTES = 1024 * 1024
+"""More of the file than this beside the span that was asked for, and the source does not know ranges."""
 QUARANTINE_S = 600.0
 """So long a source that sent a wrong block is not asked for the same content again, while there are others."""
 
@@ -194,26 +196,35 @@ class Transfer:
             job.reached += 1
 
     async def _car(self, job: Job) -> None:
-        stream = CarStream(self._verifier, self._lock)
+        stream = CarStream(self._verifier, self._lock, None if job.whole else job.span)
         async with aclosing(self._answer(job)) as pieces:
             async for piece in pieces:
                 await self._use(job, stream.feed, piece)
-                if self._has_enough(job, stream.last):
+                if self._has_enough(job, stream):
                     return
         stream.finish()
 
-    def _has_enough(self, job: Job, last: Wanted | None) -> bool:
+    def _has_enough(self, job: Job, stream: CarStream) -> bool:
         """True when the rest of the answer is of no use to this job."""
         if self._verifier.complete:
             return True
+        if stream.outside_bytes > MAX_OUTSIDE_BYTES and not job.whole:
+            self._take_whole(job)
+            return not job.whole
+        last = stream.last
         if last is None or not job.span or (last.size or 0) > LARGE_NODE_BYTES:
             return False
         if last.offset in job.span:
             job.reached = max(job.reached, min(last.offset + (last.size or 0), job.span.stop))
-        elif not job.whole and job.reached == job.span.start > 0:
-            job.peer.whole_only = True  # asked for a place in the middle, it sends the file from its start
-            return True
         return job.reached >= job.span.stop and not left_of(job, self._missing())
+
+    def _take_whole(self, job: Job) -> None:
+        """A source sends all to everybody: the first request that is under way there is to bring the rest, too."""
+        job.peer.whole_only = True
+        others = [other for other in self._running.values() if other.peer is job.peer and other.form is Form.CAR]
+        if not any(other.whole for other in others):
+            first = min(others, key=lambda other: other.span.start)
+            first.whole, first.span = True, range(first.span.start, self._verifier.size or 0)
 
     async def _file(self, job: Job) -> None:
         """Raw leaves out of the plain file; each is hashed before it counts."""
