@@ -75,7 +75,9 @@ async def publish(order: dict[str, Any], point: str) -> None:
         Secret.of_text(order["api_key"]), upload_url=order["upload"], gateway_urls=[order["gateway"]]
     )
     records = StoppingRecords(Path(order["folder"]), point)
-    listing = Listing(ModelId.parse(order["model"]), Usdc.parse(order.get("price", "0.02")), Address.parse(order["token"]), 100)
+    listing = Listing(
+        ModelId.parse(order["model"]), Usdc.parse(order.get("price", "0.02")), Address.parse(order["token"]), 100
+    )
     node = SealedTo("http://127.0.0.1:1", wallet.address, Recipient.parse(order["recipient"]))
 
     def advance(done: int, total: int | None) -> None:
