@@ -9,13 +9,24 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "divault"
-PROOFS = ("SignedCall", "Principal", "Grant", "Hold", "VerifiedBlob", "OpenedModel", "Output", "Receipt")
+PROOFS = (
+    "SignedCall",
+    "Principal",
+    "Grant",
+    "Hold",
+    "VerifiedBlob",
+    "VerifiedFolder",
+    "OpenedModel",
+    "Output",
+    "Receipt",
+)
 PARTS = {
     "SignedCall": "api",
     "Principal": "auth",
     "Grant": "chain",
     "Hold": "payments",
     "VerifiedBlob": "storage",
+    "VerifiedFolder": "storage",
     "OpenedModel": "workers",
     "Output": "workers",
     "Receipt": "receipts",

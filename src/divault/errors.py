@@ -272,10 +272,10 @@ class RequestRunning(PaymentError):
 
 
 class SealError(DivaultError):
-    """The sealed file and the key do not fit together."""
+    """The sealed file and the key do not fit together; `file` names which, where the model is a folder of them."""
 
     receipt = True
-    fields: ClassVar[tuple[str, ...]] = ("cid",)
+    fields: ClassVar[tuple[str, ...]] = ("cid", "file")
 
 
 class WrongKey(SealError):

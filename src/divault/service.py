@@ -21,7 +21,7 @@ from divault.errors import CidMismatch, DivaultError, ModelNotLoaded, NotOperato
 from divault.ipfs.cid import parse_cid
 from divault.limits import RefusalBudget, WalletLimits, WrongKeys
 from divault.payments import Ledger, Payments
-from divault.storage.cache import CiphertextCache
+from divault.storage.cache import CiphertextCache, Freed
 from divault.storage.fetcher import Fetcher
 from divault.storage.kavach import KeyAccess
 from divault.telemetry import log
@@ -126,8 +126,8 @@ class Service:
                 raise ModelNotLoaded(f"{model} is not loaded here", model_id=model.text)
             return model
 
-    async def clear_caches(self, call: SignedCall) -> tuple[int, int]:
-        """Unload all models and drop all cached ciphertext, for an operator. Gives (models, bytes) freed."""
+    async def clear_caches(self, call: SignedCall) -> tuple[int, Freed]:
+        """Unload all models and drop all cached ciphertext, for an operator; how many models, and what was freed."""
         principal = await self._authenticator.authenticate(call)
         with _named(principal):
             if principal.user not in self._operators:

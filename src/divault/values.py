@@ -387,6 +387,14 @@ class VerifiedBlob:
 
 
 @dataclass(frozen=True, slots=True)
+class VerifiedFolder:
+    """Proof of what the directory `cid` holds: paths and content ids of its files, in order. `storage` makes it."""
+
+    cid: Cid
+    files: tuple[tuple[str, Cid], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryFile:
     """A sealed memory file (memfd): its name inside the model, its descriptor in this process, its size in bytes."""
 

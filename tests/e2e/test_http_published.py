@@ -175,6 +175,8 @@ async def test_a_cleared_cache_says_what_was_freed(world: World) -> None:
     assert (status, body["status"]) == (200, "success")
     assert body["models_unloaded"] >= 1
     assert body["bytes_freed"] > 0
+    assert body["entries_freed"] >= 1
+    assert body["entries_in_use"] == 0
     assert (await world.request("GET", "/api/v1/models"))[1]["count"] == 0
     assert (await send(world, await signed(world, model, key)))[0] == 200, "it is fetched anew"
 

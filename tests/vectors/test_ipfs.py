@@ -22,6 +22,7 @@ from divault.ipfs.limits import Limits
 from divault.ipfs.verifier import CarStream, Verifier
 from divault.ipfs.walk import file_bytes, file_size, raw_cid, walk
 from tests.test_fetch_faults import SCENARIOS
+from divault.storage.folders import read_folder
 from tests.vectors_root import vectors_root
 
 FOLDER = vectors_root() / "ipfs"
@@ -254,3 +255,26 @@ async def test_http_scenario_ends_as_described(case: dict[str, Any], tmp_path: P
 def test_every_group_of_the_vectors_is_read(vectors_dir: Path) -> None:
     assert vectors_dir / "ipfs" == FOLDER
     assert all(VECTORS[group] for group in ("car", "ranges", "dag_pb", "cid_strings", "http_scenarios"))
+
+
+FOLDERS = [case for case in VECTORS["car"] if case["op"] == "dir"]
+ABOUT_FILES = {"HashMismatch", "Truncated", "MissingBlock", "CarMalformed", "SizeExceeded", "TooManyExtraBytes"}
+
+
+@pytest.mark.parametrize("case", FOLDERS, ids=lambda case: case["id"])
+def test_a_listing_names_what_a_full_reading_finds(case: dict[str, Any]) -> None:
+    """Names, shards and limits are judged alike, whether the files' bytes are wanted or not."""
+    expect = case["expect"]
+    try:
+        found: set[str] | str = {
+            name for name, _ in read_folder(parse_cid(case["root"]), car_of(case), limits_of(case)).files
+        }
+    except ContentInvalid as err:
+        found = type(err).__name__
+
+    if "entries" in expect:
+        assert found == set(expect["entries"])
+    elif isinstance(found, str):
+        assert found in expect["error_any_of"] + (case.get("alt_errors") or [])
+    else:
+        assert set(expect["error_any_of"]) <= ABOUT_FILES | {"UnixFSInvalid", "BlockTooLarge"}

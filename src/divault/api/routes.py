@@ -119,8 +119,12 @@ def _add_models(router: APIRouter, node: Node) -> None:
     async def clear(request: Request) -> Response:
         """Unload all models and drop cached ciphertext. ERC-8128 headers of an operator."""
         models, freed = await node.service.clear_caches(await _call(node, request))
-        message = f"{models} models unloaded, {freed} bytes of ciphertext dropped"
-        return _json({"status": "success", "message": message, "models_unloaded": models, "bytes_freed": freed})
+        message = (
+            f"{models} models unloaded, {freed.entries} files and {freed.bytes} bytes of ciphertext dropped, "
+            f"{freed.in_use} in use kept"
+        )
+        told = {"models_unloaded": models, "entries_freed": freed.entries, "bytes_freed": freed.bytes}
+        return _json({"status": "success", "message": message, **told, "entries_in_use": freed.in_use})
 
 
 def _add_inference(router: APIRouter, node: Node) -> None:

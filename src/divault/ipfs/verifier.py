@@ -131,14 +131,25 @@ class _Place(NamedTuple):
 class Verifier:
     """Assembles the file (or, with `directory=True`, all files) under a root from blocks of any origin.
 
+    With `listing=True` as well only the directory itself: `entries` names its files, whose bytes are not asked for.
     Not thread-safe; use it from one thread at a time (`check_block`, the costly part, from any).
     """
 
-    def __init__(self, root: Cid, output: Output, limits: Limits | None = None, *, directory: bool = False) -> None:
+    def __init__(
+        self,
+        root: Cid,
+        output: Output,
+        limits: Limits | None = None,
+        *,
+        directory: bool = False,
+        listing: bool = False,
+    ) -> None:
         """Raises UnsupportedCodec, UnsupportedHash, InsecureHash for the root; with an identity root anything."""
         self.limits = limits or Limits()
         self.files: dict[str, int] = {}
         """Sizes of the files found so far, by path; the single file has the empty path."""
+        self.entries: dict[str, CidParts] = {}
+        """Of a listing: the files by path, each by the content id that its directory names."""
         self.bytes_written = 0
         """Verified file bytes in the output."""
         self.node_bytes = 0
@@ -147,7 +158,7 @@ class Verifier:
         """Bytes of all blocks used, repeats counted."""
         self.nodes: dict[bytes, Shell] = {}
         """Verified dag-pb blocks by multihash, in the order in which they came."""
-        self._output = output
+        self._output, self._listing = output, listing
         self._wants: dict[bytes, list[_Want]] = {}
         self._leaves: dict[bytes, _Place] = {}
         self._inline: dict[bytes, _Place] = {}
@@ -309,6 +320,10 @@ class Verifier:
             raise NotADirectory("the root is a file")
         if want.role is _Role.SHARD:
             raise UnixFSInvalid("a shard that is a file")
+        if self._listing:
+            self._remember_shell(want.cid, block, (len(block), len(block)))
+            self._list(want.path, want.cid)
+            return
         self._begin_file(want, node.size)
         self._remember_shell(want.cid, block, node.data)
         start, end = node.data
@@ -396,7 +411,16 @@ class Verifier:
             )
         names.add(folded(name))
         path = f"{want.path}/{name}" if want.path else name
+        if self._listing and link.cid.codec == RAW:
+            check_policy(link.cid)
+            self._list(path, link.cid)
+            return
         self._want(_Want(link.cid, _Role.ENTRY, want.depth + 1, path))
+
+    def _list(self, path: str, cid: CidParts) -> None:
+        if len(self.entries) >= self.limits.max_entries:
+            raise TooManyNodes(f"over {self.limits.max_entries} files")
+        self.entries[path] = cid
 
 
 class CarStream:

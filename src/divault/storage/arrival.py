@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from divault.storage.cache import Entry, OnDisk
-from divault.values import Cid, VerifiedBlob
+from divault.values import Cid, VerifiedBlob, VerifiedFolder
 
 Progress = Callable[[int, int], None]
 """Called with verified bytes and total bytes, from the event loop."""
@@ -131,3 +131,25 @@ class Arrival:
             self._stored, self._fd = stored, os.dup(stored.fd)
         elif self._stored is not stored:
             raise FileReplaced
+
+
+class FolderArrival:
+    """A directory whose list is verified, and whose files come when they are asked for."""
+
+    def __init__(self, folder: VerifiedFolder, file: Callable[[Cid], Arrival]) -> None:
+        self.folder = folder
+        self._file = file
+
+    @property
+    def cid(self) -> Cid:
+        """Of the directory."""
+        return self.folder.cid
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Paths of its files, in order."""
+        return tuple(name for name, _ in self.folder.files)
+
+    def file(self, name: str) -> Arrival:
+        """The file of that path; use it as an async context manager."""
+        return self._file(dict(self.folder.files)[name])

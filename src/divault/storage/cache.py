@@ -12,6 +12,8 @@ Rules:
 4. Nothing in use goes: readers and writers hold a lock (flock) on the content file, also across processes.
 5. A part that a dead process left is taken over: what is verified in it need not be fetched again.
 6. Plaintext never comes here.
+
+A directory has an entry of its own (`.folder`): its dag-pb blocks as a CAR. The files in it are entries like any other.
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ import secrets
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from divault.errors import ContentInvalid, HashMismatch, SettingsInvalid, StorageFailed
-from divault.ipfs.cid import RAW, multihash
+from divault.errors import ContentInvalid, HashMismatch, InvalidCID, SettingsInvalid, StorageFailed
+from divault.ipfs.cid import RAW, make_cid, multihash, split_cid
 from divault.ipfs.limits import Limits
 from divault.ipfs.verifier import Shell, Verifier, Wanted, check_block
 from divault.values import Cid
@@ -41,8 +43,11 @@ from divault.values import Cid
 Bytes = bytes | bytearray | memoryview
 _NODES = ".nodes"
 _PART = ".part"
+_FOLDER = ".folder"
 HASHERS = min(4, os.cpu_count() or 1)
 """Threads that verify one cached file: sha256 releases the interpreter, so each core adds its 1.7 GiB/s."""
+_NODES_SHARE = 2048
+"""Room for nodes: they take a twenty-thousandth of a file in the default profile, and ten times that in the oldest."""
 _RECORD = struct.Struct(">BIII")
 """Of a node: lengths of multihash, head and tail, and how many bytes of the file stand between the two."""
 
@@ -54,6 +59,59 @@ class Usage:
     bytes: int
     entries: int
     max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """What a removal did: entries and bytes that went (unfinished parts count as bytes), and how many are in use."""
+
+    entries: int
+    bytes: int
+    in_use: int
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A file of the cache with its nodes: bytes, and when it was used last (unix seconds)."""
+
+    path: Path
+    size: int
+    used_at: float
+
+    @property
+    def partial(self) -> bool:
+        """It is not complete, and may be gone on with."""
+        return self.path.name.endswith(_PART)
+
+    @property
+    def folder(self) -> bool:
+        """It is a directory's list of files."""
+        return self.path.name.endswith(_FOLDER)
+
+    @property
+    def in_use(self) -> bool:
+        """Somebody reads or writes it now."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    @property
+    def cid(self) -> Cid | None:
+        """What it holds, in version 1; None for the name of an inline content."""
+        codec, _, spelled = self.path.name.partition(".")[0].partition("-")
+        try:
+            parts, _ = split_cid(bytes([1, int(codec, 16)]) + bytes.fromhex(spelled))
+        except (ValueError, InvalidCID):
+            return None
+        return make_cid(1, parts.codec, parts.hash_code, parts.digest)
 
 
 class CiphertextCache:
@@ -111,50 +169,95 @@ class CiphertextCache:
                 raise StorageFailed("the cache can't lock its files", reason="disk")
             return Part(self, path, alone, fd)
 
-    def make_room(self, size: int, but: Path) -> None:
-        """Evict until `size` more bytes fit beside everything except the file `but`.
+    def folder(self, cid: Cid) -> bytes | None:
+        """The CAR of a directory's blocks that was kept, unverified; None when there is none. Blocking."""
+        path = self._path(cid).with_suffix(_FOLDER)
+        try:
+            with path.open("rb") as file:
+                os.utime(file.fileno())
+                return file.read()
+        except OSError:
+            return None
 
-        Raises StorageFailed (`cache_full`).
-        """
-        with self._lock, _disk_errors():
-            files = sorted(self._contents(but), key=lambda file: file.used_at)
-            total = sum(file.size for file in files)
-            for file in files:
-                if total + size <= self.max_bytes:
-                    return
-                if _remove_unused(file.path):
-                    total -= file.size
-            if total + size > self.max_bytes:
-                raise StorageFailed(
-                    f"{size} bytes don't fit into the cache of {self.max_bytes}, of which {total} are in use; raise its"
-                    " bound or unload models",
-                    reason="cache_full",
-                )
+    def keep_folder(self, cid: Cid, car: bytes | None) -> None:
+        """Keep the verified blocks of a directory, or drop what is kept (None). Raises StorageFailed. Blocking."""
+        path = self._path(cid).with_suffix(_FOLDER)
+        if car is None:
+            self._discard(path)
+            return
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_PART}")
+        with _disk_errors(), self._changing():
+            self._make_room(len(car), part)
+            try:
+                with os.fdopen(_append(part), "wb") as file:
+                    file.write(car)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
 
-    def clear(self) -> int:
-        """Remove everything that is not in use; the bytes freed."""
+    def take_room(self, part: Part, size: int) -> None:
+        """Evict until the part has room for `size` bytes, and take it. Raises StorageFailed (`cache_full`, `disk`)."""
+        with _disk_errors(), self._changing():
+            self._make_room(size + size // _NODES_SHARE, part.path)
+            os.ftruncate(part.fd, size)
+            if size:
+                _allocate(part.fd, size)
+
+    def _make_room(self, size: int, but: Path) -> None:
+        files = sorted(self.contents(but), key=lambda file: file.used_at)
+        total = sum(file.size for file in files)
+        for file in files:
+            if total + size <= self.max_bytes:
+                return
+            if _remove_unused(file.path):
+                total -= file.size
+        if total + size > self.max_bytes:
+            raise StorageFailed(
+                f"{size} bytes don't fit into the cache of {self.max_bytes}, of which {total} are in use; raise its"
+                " bound or unload models",
+                reason="cache_full",
+            )
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """One thread of one process at a time decides what goes and what comes, so that the bound holds for all."""
         with self._lock:
-            return sum(file.size for file in list(self._contents()) if _remove_unused(file.path))
+            fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                yield
+            finally:
+                os.close(fd)
+
+    def clear(self) -> Freed:
+        """Remove everything that is not in use, and say what went. Blocking. Raises StorageFailed (`disk`)."""
+        with _disk_errors(), self._changing():
+            return self.remove(list(self.contents()))
+
+    def remove(self, files: Sequence[Content]) -> Freed:
+        """Remove these as far as nobody uses them."""
+        gone = [file for file in files if _remove_unused(file.path)]
+        entries = sum(not file.partial for file in gone)
+        return Freed(entries, sum(file.size for file in gone), len(files) - len(gone))
 
     def usage(self) -> Usage:
         """What is there now."""
-        files = list(self._contents())
-        entries = sum(not file.path.name.endswith(_PART) for file in files)
-        return Usage(sum(file.size for file in files), entries, self.max_bytes)
+        files = list(self.contents())
+        return Usage(sum(file.size for file in files), sum(not file.partial for file in files), self.max_bytes)
 
     def _path(self, cid: Cid) -> Path:
         key = multihash(cid)
         spelled = key.hex() if len(key) <= 72 else "long-" + hashlib.sha256(key).hexdigest()
         return self._directory / f"{cid.codec:x}-{spelled}"
 
-    def _contents(self, but: Path | None = None) -> Iterator[_Content]:
+    def contents(self, but: Path | None = None) -> Iterator[Content]:
         """Entries and parts, each with its nodes."""
         for path in self._directory.iterdir():
             if path.name.endswith(_NODES) or path == but:
                 continue
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()
-                yield _Content(path, stat.st_size + _size(_nodes_of(path)), stat.st_mtime)
+                yield Content(path, stat.st_size + _size(_nodes_of(path)), stat.st_mtime)
 
     def _discard(self, path: Path) -> None:
         with contextlib.suppress(OSError):
@@ -172,13 +275,6 @@ class Entry:
     def close(self) -> None:
         """Give up this hold; copies of the descriptor (`os.dup`) keep theirs."""
         self._unlock()
-
-
-@dataclass(frozen=True, slots=True)
-class _Content:
-    path: Path
-    size: int
-    used_at: float
 
 
 class OnDisk:
@@ -230,14 +326,14 @@ class Part(OnDisk):
 
     def __init__(self, cache: CiphertextCache, final: Path, path: Path, fd: int) -> None:
         super().__init__(fd, os.fstat(fd).st_size)
-        self._cache, self._final, self._path = cache, final, path
+        self._cache, self._final, self.path = cache, final, path
         self._unlock = weakref.finalize(self, os.close, fd)
         self._restoring = False
         self._nodes: BinaryIO = os.fdopen(_append(_nodes_of(path)), "ab")
 
     def restore(self, verifier: Verifier, moved: Callable[[OnDisk], object] | None = None) -> None:
         """Give the verifier what an earlier try left here and still hashes right. Blocking; `moved` as in `open`."""
-        nodes, whole = _read_nodes(self._path)
+        nodes, whole = _read_nodes(self.path)
         self._restoring = True
         with _disk_errors():
             os.ftruncate(self._nodes.fileno(), whole)
@@ -247,11 +343,7 @@ class Part(OnDisk):
     def begin(self, path: str, size: int) -> None:
         """Make room in the cache and on the disk, before the content comes. Raises StorageFailed."""
         del path
-        self._cache.make_room(size, self._path)
-        with _disk_errors():
-            os.ftruncate(self.fd, size)
-            if size:
-                _allocate(self.fd, size)
+        self._cache.take_room(self, size)
         self.size = self.expected = size
 
     def write(self, path: str, offset: int, data: Bytes) -> None:
@@ -285,8 +377,8 @@ class Part(OnDisk):
             self._nodes.close()
             # No sync: every read verifies again, so what a crash of the machine leaves under the final name is whole or
             # fetched anew, and a sync would cost seconds per GiB before a model can be used.
-            _nodes_of(self._path).replace(_nodes_of(self._final))
-            self._path.replace(self._final)
+            _nodes_of(self.path).replace(_nodes_of(self._final))
+            self.path.replace(self._final)
             fcntl.flock(self.fd, fcntl.LOCK_SH)
         self._unlock.detach()
         return Entry(self._final, self.size, self.fd)
@@ -299,8 +391,8 @@ class Part(OnDisk):
             self._nodes.close()
         if remove:
             with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
-                _nodes_of(self._path).unlink(missing_ok=True)
+                self.path.unlink(missing_ok=True)
+                _nodes_of(self.path).unlink(missing_ok=True)
         self._unlock()
 
 

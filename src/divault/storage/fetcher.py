@@ -12,19 +12,21 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 
-from divault.errors import ContentInvalid, StorageFailed
-from divault.ipfs.cid import check_policy, multihash
+from divault.errors import ContentInvalid, NotAFile, StorageFailed
+from divault.ipfs.cid import DAG_PB, check_policy, multihash
 from divault.ipfs.limits import Limits
 from divault.ipfs.verifier import Verifier
-from divault.storage.arrival import Arrival, Flow, Progress
+from divault.storage.arrival import Arrival, Flow, FolderArrival, Progress
 from divault.storage.cache import CiphertextCache, Entry, Part
+from divault.storage.folders import fetch_folder, kept_folder
 from divault.storage.source import Storage
 from divault.storage.transfer import NODE_REASONS, SOURCE_FAULTS, Quarantine, Transfer, in_thread, named
-from divault.values import Cid, VerifiedBlob
+from divault.values import Cid, VerifiedBlob, VerifiedFolder
 
 
 class Fetcher:
@@ -50,15 +52,12 @@ class Fetcher:
         From the cache when it is there (every byte hashed again), else from the sources. Raises StorageFailed with the
         reason, ContentInvalid where bytes or structure were refused: SizeExceeded, NotAFile for a directory, ...
         """
-        async with self.arriving(cid, progress=progress) as arrival:
+        async with self.file(cid, progress=progress) as arrival:
             return await arrival.blob()
 
-    def arriving(self, cid: Cid, *, progress: Progress | None = None) -> Arrival:
+    def file(self, cid: Cid, *, progress: Progress | None = None) -> Arrival:
         """The file while it comes, as a context manager; what is wrong shows when it is waited for, as in `fetch`."""
-        try:
-            check_policy(cid)
-        except ContentInvalid as err:
-            raise named(err, cid) from err
+        _check(cid)
         key = (cid.codec, multihash(cid))
         flow = self._flows.get(key)
         if flow is None:
@@ -66,6 +65,25 @@ class Fetcher:
         if progress is not None:
             flow.listeners.append(progress)
         return Arrival(cid, flow, partial(self._leave, key, flow))
+
+    @asynccontextmanager
+    async def arriving(self, cid: Cid) -> AsyncIterator[Arrival | FolderArrival]:
+        """What the root is while it comes: a file, or a directory whose list is complete. Raises as `fetch`."""
+        _check(cid)
+        folder = await in_thread(kept_folder, cid, self._cache, self._limits) if cid.codec == DAG_PB else None
+        if folder is None:
+            async with self.file(cid) as arrival:
+                if await _is_file(arrival):
+                    yield arrival
+                    return
+            folder = await self._folder(cid)
+        yield FolderArrival(folder, self.file)
+
+    async def _folder(self, cid: Cid) -> VerifiedFolder:
+        try:
+            return await fetch_folder(cid, self._sources, self._cache, self._limits, self._quarantine)
+        except StorageFailed as err:
+            raise named(err, cid) from err
 
     async def _leave(self, key: tuple[int, bytes], flow: Flow) -> None:
         """The last waiter goes: nobody needs the transfer any more."""
@@ -100,3 +118,19 @@ class Fetcher:
             raise
         finally:
             part.close(remove=not (keep and verifier.bytes_written))
+
+
+def _check(cid: Cid) -> None:
+    try:
+        check_policy(cid)
+    except ContentInvalid as err:
+        raise named(err, cid) from err
+
+
+async def _is_file(arrival: Arrival) -> bool:
+    """Once its root block is verified. Raises what else is wrong with it."""
+    try:
+        await arrival.size()
+    except NotAFile:
+        return False
+    return True

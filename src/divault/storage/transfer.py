@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from divault.errors import (
     BlockTooLarge,
@@ -26,10 +26,9 @@ from divault.errors import (
     TooManyExtraBytes,
     Truncated,
 )
-from divault.ipfs.cid import make_cid, split_cid
+from divault.ipfs.cid import make_cid, multihash, split_cid
 from divault.ipfs.verifier import CarStream, Verifier, Wanted, check_block
 from divault.storage.arrival import Progress
-from divault.storage.cache import Part
 from divault.storage.plan import LARGE_NODE_BYTES, Job, Peer, left_of, next_job
 from divault.storage.source import Form, Piece, Storage, short_answer
 from divault.values import Cid
@@ -54,6 +53,13 @@ NODE_REASONS = ("disk", "cache_full")
 SOURCE_FAULTS = (HashMismatch, CarMalformed, Truncated, TooManyExtraBytes, BlockTooLarge, MissingBlock)
 """Kinds of ContentInvalid that say something about the answer; all others are about the content itself."""
 _SILENT = ("unreachable", "timeout")
+
+
+class Flushed(Protocol):
+    """What the verifier writes into; nothing is held back after `flush`."""
+
+    def flush(self) -> None:
+        """Called after every step."""
 
 
 class Quarantine:
@@ -83,7 +89,7 @@ class Transfer:
         cid: Cid,
         sources: Sequence[Storage],
         verifier: Verifier,
-        part: Part,
+        part: Flushed,
         progress: Progress,
         quarantine: Quarantine | None = None,
     ) -> None:
@@ -189,7 +195,8 @@ class Transfer:
     async def _blocks(self, job: Job) -> None:
         for want in job.wants:
             parts, _ = split_cid(b"\x01" + bytes([want.codec]) + want.multihash)
-            cid = self._cid if want.size is None else make_cid(1, want.codec, parts.hash_code, parts.digest)
+            is_root = want.multihash == multihash(self._cid)
+            cid = self._cid if is_root else make_cid(1, want.codec, parts.hash_code, parts.digest)
             if self._verifier.wants(want.multihash):
                 block = await short_answer(job.peer.source, cid, job.form, self._verifier.limits.max_block_bytes)
                 await self._use(job, self._accept, [(want.multihash, block)])
@@ -249,8 +256,8 @@ class Transfer:
         return job.peer.source.read(self._cid, () if everything else (job.span,), job.form)
 
     def _accept(self, blocks: Sequence[tuple[bytes, Piece]]) -> None:
-        for multihash, data in blocks:
-            block = check_block(multihash, data, self._verifier.limits)
+        for key, data in blocks:
+            block = check_block(key, data, self._verifier.limits)
             with self._lock:
                 self._verifier.use(block)
 

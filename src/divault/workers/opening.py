@@ -26,12 +26,12 @@ import os
 import socket
 import sys
 from array import array
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -55,10 +55,13 @@ from divault.vault.archive import MAX_FILES, MAX_NAME_BYTES
 from divault.vault.keys import KeySearch, KeySource, SealFormat, costs_a_derivation
 from divault.vault.sealed import Preamble, Spelling, payload_key, plain_size, read_preamble
 from divault.workers.opening_child import MAX_MESSAGE_BYTES, PLACE_BYTES, VERIFIED
+from divault.workers.opening_folder import Budget, OpenedFile, merged, model_names
 
 T = TypeVar("T")
 
 _DESCRIPTOR = array("i")
+FILES_AT_ONCE = 3
+"""Of a folder: a process for each, and enough to hide their start."""
 PREAMBLE_BYTES = 256 * 1024
 """Header and what stands before the payload lie within: 64 KiB of header, a third more in armor, and some space."""
 
@@ -89,6 +92,15 @@ class _Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ref
 
 
 @dataclass(frozen=True, slots=True)
+class _Keys:
+    """What may open the files of one call."""
+
+    grant: Grant
+    sources: Sequence[KeySource]
+    search: KeySearch | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Order:
     """What the process is told, without the key."""
 
@@ -110,72 +122,87 @@ class Opener:
         self._derivations = ThreadPoolExecutor(1, thread_name_prefix="derivation")
 
     async def open(
-        self, file: Arriving | VerifiedBlob, grant: Grant, sources: Sequence[KeySource], search: KeySearch | None = None
+        self,
+        source: Arriving | ArrivingFolder | VerifiedBlob,
+        grant: Grant,
+        sources: Sequence[KeySource],
+        search: KeySearch | None = None,
     ) -> OpenedModel:
-        """The plaintext of the file as sealed memory files, authenticated to its end; the caller closes them.
+        """The plaintext of a file, or of every file of a folder, as sealed memory files; the caller closes them.
 
-        `search` is asked when no source has a key. Raises what it raises and what the file's arrival raises, and
-        WrongKey, SealedFileDamaged, UnsupportedModel (the tar inside breaks a rule), TooLarge, StorageFailed (the
-        cached file is gone), Overloaded (no memory), DeadlineExceeded, ModelFailed (the process died).
+        All of it is authenticated to its end. `search` is asked when no source has a key. Raises what it raises and
+        what the arrival raises, and WrongKey, SealedFileDamaged, UnsupportedModel (the tar or the folder breaks a
+        rule), TooLarge, StorageFailed (the cached file is gone), Overloaded (no memory), DeadlineExceeded, ModelFailed
+        (the process died).
         """
-        arriving = Arrived(file) if isinstance(file, VerifiedBlob) else file
+        keys = _Keys(grant, sources, search)
+        if isinstance(source, VerifiedBlob):
+            source = Arrived(source)
+        try:
+            if isinstance(source, Arriving):
+                opened = await self._open_file(source, keys, Budget(self._max_bytes))
+                return _model(source.cid, grant, opened.files, Digest(bytes.fromhex(opened.sha256)))
+            files, digest = await self._open_folder(source, keys)
+            return _model(source.cid, grant, files, digest)
+        except SealError as err:
+            err.data.setdefault("cid", source.cid.text)
+            raise
+        finally:
+            if isinstance(source, Arrived):
+                source.restart()
+
+    async def _open_folder(self, folder: ArrivingFolder, keys: _Keys) -> tuple[tuple[MemoryFile, ...], Digest]:
+        """Each file of the folder, or the tar that is its only one."""
+        names = model_names(folder.names)
+        budget, turns = Budget(self._max_bytes), asyncio.Semaphore(FILES_AT_ONCE)
+
+        async def one(path: str) -> OpenedFile:
+            async with turns, folder.file(path) as arriving:
+                try:
+                    return await self._open_file(arriving, keys, budget)
+                except SealError as err:
+                    raise type(err)(f"{path} of the folder: {err.detail}", **err.data, file=path) from err
+
+        opened = await _all_or_none([one(path) for path in names])
+        if len(opened) == 1:
+            return opened[0].files, Digest(bytes.fromhex(opened[0].sha256))
+        with _closed_on_failure([file.fd for each in opened for file in each.files]):
+            return merged(list(names.values()), opened)
+
+    async def _open_file(self, arriving: Arriving, keys: _Keys, budget: Budget) -> OpenedFile:
         try:
             async with asyncio.timeout(None) as limit, _clock(arriving, limit, self._timeout_s):
                 while True:
                     try:
-                        return await self._open(arriving, grant, sources, search)
+                        return await self._open(arriving, keys, budget)
                     except FileReplaced:
                         arriving.restart()
         except TimeoutError:
             told = f"{self._timeout_s:g}"
             raise DeadlineExceeded(f"opening the model took longer than {told} s", limit_s=told) from None
-        except SealError as err:
-            err.data.setdefault("cid", arriving.cid.text)
-            raise
-        finally:
-            if isinstance(arriving, Arrived):
-                arriving.restart()
 
     def close(self) -> None:
         """Let the derivation thread end; a running derivation is waited for."""
         self._derivations.shutdown()
 
-    async def _open(
-        self, arriving: Arriving, grant: Grant, sources: Sequence[KeySource], search: KeySearch | None
-    ) -> OpenedModel:
+    async def _open(self, arriving: Arriving, keys: _Keys, budget: Budget) -> OpenedFile:
         size = await arriving.size()
         await arriving.upto(PREAMBLE_BYTES)
         # In the page cache since it was verified: reading it costs no more than a change of threads.
         preamble, _ = read_preamble(io.BytesIO(os.pread(arriving.fd, PREAMBLE_BYTES, 0)))
-        order = self._order(preamble, size)
-        attempt = partial(self._attempt, preamble, order, arriving, grant)
+        budget.take(arriving, _plain_size(preamble, size))
+        attempt = partial(self._attempt, preamble, self._order(preamble, size), arriving, keys.grant)
         try:
-            answer, descriptors = await attempt(sources)
+            answer, descriptors = await attempt(keys.sources)
         except WrongKey:
-            if search is None:
+            if keys.search is None:
                 raise
-            answer, descriptors = await _first_opened(search.candidates(preamble.header, grant), attempt)
+            answer, descriptors = await _first_opened(keys.search.candidates(preamble.header, keys.grant), attempt)
         with _closed_on_failure(descriptors):
-            blob = await arriving.blob()
-            files = _checked_files(answer, descriptors, self._max_bytes)
-            return OpenedModel(
-                model=grant.model.model,
-                cid=blob.cid,
-                plaintext_sha256=Digest(bytes.fromhex(answer.sha256)),
-                size=sum(file.size for file in files),
-                files=files,
-            )
+            await arriving.blob()
+            return OpenedFile(answer.sha256, _checked_files(answer, descriptors, self._max_bytes))
 
     def _order(self, preamble: Preamble, size: int) -> _Order:
-        plain = plain_size(preamble, size)
-        # An armored file tells its size only roughly; the process may write no more than the limit in any case.
-        if plain > self._max_bytes and preamble.spelling is Spelling.BINARY:
-            raise TooLarge(
-                f"the model has {plain} bytes after opening, this node takes {self._max_bytes}",
-                limit_bytes=self._max_bytes,
-                have_bytes=plain,
-                limit="model",
-            )
         iv = preamble.salt.hex() if preamble.format is SealFormat.LIGHTHOUSE else ""
         armored = preamble.spelling is Spelling.ARMORED
         return _Order(preamble.format.value, armored, preamble.size, iv, self._max_bytes, size)
@@ -211,6 +238,31 @@ async def _in_thread(threads: ThreadPoolExecutor | None, work: Callable[[], T]) 
     return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
+def _plain_size(preamble: Preamble, size: int) -> int:
+    """An armored file tells its size only roughly: 0, and the process may write no more than the limit in any case."""
+    return plain_size(preamble, size) if preamble.spelling is Spelling.BINARY else 0
+
+
+def _model(cid: Cid, grant: Grant, files: tuple[MemoryFile, ...], digest: Digest) -> OpenedModel:
+    size = sum(file.size for file in files)
+    return OpenedModel(model=grant.model.model, cid=cid, plaintext_sha256=digest, size=size, files=files)
+
+
+async def _all_or_none(works: Sequence[Coroutine[Any, Any, OpenedFile]]) -> list[OpenedFile]:
+    """What all of them give; when one fails, the others end and what they opened is closed."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+            for file in ended.files if isinstance(ended, OpenedFile) else ():
+                os.close(file.fd)
+        raise
+
+
+@runtime_checkable
 class Arriving(Protocol):
     """A file that is verified from its start on, perhaps still on its way; `divault.storage.arrival` is one."""
 
@@ -233,6 +285,21 @@ class Arriving(Protocol):
 
     def restart(self) -> None:
         """Let go of the file; `upto` gives it anew."""
+
+
+class ArrivingFolder(Protocol):
+    """A folder whose list is verified, and whose files come when they are asked for."""
+
+    @property
+    def cid(self) -> Cid:
+        """Of the folder."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Paths of its files."""
+
+    def file(self, name: str) -> contextlib.AbstractAsyncContextManager[Arriving]:
+        """One of them."""
 
 
 class Arrived:
