@@ -130,11 +130,13 @@ class CiphertextCache:
                 setting="MODEL_CACHE_DIR",
             ) from err
 
-    def open(self, cid: Cid, limits: Limits, moved: Callable[[OnDisk], object] | None = None) -> Entry | None:
+    def open(
+        self, cid: Cid, limits: Limits, moved: Callable[[OnDisk], object] | None = None, *, touch: bool = True
+    ) -> Entry | None:
         """The entry, locked and every byte verified just now; None when there is none.
 
         A damaged one is removed, so None too. Blocking: hashes at about 1.5 GiB/s and core. `moved` is told, from the
-        threads that hash, whenever more of the file is verified.
+        threads that hash, whenever more of the file is verified. `touch`: it counts as used.
         """
         path = self._path(cid)
         fd = _lock_shared(path)
@@ -150,7 +152,8 @@ class CiphertextCache:
             self._discard(path)
             os.close(fd)
             return None
-        os.utime(fd)
+        if touch:
+            os.utime(fd)
         return Entry(path, checked.size, fd)
 
     def begin(self, cid: Cid) -> Part:
