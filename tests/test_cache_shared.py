@@ -43,6 +43,7 @@ def fetcher(cache: CiphertextCache, gateway: FaultGateway | ContentStore) -> Fet
 _CHILD = """
 import asyncio, hashlib, random, sys
 from pathlib import Path
+from divault.ipfs.cid import parse_cid
 from divault.storage.cache import CiphertextCache
 from divault.storage.fetcher import Fetcher
 from divault.storage.gateway import GatewayStorage

@@ -79,6 +79,7 @@ STORAGE_REASONS = {
     "cid_mismatch": "a storage service names another CID than the one computed here; nothing is published",
     "file": "the file to upload can't be read",
     "disk": "the node's own disk",
+    "cache_damaged": "`divault cache verify` found damaged entries and removed them",
     "cache_full": "content that is in use fills the cache: raise `DIVAULT_CACHE_MAX_MB`",
     "cache_file_gone": "somebody removed a file from the cache",
 }
