@@ -73,8 +73,13 @@ def parse_header(data: bytes) -> Header:
 
 def encode_header(stanzas: Sequence[Stanza], mac: Callable[[bytes], bytes]) -> bytes:
     """The bytes of a header; `mac` gets the bytes it has to cover and gives 32."""
-    covered = VERSION_LINE + b"".join(map(_encode_stanza, stanzas)) + b"---"
-    return covered + b" " + encode_base64(mac(covered)) + b"\n"
+    return _with_mac(VERSION_LINE + b"".join(map(_encode_stanza, stanzas)) + b"---", mac)
+
+
+def extend_header(header: Header, stanzas: Sequence[Stanza], mac: Callable[[bytes], bytes]) -> bytes:
+    """A header with further stanzas behind its own, which stay byte for byte; `mac` as in `encode_header`."""
+    covered = header.covered[:-3] + b"".join(map(_encode_stanza, stanzas)) + b"---"
+    return _with_mac(covered, mac)
 
 
 def encode_base64(data: bytes) -> bytes:
@@ -154,6 +159,10 @@ def _check_factor(text: str) -> None:
         _refuse("its scrypt work factor is malformed or far too large")
     if int(text) > MAX_WORK_FACTOR:
         _refuse(f"its scrypt work factor is {text}, and this program stops at {MAX_WORK_FACTOR} (1 GiB of memory)")
+
+
+def _with_mac(covered: bytes, mac: Callable[[bytes], bytes]) -> bytes:
+    return covered + b" " + encode_base64(mac(covered)) + b"\n"
 
 
 def _encode_stanza(stanza: Stanza) -> bytes:

@@ -92,7 +92,7 @@ def payload_key(preamble: Preamble, sources: Sequence[KeySource], grant: Grant |
         header = parse_header(preamble.header)
         age.check_mac(key, header)
         if grant is not None:
-            _require_sealed_for(grant.model.model, header)
+            require_sealed_for(grant.model.model, header)
         return age.payload_key(key, preamble.salt)
     raise WrongKey(_no_key(preamble))
 
@@ -121,11 +121,18 @@ def seal_stream(
     Nodes open it for `model` alone, where that is given. Raises BadRequest for no recipient, a recipient of low order,
     and a passphrase beside anything else.
     """
+    return sealing_sink(sink, recipients, model).drain(source)
+
+
+def sealing_sink(
+    sink: Writer, recipients: Sequence[age.Recipient | age.Passphrase], model: ModelId | None = None
+) -> stream.SealingSink:
+    """As `seal_stream`, for a plaintext that comes by and by: what is written to the result, until its `finish`."""
     beside = [] if model is None else [Stanza(_FOR_MODEL, (str(model.key),), b"")]
     header, file_key = age.new_header(recipients, beside)
     nonce = secrets.token_bytes(age.PAYLOAD_NONCE_BYTES)
     write_all(sink, memoryview(header + nonce))
-    return stream.seal_payload(age.payload_key(file_key, nonce).reveal(), source, sink)
+    return stream.SealingSink(age.payload_key(file_key, nonce).reveal(), sink)
 
 
 def plain_size(preamble: Preamble, file_size: int) -> int:
@@ -136,7 +143,8 @@ def plain_size(preamble: Preamble, file_size: int) -> int:
     return stream.plain_size(max(0, decoded - preamble.size))
 
 
-def _require_sealed_for(model: ModelId, header: Header) -> None:
+def require_sealed_for(model: ModelId, header: Header) -> None:
+    """Raises UnsupportedModel for a seal that names other models alone; one that names none is for every model."""
     named = [stanza.args for stanza in header.stanzas if stanza.kind == _FOR_MODEL]
     if named and (str(model.key),) not in named:
         raise UnsupportedModel(

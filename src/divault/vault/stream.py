@@ -65,19 +65,50 @@ def open_payload(key: bytes, source: Reader, sink: Writer) -> int:
 
 def seal_payload(key: bytes, source: Reader, sink: Writer) -> int:
     """Write the payload of everything in `source`; the number of plaintext bytes."""
-    aead = ChaCha20Poly1305(key)
-    plain, sealed = memoryview(bytearray(BATCH * CHUNK + 1)), memoryview(bytearray(BATCH * SEALED_CHUNK))
-    held = counter = total = 0
-    while True:
-        filled = held + fill(source, plain[held:])
-        ends = filled < len(plain)
-        batch = plain[: filled if ends else -1]
-        total += len(batch)
-        write_all(sink, sealed[: _seal_batch(aead, batch, sealed, counter, ends=ends)])
-        if ends:
-            return total
-        plain[:1] = plain[-1:]
-        held, counter = 1, counter + BATCH
+    return SealingSink(key, sink).drain(source)
+
+
+class SealingSink:
+    """Writes the payload of all that is written to it, in constant memory. Without `finish` the payload is cut."""
+
+    def __init__(self, key: bytes, sink: Writer) -> None:
+        self._aead, self._sink = ChaCha20Poly1305(key), sink
+        self._plain, self._sealed = (
+            memoryview(bytearray(BATCH * CHUNK + 1)),
+            memoryview(bytearray(BATCH * SEALED_CHUNK)),
+        )
+        self._held = self._counter = 0
+
+    def write(self, data: memoryview, /) -> int:
+        """The number of bytes taken: as many as there is room for."""
+        count = min(len(data), len(self._plain) - self._held)
+        self._plain[self._held : self._held + count] = data[:count]
+        self._add(count)
+        return count
+
+    def drain(self, source: Reader) -> int:
+        """Seal everything in `source`, and finish; the number of plaintext bytes."""
+        while count := fill(source, self._plain[self._held :]):
+            self._add(count)
+        return self.finish()
+
+    def finish(self) -> int:
+        """Write the last chunk; the number of plaintext bytes in all."""
+        self._seal(self._plain[: self._held], ends=True)
+        return self._counter * CHUNK + self._held
+
+    def _add(self, count: int) -> None:
+        self._held += count
+        if self._held < len(self._plain):
+            return
+        # The one byte more shows that the batch before it does not hold the last chunk.
+        self._seal(self._plain[:-1], ends=False)
+        self._plain[:1] = self._plain[-1:]
+        self._held, self._counter = 1, self._counter + BATCH
+
+    def _seal(self, batch: memoryview, *, ends: bool) -> None:
+        done = _seal_batch(self._aead, batch, self._sealed, self._counter, ends=ends)
+        write_all(self._sink, self._sealed[:done])
 
 
 def _nonce(counter: int, *, last: bool) -> bytes:
