@@ -39,3 +39,15 @@ def test_example_of_the_readme_works_against_the_demo(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert len(example.strip().splitlines()) <= 12
     assert re.search(r"for 0\.02 USDC, receipt 0x[0-9a-f]{64}", done.stdout)
+
+
+@pytest.mark.timeout(60)
+def test_page_of_ones_own_gateway_fetches_and_refuses(tmp_path: Path) -> None:
+    done = run_script(script(ROOT / "docs/how-to/run-against-your-own-gateway.md"), tmp_path, timeout_s=55)
+
+    assert done.returncode == 0, done.stdout
+    assert "200 0\n" in done.stdout
+    assert "5000000 bytes, verified" in done.stdout
+    assert "300000 bytes, verified" in done.stdout
+    assert "storage_failed HashMismatch" in done.stdout
+    assert list((tmp_path / "cache").iterdir()) == []

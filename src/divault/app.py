@@ -31,7 +31,7 @@ from divault.chain.gates import Gates
 from divault.chain.rpc import Rpc
 from divault.chain.vault import VaultReader
 from divault.errors import SettingsInvalid, StorageFailed
-from divault.health import Health
+from divault.health import Health, Probe
 from divault.limits import PeerLimits, RefusalBudget, WalletLimits, WrongKeys
 from divault.messages import NodeDescriptor, authority_of
 from divault.payments import Ledger, Payments, Terms, TransferCredit
@@ -238,7 +238,10 @@ async def _node(
     return Node(
         service=service,
         envelopes=Envelopes(authenticator),
-        health=_health(identities, gateways, workers, ledger, chain),
+        health=Health(
+            _probes(identities, gateways, workers, ledger, chain)
+            | ({"key_nodes": kavach.probe} if settings.divault_kavach_delegation else {})
+        ),
         gates=gates,
         ledger=ledger,
         workers=workers,
@@ -261,24 +264,19 @@ def require_sandbox(settings: Settings, workers: WorkerPool) -> None:
         _log.warning("workers are not fully confined", level=have, accepts="models of formats without code only")
 
 
-def _health(
+def _probes(
     identities: Identities, gateways: Sequence[GatewayStorage], workers: WorkerPool, ledger: Ledger, chain: Chain
-) -> Health:
+) -> dict[str, Probe]:
     async def access() -> str:
         digest = Digest.keccak(str(time.time()).encode())
         messages.require_signer(digest, messages.signature_text(identities.key, digest), identities.address)
         return "signed and verified a message"
 
     async def storage() -> str:
-        failed = ""
-        for gateway in gateways:
-            try:
-                trustless = await gateway.probe()
-            except StorageFailed as err:
-                failed = err.detail
-                continue
-            return f"{gateway.name} answers" + ("" if trustless else ", plain files only")
-        raise StorageFailed(f"no gateway answers: {failed}")
+        found = await asyncio.gather(*map(_reachable, gateways))
+        if not any(answers for answers, _ in found):
+            raise StorageFailed(f"no gateway answers: {'; '.join(words for _, words in found)}")
+        return "; ".join(words for _, words in found)
 
     async def engine() -> str:
         return await workers.probe()
@@ -291,15 +289,22 @@ def _health(
         block = await chain.head(fresh=True)
         return f"chain {chain.chain_id} at block {block.number}"
 
-    return Health(
-        {
-            "access_validator": access,
-            "lighthouse_client": storage,
-            "inference_engine": engine,
-            "ledger": books,
-            "chain": head,
-        }
-    )
+    return {
+        "access_validator": access,
+        "lighthouse_client": storage,
+        "inference_engine": engine,
+        "ledger": books,
+        "chain": head,
+    }
+
+
+async def _reachable(gateway: GatewayStorage) -> tuple[bool, str]:
+    """Whether it answers, and as what; the fetcher asks it accordingly from then on."""
+    try:
+        trustless = await gateway.probe()
+    except StorageFailed as err:
+        return False, err.detail
+    return True, f"{gateway.name} answers" + ("" if trustless else ", plain files only")
 
 
 def _describer(settings: Settings, contracts: Contracts, identities: Identities, url: str, workers: WorkerPool) -> Any:

@@ -12,10 +12,11 @@ from divault import app
 from divault.chain import contracts, erc20
 from divault.chain.chain import Chain
 from divault.chain.rpc import Rpc
-from divault.errors import DivaultError, SettingsInvalid
+from divault.errors import DivaultError, SettingsInvalid, StorageFailed
 from divault.settings import MB, Settings
 from divault.state import State
 from divault.storage.gateway import GatewayStorage
+from divault.storage.kavach import Kavach
 from divault.values import Usdc
 from divault.workers.pool import WorkerPool
 
@@ -48,6 +49,8 @@ async def diagnose(settings: Settings) -> list[Finding]:
             ("gateways", lambda: _gateways(settings)),
             ("sandbox", lambda: _sandbox(settings)),
         ]
+        if settings.divault_kavach_delegation:
+            tests.append(("key nodes", lambda: _key_nodes(settings)))
         return [await _run(name, test) for name, test in tests]
     finally:
         await chain.close()
@@ -121,15 +124,32 @@ async def _clock(chain: Chain) -> str:
 
 
 async def _gateways(settings: Settings) -> str:
-    answers = []
+    """Each of them: one that does not answer costs every load time, so it is a fault although others serve."""
+    answers, silent = [], []
     for url in settings.gateway_urls:
         gateway = GatewayStorage(url)
         try:
             kind = "trustless" if await gateway.probe() else "plain files only"
             answers.append(f"{gateway.name} ({kind})")
+        except StorageFailed as err:
+            silent.append(err.detail)
         finally:
             gateway.close()
+    if silent:
+        raise SettingsInvalid(
+            f"{'; '.join(silent)}: start it or take it out of DIVAULT_GATEWAY_URLS"
+            + (f"; {', '.join(answers)} answer" if answers else ""),
+            setting="DIVAULT_GATEWAY_URLS",
+        )
     return ", ".join(answers)
+
+
+async def _key_nodes(settings: Settings) -> str:
+    kavach = Kavach(settings.divault_lighthouse_encryption_url)
+    try:
+        return await kavach.probe()
+    finally:
+        await kavach.close()
 
 
 async def _sandbox(settings: Settings) -> str:

@@ -15,6 +15,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -95,6 +96,11 @@ class Kavach:
         if not isinstance(message, str) or not 0 < len(message) <= _MAX_MESSAGE:
             raise reply.failed("gave no message to sign", reason="malformed")
         return message
+
+    async def probe(self) -> str:
+        """Words about the host, when it gives messages to sign (to no wallet in particular). Raises StorageFailed."""
+        await self.auth_message(Address(secrets.token_bytes(20)))
+        return f"{self.name} gives messages to sign"
 
     async def authorise(self, key: Secret) -> Authorisation:
         """The proof of a wallet whose signing key is here. Ends earlier ones of this address (rule 3)."""
