@@ -53,7 +53,7 @@ from sklearn.tree import DecisionTreeClassifier
 
 from divault.errors import UnsupportedModel
 from divault.models import pickles
-from divault.models.files import ModelFile
+from divault.values import MemoryFile
 
 RANDOM = np.random.RandomState(0)
 ROWS = RANDOM.rand(60, 4)
@@ -116,11 +116,11 @@ ORDINARY: dict[str, tuple[Any, Any, Any]] = {
 
 
 @contextlib.contextmanager
-def memory_file(content: bytes) -> Iterator[ModelFile]:
+def memory_file(content: bytes) -> Iterator[MemoryFile]:
     fd = os.memfd_create("model")
     try:
         os.write(fd, content)
-        yield ModelFile("model", fd, len(content))
+        yield MemoryFile("model", fd, len(content))
     finally:
         os.close(fd)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from divault import models
 from divault.errors import DivaultError, SealedFileDamaged, UnsupportedModel
 from divault.models import pickles
-from divault.models.files import ModelFile
 from divault.values import MemoryFile
 
 LIMITS = {
@@ -59,8 +58,8 @@ def _read(path: Path) -> dict[str, object]:
         os.lseek(fd, 0, os.SEEK_SET)
         # A file that holds data and no model is refused as a model; the corpus asks for what the pickle's loader says.
         verdicts = {"model": _verdict(lambda: models.load([MemoryFile("model", fd, len(data))], "cpu"))}
-        if pickles.looks_pickled(ModelFile("model", fd, len(data))):
-            verdicts["pickle"] = _verdict(lambda: pickles.load(ModelFile("model", fd, len(data))))
+        if pickles.looks_pickled(MemoryFile("model", fd, len(data))):
+            verdicts["pickle"] = _verdict(lambda: pickles.load(MemoryFile("model", fd, len(data))))
         return verdicts | {"compiled": list(_compiled)}
     finally:
         os.close(fd)

@@ -25,15 +25,23 @@ def formats() -> list[ModelFormat]:
     return [HuggingFace(), TorchState(), SklearnPickle()]
 
 
-def load(files: Sequence[MemoryFile], device: str) -> LoadedModel:
-    """The model in these files. Raises UnsupportedModel (`seen` says what they are), SealedFileDamaged."""
-    for model_format in formats():
+def code_formats() -> list[ModelFormat]:
+    """Formats whose files bring code that runs while they load or answer."""
+    return []
+
+
+def load(files: Sequence[MemoryFile], device: str, *, allow_code: bool = False) -> LoadedModel:
+    """The model in these files. `allow_code`: code-bearing formats run too, which only a confined process may do.
+
+    Raises UnsupportedModel (`seen` says what they are), SealedFileDamaged.
+    """
+    known = code_formats() + formats() if allow_code else formats()
+    for model_format in known:
         if model_format.recognises(files):
             return model_format.load(files, device)
     from divault.models import unsupported
-    from divault.models.files import ModelFile
 
-    seen = unsupported.name([ModelFile(file.name, file.fd, file.size) for file in files])
+    seen = unsupported.name(files)
     raise UnsupportedModel(
         f"this node does not load {seen}; it loads: {unsupported.SUPPORTED_TEXT}",
         seen=seen,

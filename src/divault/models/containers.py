@@ -13,7 +13,7 @@ import zipfile
 from enum import StrEnum
 
 from divault.errors import SealedFileDamaged, UnsupportedModel
-from divault.models.folder import path_of, read_at
+from divault.models.files import path_of, read_at
 from divault.values import MemoryFile
 
 MAX_HEADER_BYTES = 16 << 20

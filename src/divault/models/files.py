@@ -1,78 +1,114 @@
-"""The files of an opened model as a format sees them: sealed memory files behind descriptors of this process."""
+"""The files of an opened model: sealed memory files, read in bounded pieces and by name, never unpacked to disk.
+
+>>> Folder([]).names
+()
+"""
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
-from divault.errors import UnsupportedModel
+from divault.errors import SealedFileDamaged
+from divault.values import MemoryFile
 
 HEAD_BYTES = 4096
 """How much of a file recognition looks at: every magic number, and the start of a zip's first entry."""
-MAX_TEXT_BYTES = 64 << 20
-"""Largest JSON file of a model; tokenizers of large vocabularies have 30 MB."""
+MAX_JSON_BYTES = 16 << 20
+"""Configurations have kilobytes; a label list of a large classifier has less than one MiB."""
+_FOR_PEOPLE = ("README", "LICENSE", "DIVAULT.JSON")
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFile:
-    """One file: its name inside the model, its descriptor here, its size in bytes. It never changes."""
+class Folder:
+    """Files by name. A tar of one directory counts as that directory: its name is dropped."""
 
-    name: str
-    fd: int
-    size: int
+    def __init__(self, files: Sequence[MemoryFile]) -> None:
+        self._files = {file.name: file for file in files}
+        tops = {name.partition("/")[0] for name in self._files}
+        if len(tops) == 1 and all("/" in name for name in self._files):
+            self._files = {name.partition("/")[2]: file for name, file in self._files.items()}
 
     @property
-    def path(self) -> str:
-        """A path that opens the same bytes anew, with an offset of its own."""
-        return f"/proc/self/fd/{self.fd}"
+    def names(self) -> tuple[str, ...]:
+        """Names of all files, in the archive's order."""
+        return tuple(self._files)
 
-    def head(self, count: int = HEAD_BYTES) -> bytes:
-        """The first bytes, without moving anybody's offset."""
-        return os.pread(self.fd, count, 0)
+    @property
+    def files(self) -> tuple[MemoryFile, ...]:
+        """All files, in the archive's order."""
+        return tuple(self._files.values())
 
-    def open(self) -> BinaryIO:
-        """A buffered reader from the start."""
-        return Path(self.path).open("rb")
+    def find(self, name: str) -> MemoryFile | None:
+        """The file of that name, if there is one."""
+        return self._files.get(name)
 
-    def map(self) -> mmap.mmap:
-        """The whole file as read-only memory. Raises UnsupportedModel for an empty one."""
-        if not self.size:
-            raise UnsupportedModel(f"the file {self.name} of the model is empty", seen="an empty file")
-        with self.open() as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def text(self, name: str, max_bytes: int = MAX_JSON_BYTES) -> bytes | None:
+        """Content of a small file; None where it is missing. Raises SealedFileDamaged over `max_bytes`."""
+        file = self._files.get(name)
+        return None if file is None else read_whole(file, max_bytes)
 
-    def read(self, limit: int = MAX_TEXT_BYTES) -> bytes:
-        """All bytes. Raises UnsupportedModel over the limit."""
-        if self.size > limit:
-            raise UnsupportedModel(f"{self.name} has {self.size} bytes, at most {limit} are read", seen="a large file")
-        return os.pread(self.fd, self.size, 0) if self.size < 1 << 30 else self.open().read()
+    def json(self, name: str) -> Any:
+        """A JSON file's value; None where it is missing. Raises SealedFileDamaged for anything else than JSON."""
+        data = self.text(name)
+        if data is None:
+            return None
+        try:
+            return msgspec.json.decode(data)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as err:
+            raise SealedFileDamaged(f"{name} is not JSON: {str(err)[:100]}", stage="payload") from None
+
+    def json_object(self, name: str) -> dict[str, Any]:
+        """A JSON object; empty where the file is missing. Raises SealedFileDamaged."""
+        value = self.json(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise SealedFileDamaged(f"{name} holds no JSON object", stage="payload")
+        return value
 
 
-def base_name(file: ModelFile) -> str:
+def only_file(files: Sequence[MemoryFile]) -> MemoryFile | None:
+    """The one file that isn't for people or for this node (`README`, `LICENSE`, `divault.json`); None for several."""
+    rest = [file for file in files if not base_name(file).upper().startswith(_FOR_PEOPLE)]
+    return rest[0] if len(rest) == 1 else None
+
+
+def base_name(file: MemoryFile) -> str:
     """The last part of the file's name."""
     return file.name.rpartition("/")[2]
 
 
-def top_folder(files: Sequence[ModelFile]) -> dict[str, ModelFile]:
-    """Files by name, without the one folder that all of them lie in, if there is one."""
-    names = [file.name for file in files]
-    first = names[0].partition("/")[0] + "/"
-    if all(name.startswith(first) for name in names):
-        return {file.name.removeprefix(first): file for file in files}
-    return {file.name: file for file in files}
+def head(file: MemoryFile, count: int = HEAD_BYTES) -> bytes:
+    """The first bytes, without moving the descriptor's position."""
+    return read_at(file, 0, count)
 
 
-def json_object(file: ModelFile) -> dict[str, object]:
-    """The JSON object in a file. Raises UnsupportedModel when it is none."""
-    try:
-        return msgspec.json.decode(file.read(), type=dict[str, object])
-    except (msgspec.MsgspecError, RecursionError) as err:
-        raise UnsupportedModel(
-            f"{file.name} is not a JSON object: {err}", seen=f"a damaged {base_name(file)}"
-        ) from None
+def read_at(file: MemoryFile, offset: int, count: int) -> bytes:
+    """Up to `count` bytes from `offset`, without moving the descriptor's position."""
+    pieces = []
+    while count > 0 and (piece := os.pread(file.fd, count, offset)):
+        pieces.append(piece)
+        offset += len(piece)
+        count -= len(piece)
+    return b"".join(pieces)
+
+
+def read_whole(file: MemoryFile, max_bytes: int) -> bytes:
+    """All bytes. Raises SealedFileDamaged over `max_bytes`."""
+    if file.size > max_bytes:
+        raise SealedFileDamaged(f"{file.name} has {file.size} bytes, at most {max_bytes} are read", stage="payload")
+    return read_at(file, 0, file.size)
+
+
+def path_of(file: MemoryFile) -> str:
+    """A path that libraries can open and map; it is the memory file, nothing lies on disk."""
+    return f"/proc/self/fd/{file.fd}"
+
+
+def opened(file: MemoryFile) -> BinaryIO:
+    """A buffered reader from the start, with an offset of its own."""
+    return Path(path_of(file)).open("rb")

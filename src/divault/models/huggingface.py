@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
 from divault.models.base import Answer, Description, Inputs
-from divault.models.folder import Folder
+from divault.models.files import Folder
 from divault.models.huggingface_files import (
     SUPPORTED,
     config_of,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from divault.errors import SealedFileDamaged, UnsupportedModel
 from divault.models.containers import Container, container_of
-from divault.models.folder import Folder
+from divault.models.files import Folder
 from divault.values import MemoryFile
 
 if TYPE_CHECKING:

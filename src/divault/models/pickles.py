@@ -26,7 +26,8 @@ from typing import Any, ClassVar, NoReturn
 from divault.errors import UnsupportedModel
 from divault.models import rebuilding
 from divault.models.allowed import resolve
-from divault.models.files import ModelFile
+from divault.models.files import head, opened
+from divault.values import MemoryFile
 
 RATIO = 50
 FREE_BYTES = 32 << 20
@@ -54,16 +55,17 @@ _SPARSE_STATE = frozenset(
 """Attributes of a CSR or CSC matrix; any other could stand in the place of a method."""
 
 
-def looks_pickled(file: ModelFile) -> bool:
+def looks_pickled(file: MemoryFile) -> bool:
     """True for a pickle of protocol 2 to 5, plain or under zlib, gzip, bz2 or xz (as joblib writes them)."""
-    head = file.head(64)
-    return _starts_pickle(head) or (_inflater(head) is not None and _starts_pickle(_first_bytes(file.head(_BZ2_BLOCK))))
+    start = head(file, 64)
+    packed = _inflater(start) is not None
+    return _starts_pickle(start) or (packed and _starts_pickle(_first_bytes(head(file, _BZ2_BLOCK))))
 
 
-def load(file: ModelFile) -> Any:
+def load(file: MemoryFile) -> Any:
     """The object in the file. Raises UnsupportedModel naming the first global that is not allowed, or the damage."""
-    with file.open() as raw:
-        inflate = _inflater(file.head(16))
+    with opened(file) as raw:
+        inflate = _inflater(head(file, 16))
         source = _Source(raw.read, file.size) if inflate is None else _Inflated(raw.read, inflate, file.size)
         try:
             return _Loader(source).load_checked()
@@ -74,21 +76,24 @@ def load(file: ModelFile) -> Any:
             ) from err
 
 
-def _starts_pickle(head: bytes) -> bool:
+def _starts_pickle(start: bytes) -> bool:
     return (
-        len(head) > 2 and head[0] == 0x80 and head[1] in _PICKLE_PROTOCOLS and b"\x8a\nl\xfc\x9cF\xf9" not in head[:16]
+        len(start) > 2
+        and start[0] == 0x80
+        and start[1] in _PICKLE_PROTOCOLS
+        and b"\x8a\nl\xfc\x9cF\xf9" not in start[:16]
     )
 
 
-def _inflater(head: bytes) -> Callable[[bytes, int], bytes] | None:
+def _inflater(start: bytes) -> Callable[[bytes, int], bytes] | None:
     """A function (more input, most output) -> output, chosen by the magic number; None for no compression."""
-    if head.startswith(b"\x1f\x8b"):
+    if start.startswith(b"\x1f\x8b"):
         return _ZlibStream(31).decompress
-    if len(head) > 1 and head[0] == 0x78 and int.from_bytes(head[:2], "big") % 31 == 0:
+    if len(start) > 1 and start[0] == 0x78 and int.from_bytes(start[:2], "big") % 31 == 0:
         return _ZlibStream(15).decompress
-    if head.startswith(b"BZh"):
+    if start.startswith(b"BZh"):
         return bz2.BZ2Decompressor().decompress
-    if head.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
+    if start.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
         return lzma.LZMADecompressor(memlimit=_LZMA_MEMORY).decompress
     return None
 
@@ -104,10 +109,10 @@ class _ZlibStream:
         return self._inner.decompress(self._inner.unconsumed_tail + data, most)
 
 
-def _first_bytes(head: bytes) -> bytes:
-    inflate = _inflater(head)
+def _first_bytes(start: bytes) -> bytes:
+    inflate = _inflater(start)
     try:
-        return inflate(head, 64) if inflate else b""
+        return inflate(start, 64) if inflate else b""
     except (zlib.error, lzma.LZMAError, OSError, EOFError):
         return b""
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from divault.errors import UnsupportedModel
-from divault.models.folder import Folder
+from divault.models.files import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor

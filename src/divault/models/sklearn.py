@@ -16,12 +16,10 @@ from typing import Any
 from divault.errors import UnsupportedModel
 from divault.models import pickles
 from divault.models.base import Answer, Description, Inputs, LoadedModel
-from divault.models.files import ModelFile, base_name
+from divault.models.files import only_file
 from divault.models.rows import RowSpec, TextSpec
 from divault.values import MemoryFile
 
-_BESIDE = ("README", "LICENSE", "DIVAULT.JSON")
-"""Files beside a model that are for people."""
 _LIBRARIES = ("numpy", "scipy", "scikit-learn")
 
 
@@ -30,12 +28,12 @@ class SklearnPickle:
 
     def recognises(self, files: Sequence[MemoryFile]) -> bool:
         """Whether the model is one file and that is a pickle, plain or compressed."""
-        file = _only(files)
+        file = only_file(files)
         return file is not None and pickles.looks_pickled(file)
 
     def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
         """The estimator. Raises UnsupportedModel naming the first global that is not allowed."""
-        file = _only(files)
+        file = only_file(files)
         if file is None:
             raise UnsupportedModel("a scikit-learn model is one file", seen="several files")
         _configure()
@@ -95,13 +93,6 @@ class Estimator:
         if self._classes is not None:
             properties["classes"] = {"type": "array", "const": self._classes}
         return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-def _only(files: Sequence[MemoryFile]) -> ModelFile | None:
-    """The one file that isn't for people."""
-    found = [ModelFile(file.name, file.fd, file.size) for file in files]
-    rest = [file for file in found if not base_name(file).upper().startswith(_BESIDE)]
-    return rest[0] if len(rest) == 1 else None
 
 
 def _configure() -> None:

@@ -19,7 +19,7 @@ from divault.errors import InputInvalid, ModelFailed, UnsupportedModel
 from divault.models import huggingface_files
 from divault.models.architecture import EXAMPLE, Network, build
 from divault.models.base import Answer, Description, Inputs
-from divault.models.folder import Folder
+from divault.models.files import Folder
 from divault.models.tensors import TensorSpec
 from divault.models.torch_runtime import device_name, prepare, runtime
 from divault.models.weights import SUPPORTED, read_weights, weight_files

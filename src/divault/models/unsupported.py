@@ -8,7 +8,8 @@ import zlib
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from divault.models.files import ModelFile, base_name
+from divault.models.files import base_name, head, opened
+from divault.values import MemoryFile
 
 SUPPORTED = (
     "scikit-learn estimator (pickle or joblib)",
@@ -50,7 +51,7 @@ _PATTERNS: tuple[tuple[re.Pattern[bytes], str], ...] = (
 )
 
 
-def name(files: Sequence[ModelFile]) -> str:
+def name(files: Sequence[MemoryFile]) -> str:
     """What these files are, in words that a publisher understands."""
     if len(files) == 1:
         return single(files[0])
@@ -64,24 +65,24 @@ def name(files: Sequence[ModelFile]) -> str:
     return f"a folder with {telling}" if telling else f"a folder with {len(files)} files ({listed}) and no model in it"
 
 
-def single(file: ModelFile) -> str:
+def single(file: MemoryFile) -> str:
     """What one file is."""
-    head = file.head()
-    if head.startswith(b"PK\x03\x04"):
+    start = head(file)
+    if start.startswith(b"PK\x03\x04"):
         return archive(file)
     for magic, text in _MAGIC:
-        if head.startswith(magic):
+        if start.startswith(magic):
             return text
     for pattern, text in _PATTERNS:
-        if pattern.match(head):
+        if pattern.match(start):
             return text
-    return _by_text(head)
+    return _by_text(start)
 
 
-def archive(file: ModelFile) -> str:
+def archive(file: MemoryFile) -> str:
     """What a zip is, by the names in its directory."""
     try:
-        with file.open() as raw, zipfile.ZipFile(raw) as zipped:
+        with opened(file) as raw, zipfile.ZipFile(raw) as zipped:
             names = zipped.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, zlib.error):
         return "a damaged zip"
@@ -99,15 +100,15 @@ def archive(file: ModelFile) -> str:
     return next((text for text, holds in found.items() if holds), "a zip")
 
 
-def _by_text(head: bytes) -> str:
-    stripped = head.lstrip()
+def _by_text(start: bytes) -> str:
+    stripped = start.lstrip()
     if stripped.startswith((b"{", b"[")):
         return "JSON"
     if stripped.startswith(b"<"):
         return "XML or HTML"
     try:
-        head.decode()
+        start.decode()
     except UnicodeDecodeError as err:
-        if err.start < len(head) - 4:
-            return f"unknown content (first bytes {head[:8].hex()})"
+        if err.start < len(start) - 4:
+            return f"unknown content (first bytes {start[:8].hex()})"
     return "unknown content (text)"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from divault.errors import SealedFileDamaged, UnsupportedModel
 from divault.models.containers import Container, check_safetensors, check_torch_zip, container_of
-from divault.models.folder import path_of
+from divault.models.files import path_of
 from divault.values import MemoryFile
 
 if TYPE_CHECKING:
