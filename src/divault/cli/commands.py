@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import divault
-from divault.cli import cache, consumer, demo, development, files, keys, operator, publisher
+from divault.cli import cache, consumer, demo, development, files, keys, nodes, operator, publisher
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +19,7 @@ app = typer.Typer(
 for part in (operator, demo, publisher, files, consumer, development):
     app.registered_commands += part.app.registered_commands
 app.add_typer(keys.app, name="keys")
+app.add_typer(nodes.app, name="nodes")
 app.add_typer(cache.app, name="cache")
 app.add_typer(consumer.receipt_app, name="receipt")
 

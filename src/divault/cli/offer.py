@@ -77,13 +77,22 @@ def offer_lines(listing: Listing, nodes: Sequence[SealedTo], vault: Address) -> 
 
 def cost_line(cost: Cost, sealed_bytes: int, store: str, nodes: int) -> str:
     """What it costs, at most."""
-    where = "Lighthouse (counts against your plan there)" if store == "lighthouse" else store
+    return (
+        f"cost: {registration_words(cost)}; {sealed_bytes} sealed bytes for {nodes} node{'s' * (nodes != 1)} go to "
+        f"{store_words(store)}"
+    )
+
+
+def registration_words(cost: Cost) -> str:
+    """What one registration costs, at most."""
     gwei = f"{cost.gas_price / 10**9:.3f}".rstrip("0").rstrip(".")
     whole = -(-cost.wei // _MICRO) * _MICRO  # rounded up: it is a bound
-    return (
-        f"cost: up to {eth(whole)} ETH for the registration ({cost.gas} gas at {gwei} gwei); {sealed_bytes} sealed "
-        f"bytes for {nodes} node{'s' * (nodes != 1)} go to {where}"
-    )
+    return f"up to {eth(whole)} ETH for the registration ({cost.gas} gas at {gwei} gwei)"
+
+
+def store_words(store: str) -> str:
+    """The store, and what it counts against."""
+    return "Lighthouse (counts against your plan there)" if store == "lighthouse" else store
 
 
 def eth(wei: int) -> str:

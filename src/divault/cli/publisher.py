@@ -90,7 +90,7 @@ def publish(
     settings = Settings.load()
     token, minimum = offer.gate(gate)
     listing = Listing(offer.model_id(model, path), offer.price(price), token, minimum)
-    place, signing_key = _place(settings, store), keyfiles.read_signing_key(key)
+    place, signing_key = store_place(settings, store), keyfiles.read_signing_key(key)
     owner = None if no_owner_copy else _owner(key)
     order = _Order(path, listing, tuple(node), place, signing_key, owner, not yes, unchecked, code_bearing)
     done, found, first = asyncio.run(_publish(settings, order))
@@ -101,16 +101,16 @@ def publish(
 
 
 async def _publish(settings: Settings, order: _Order) -> tuple[Published, Recognised | None, SealedTo]:
-    nodes = [await _node(node, order.key) for node in order.nodes]
+    nodes = [await node_info(node, order.key) for node in order.nodes]
     vault = _vault(settings, nodes)
     sealed_to = [SealedTo.of(node) for node in nodes]
     chain = Chain(Rpc.parse(settings.web3_provider_url, settings.divault_chain_id), head_ttl_s=0)
     try:
-        await _require_chain(chain, nodes)
-        async with _store(settings, order.store) as store:
+        await require_chain(chain, nodes)
+        async with opened_store(settings, order.store) as store:
             records = Publications(settings.divault_state_dir / "published")
             publisher = Publisher(Wallet(order.key, chain), vault, store, settings.lighthouse_api_key, records, say)
-            cost = await _affordable(publisher, order.listing)
+            cost = await affordable(publisher, order.listing)
             found = await _recognised(settings, order)
             expected = await _agreed(publisher, order, sealed_to, (found, cost))
             with progress(f"storing {order.path.name}") as advance:
@@ -131,7 +131,7 @@ async def _recognised(settings: Settings, order: _Order) -> Recognised | None:
     return found
 
 
-async def _affordable(publisher: Publisher, listing: Listing) -> Cost:
+async def affordable(publisher: Publisher, listing: Listing) -> Cost:
     """What the registration costs, if the wallet has it and the id can be had. Raises TransactionFailed, BadRequest."""
     cost = await publisher.cost(listing)
     if cost.balance < cost.wei:
@@ -164,7 +164,8 @@ async def _agreed(
 
 
 @asynccontextmanager
-async def _store(settings: Settings, store: str) -> AsyncIterator[str | Lighthouse]:
+async def opened_store(settings: Settings, store: str) -> AsyncIterator[str | Lighthouse]:
+    """The store, as `Publisher` takes it, while the context lasts."""
     if store != LIGHTHOUSE:
         yield store
         return
@@ -180,7 +181,8 @@ async def _store(settings: Settings, store: str) -> AsyncIterator[str | Lighthou
         await lighthouse.close()
 
 
-def _place(settings: Settings, store: str | None) -> str:
+def store_place(settings: Settings, store: str | None) -> str:
+    """The store to use: the one given, else that of the settings. Raises SettingsInvalid when nothing says which."""
     place = store or settings.divault_store_url or (LIGHTHOUSE if settings.lighthouse_api_key else None)
     if place is None:
         raise SettingsInvalid(
@@ -190,7 +192,7 @@ def _place(settings: Settings, store: str | None) -> str:
     return place
 
 
-async def _node(node: str, key: Secret) -> NodeInfo:
+async def node_info(node: str, key: Secret) -> NodeInfo:
     """Who the node is, after it proved it. Raises NodeUntrusted, NotReady (nobody there)."""
     url, _, pinned = node.partition("#")
     async with AsyncClient(url, key, node=pinned or None) as client:
@@ -208,7 +210,8 @@ def _vault(settings: Settings, nodes: list[NodeInfo]) -> Address:
     return vault
 
 
-async def _require_chain(chain: Chain, nodes: list[NodeInfo]) -> None:
+async def require_chain(chain: Chain, nodes: list[NodeInfo]) -> None:
+    """Connect the chain. Raises BadRequest for a node of another chain, ChainUnavailable."""
     chain_id = await chain.connect()
     for node in nodes:
         if node.chain_id != chain_id:

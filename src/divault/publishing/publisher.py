@@ -108,7 +108,7 @@ class Publisher:
         await self._registry.require_offer(listing)
         chain_id = self.wallet.chain.chain_id
         with self._kept() as records, records.locked(chain_id, self.vault, listing.model):
-            await self._settle(records, listing)
+            await self.settle(records, listing.model)
             await self._registry.require_offer(listing)  # again: what was settled may be offered otherwise
             order = _Order(path, listing, tuple(nodes), owner)
             publication = await self._kept_publication(records, order)
@@ -126,7 +126,7 @@ class Publisher:
         if publication.stage is Stage.SEALED:
             stored = await self._stored(records.sealed_path(publication))
             publication = replace(
-                publication, stage=Stage.STORED, cid=stored.cid, profile=stored.profile, store=self._store_name
+                publication, stage=Stage.STORED, cid=stored.cid, profile=stored.profile, store=self.store_name
             )
             records.save(publication)
             self.tell(f"stored as {stored.cid}")
@@ -147,16 +147,16 @@ class Publisher:
             records.save(replace(publication, stage=Stage.REGISTERED, transaction=transaction))
         return Published(cid, publication.size, transaction, info)
 
-    async def _settle(self, records: Publications, listing: Listing) -> None:
-        """Learn what became of a registration that was sent: another one must not race with it.
+    async def settle(self, records: Publications, model: ModelId) -> None:
+        """Learn what became of a registration that was sent: another one must not race with it. Under the lock.
 
         Raises TransactionFailed while that is open.
         """
-        pending = records.unfinished(self.wallet.chain.chain_id, self.vault, listing.model)
+        pending = records.unfinished(self.wallet.chain.chain_id, self.vault, model)
         if pending is None or pending.sent is None:
             return
         transaction = await self._registry.settled(pending)
-        info = await self._registry.known(listing.model)
+        info = await self._registry.known(model)
         if info is not None and pending.cid is not None and info.cid == pending.cid.text:
             records.save(replace(pending, stage=Stage.REGISTERED, transaction=transaction))
 
@@ -169,16 +169,22 @@ class Publisher:
         source, _ = await asyncio.to_thread(measure, order.path)
         recipients = order.recipients
         if unfinished is not None and unfinished.seals_the_same(source, recipients):
-            if unfinished.stage is Stage.STORED and unfinished.store == self._store_name:
-                return unfinished
-            sealed = records.sealed_path(unfinished)
-            if await asyncio.to_thread(is_complete, sealed, unfinished.size, unfinished.sha256):
-                return replace(unfinished, stage=Stage.SEALED, cid=None, sent=None)
+            resumable = await asyncio.to_thread(self.resumable, records, unfinished)
+            if resumable is not None:
+                return resumable
         info = await self._registry.known(order.listing.model)
         if registered is None or registered.cid is None or info is None or info.cid != registered.cid.text:
             return None
-        same = registered.seals_the_same(source, recipients) and registered.store == self._store_name
+        same = registered.seals_the_same(source, recipients) and registered.store == self.store_name
         return replace(registered, transaction=None) if same else None
+
+    def resumable(self, records: Publications, unfinished: Publication) -> Publication | None:
+        """An unfinished publication as it can be gone on with: stored, or with its sealed file whole. Reads that."""
+        if unfinished.stage is Stage.STORED and unfinished.store == self.store_name:
+            return unfinished
+        if is_complete(records.sealed_path(unfinished), unfinished.size, unfinished.sha256):
+            return replace(unfinished, stage=Stage.SEALED, cid=None, sent=None)
+        return None
 
     def _sealed(self, records: Publications, order: _Order) -> Publication:
         chain_id, model = self.wallet.chain.chain_id, order.listing.model
@@ -204,7 +210,8 @@ class Publisher:
         return await store_file(sealed, UploadService(self.store, self.api_key), [self.store], progress=self.progress)
 
     @property
-    def _store_name(self) -> str:
+    def store_name(self) -> str:
+        """How the records name the store."""
         return self.store if isinstance(self.store, str) else "lighthouse"
 
     @property

@@ -120,6 +120,11 @@ class Publications:
         """A publication whose registration nobody has seen yet. Raises SettingsInvalid for a damaged record."""
         return self._read(chain_id, vault, model)[1]
 
+    def vaults(self, chain_id: int, model: ModelId) -> list[Address]:
+        """Vaults of this chain in which the model was published from here, or begun to be."""
+        names = sorted(path.name.split("-") for path in self._folder.glob(f"{chain_id}-0x*-{model.key}.json"))
+        return [Address.parse(name[1]) for name in names]
+
     def save(self, publication: Publication) -> None:
         """Durable when this returns. A registered one ends the unfinished one, and its sealed file is removed.
 

@@ -54,22 +54,32 @@ def seal_path(
 
 def seal_durably(path: Path, sealed: Path, recipients: Sequence[Recipient], model: ModelId) -> Sealed:
     """Seal into the file `sealed`, which is there only when it is complete and on disk. Raises BadRequest."""
+    with durable_file(sealed) as sink, _plaintext(path) as plaintext:
+        source = _HashedSource(plaintext)
+        seal_stream(source, sink, recipients, model)
+    return Sealed(sink.size, Digest(sink.sha256.digest()), Digest(source.sha256.digest()))
+
+
+@contextmanager
+def durable_file(sealed: Path) -> Iterator[HashedSink]:
+    """A sink for the file `sealed`, which is there only when the context ended well: complete, on disk, mode 0600.
+
+    Raises StorageFailed (`file`).
+    """
     draft = sealed.with_suffix(".part")
     try:
         draft.unlink(missing_ok=True)
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file, _plaintext(path) as plaintext:
-            source, sink = _HashedSource(plaintext), _HashedSink(file)
-            seal_stream(source, sink, recipients, model)
+        with os.fdopen(fd, "wb") as file:
+            yield HashedSink(file)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(sealed)
         sync_folder(sealed.parent)
     except OSError as err:
-        raise StorageFailed(f"{path} can't be sealed into {sealed}: {err.strerror or err}", reason="file") from err
+        raise StorageFailed(f"sealing into {sealed} failed: {err.strerror or err}", reason="file") from err
     finally:
         draft.unlink(missing_ok=True)
-    return Sealed(sealed.stat().st_size, Digest(sink.sha256.digest()), Digest(source.sha256.digest()))
 
 
 def is_complete(sealed: Path, size: int, sha256: Digest) -> bool:
@@ -83,14 +93,14 @@ def is_complete(sealed: Path, size: int, sha256: Digest) -> bool:
 
 def measure(path: Path) -> tuple[Digest, int]:
     """The sha256 and the size in bytes of a file, or of the tar that a folder becomes. Raises BadRequest."""
-    sink = _HashedSink()
+    sink = HashedSink()
     _copy(path, sink)
     return Digest(sink.sha256.digest()), sink.size
 
 
 def copy_plaintext(path: Path, target: Writer, digest: Hash) -> None:
     """Write the file, or the folder's tar, and take its sha256 on the way. Raises BadRequest."""
-    _copy(path, _HashedSink(target, digest))
+    _copy(path, HashedSink(target, digest))
 
 
 def sealed_size(plain_bytes: int, recipients: Sequence[Recipient], model: ModelId) -> int:
@@ -158,7 +168,7 @@ class _HashedSource:
         return count
 
 
-class _HashedSink:
+class HashedSink:
     """A writer that takes the sha256 of what it got, and passes it on to the file, if there is one."""
 
     def __init__(self, file: Writer | None = None, sha256: Hash | None = None) -> None:
@@ -180,7 +190,7 @@ class _HashedSink:
         return self.size
 
 
-def _copy(path: Path, sink: _HashedSink) -> None:
+def _copy(path: Path, sink: HashedSink) -> None:
     if path.is_dir():
         pack_folder(path, cast("BinaryIO", sink))
         return
