@@ -19,10 +19,11 @@ from divault.values import MemoryFile
 def formats() -> list[ModelFormat]:
     """All formats, the most specific first."""
     from divault.models.huggingface import HuggingFace
+    from divault.models.onnx import Onnx
     from divault.models.sklearn import SklearnPickle
     from divault.models.torch_state import TorchState
 
-    return [HuggingFace(), TorchState(), SklearnPickle()]
+    return [HuggingFace(), Onnx(), TorchState(), SklearnPickle()]
 
 
 def code_formats() -> list[ModelFormat]:

@@ -6,7 +6,7 @@ JSON values and gives JSON values; limits and JSON itself are kept by the worker
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ class Description:
     """What is known of a loaded model without running it. All values are JSON."""
 
     format: str
-    """`sklearn`, `torch`, `huggingface`: the published `model_type`."""
+    """`sklearn`, `torch`, `huggingface`, `onnx`, `xgboost`, `lightgbm`: the published `model_type`."""
     task: str
     device: str
     input_schema: Mapping[str, Any]
@@ -29,6 +29,10 @@ class Description:
     """An `input_data` that this model takes."""
     runtime: Mapping[str, Any]
     """adapter, arch, determinism, device, dtype, libraries, threads: what could change an answer."""
+    code: bool = False
+    """Whether the file brings code that runs here: such a model can do whatever its confinement lets it do."""
+    tolerance: float = 0.0
+    """Most that a number of an answer differs, relative to its size or to 1, when the same input stands in a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,15 @@ class Answer:
     rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a text while it is written."""
+
+    text: str
+    index: int = 0
+    """Which of the caller's texts it goes on."""
+
+
 class LoadedModel(Protocol):
     """A model in memory."""
 
@@ -55,7 +68,21 @@ class LoadedModel(Protocol):
         """What it is and takes."""
 
     def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
-        """One answer per caller, in order. Raises InputInvalid (field, expected, example) for other inputs."""
+        """One answer per caller, in order: the same, within the tolerance, whoever else is in the batch.
+
+        Raises InputInvalid (field, expected, example), ModelFailed. What it raises is about the batch: who sent several
+        callers asks for each alone then, so that only one hears of his own input.
+        """
+
+
+class StreamingModel(LoadedModel, Protocol):
+    """A model that can give an answer in pieces; its `predict` gives the same whole."""
+
+    def stream(self, inputs: Inputs) -> Iterator[Piece | Answer]:
+        """One caller's pieces as they are made, and last the Answer, as `predict` gives it.
+
+        Closing the iterator ends the work. Raises InputInvalid before the first piece; ModelFailed.
+        """
 
 
 class ModelFormat(Protocol):

@@ -7,10 +7,7 @@ single one; classifiers add `probabilities` and `classes`. Numbers equal those o
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 from divault.errors import UnsupportedModel
@@ -18,9 +15,10 @@ from divault.models import pickles
 from divault.models.base import Answer, Description, Inputs, LoadedModel
 from divault.models.files import only_file
 from divault.models.rows import RowSpec, TextSpec
+from divault.models.runtimes import runtime_object
 from divault.values import MemoryFile
 
-_LIBRARIES = ("numpy", "scipy", "scikit-learn")
+_LIBRARIES = ("scipy", "scikit-learn")
 
 
 class SklearnPickle:
@@ -59,7 +57,7 @@ class Estimator:
             input_schema=self._spec.schema(),
             output_schema=self._output_schema(),
             example=self._spec.example(),
-            runtime=_runtime(),
+            runtime=runtime_object("sklearn", "cpu", "float64", _LIBRARIES, {}),
         )
 
     def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
@@ -179,16 +177,3 @@ def _listed(found: Any) -> Any:
     if hasattr(found, "toarray"):
         found = found.toarray()
     return found.tolist() if hasattr(found, "tolist") else found
-
-
-def _runtime() -> dict[str, Any]:
-    versions = {name: metadata.version(name) for name in ("divault", *_LIBRARIES)}
-    return {
-        "adapter": "sklearn",
-        "arch": platform.machine(),
-        "determinism": {},
-        "device": "cpu",
-        "dtype": "float64",
-        "libraries": {"python": platform.python_version(), **versions},
-        "threads": int(os.environ.get("OMP_NUM_THREADS", "1")),
-    }

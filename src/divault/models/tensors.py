@@ -1,4 +1,4 @@
-"""Callers' tensors: JSON into a checked numpy array, and numbers back into JSON. No torch here.
+"""Callers' tensors: JSON into a checked numpy array, and arrays back into JSON. No torch here.
 
 Written as nested lists, or `{"dtype", "shape", "data"}` with little-endian bytes in base64.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NoReturn
@@ -16,12 +16,22 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from divault.errors import InputInvalid
+from divault.errors import InputInvalid, ModelFailed
 
 MAX_ELEMENTS = 1 << 24
 """Numbers of one call: 64 MiB as float32, more than a request body carries as JSON."""
+MAX_ANSWER_NUMBERS = 1 << 22
+"""Numbers of one answer; as JSON they take up to 80 MiB, over any answer limit of a node."""
 MAX_RANK = 8
-_DTYPES = {"float32": "<f4", "float64": "<f8", "int64": "<i8", "int32": "<i4"}
+_WIDTHS = {"float": ("16", "32", "64"), "int": ("8", "16", "32", "64"), "uint": ("8", "16", "32", "64")}
+DTYPES = (*(f"{kind}{width}" for kind, widths in _WIDTHS.items() for width in widths), "bool")
+"""Names of numpy that callers may send bytes of; models may take text (`str`) as well, in lists."""
+_LEAVES: dict[str, set[type]] = {"f": {int, float}, "i": {int}, "u": {int}, "b": {bool}, "U": {str}}
+_MAX_TEXT = 100_000
+_ANY_SIZE_IN_EXAMPLE = 8
+_LONGEST_LISTED_EXAMPLE = 256
+_LONGEST_EXAMPLE_BYTES = 64 << 10
+"""Longer ones stand in the description without their bytes, which all are zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,25 +39,51 @@ class TensorSpec:
     """What a model takes: items of one shape, alone or as a batch."""
 
     item_shape: tuple[int | None, ...]
-    """Sizes of one item, None for any."""
+    """Sizes of one item, None for any; of the whole tensor without `batched`."""
     below: int | None
-    """Whole numbers from 0 below this, as int64; None: float32."""
+    """Whole numbers from 0 below this, as int64; None: any of the dtype."""
     example: Mapping[str, Any]
+    """A whole `input_data`."""
+    dtype: str = "float32"
+    """numpy's name, or `str`."""
+    batched: bool = True
 
     @property
     def expected(self) -> str:
         """In words."""
         shape = ", ".join("any" if size is None else str(size) for size in self.item_shape)
-        kind = f"whole numbers from 0 to {self.below - 1}" if self.below else "finite numbers (float32)"
-        return f"one item of shape [{shape}] or a list of them, {kind}"
+        what = f"one item of shape [{shape}] or a list of them" if self.batched else f"a tensor of shape [{shape}]"
+        return f"{what}, {self._numbers_in_words()}"
+
+    def _numbers_in_words(self) -> str:
+        if self.below is not None:
+            return f"whole numbers from 0 to {self.below - 1}"
+        words = {"f": "finite numbers", "i": "whole numbers", "u": "whole numbers", "b": "true or false", "U": "texts"}
+        return f"{words[self.kind]} ({self.dtype})"
+
+    @property
+    def kind(self) -> str:
+        """Numpy's letter: f, i, u, b or U."""
+        return "U" if self.dtype == "str" else np.dtype(self.dtype).kind
+
+    def schema(self) -> dict[str, Any]:
+        """JSON Schema of the tensor."""
+        leaf = {"f": "number", "i": "integer", "u": "integer", "b": "boolean", "U": "string"}[self.kind]
+        item = nested_schema({"type": leaf}, self.item_shape)
+        ways = [item]
+        if self.batched:
+            ways.append({"type": "array", "items": item, "minItems": 1})
+        if self.kind != "U":
+            ways.append(_ENCODED)
+        return {"anyOf": ways}
 
     def parse(self, value: Any, field: str) -> NDArray[Any]:
-        """The batch as float32 or int64 [n, *item_shape], n >= 1. Raises InputInvalid."""
+        """The batch in its dtype [n, *item_shape], n >= 1; texts as objects. Raises InputInvalid."""
         array = self._decoded(value, field) if isinstance(value, dict) else self._listed(value, field)
         array = self._typed(array, field)
-        if array.ndim == len(self.item_shape):
+        if self.batched and array.ndim == len(self.item_shape):
             array = array[np.newaxis]
-        if array.ndim != len(self.item_shape) + 1 or not self._fits(array.shape[1:]):
+        if array.ndim != len(self.item_shape) + self.batched or not self._fits(array.shape[self.batched :]):
             self.refuse(field, f"the shape is {list(array.shape)}")
         if array.size == 0:
             self.refuse(field, "it is empty")
@@ -77,23 +113,29 @@ class TensorSpec:
                 self.refuse(field, "its rows differ in length")
             shape.append(length)
             level = list(chain.from_iterable(level))
-        if not shape or not {type(item) for item in level} <= {int, float}:
-            self.refuse(field, "it is not made of numbers only")
+        kinds = {type(item) for item in level}
+        # Whole numbers may come as 3.0: `_typed` looks at their values.
+        if (not shape and self.item_shape) or not kinds <= (_LEAVES[self.kind] | ({float} if self.below else set())):
+            self.refuse(field, f"it is not made of {self._numbers_in_words()} only")
         return self._numbers(level, field).reshape(shape)
 
     def _numbers(self, leaves: list[Any], field: str) -> NDArray[Any]:
+        if self.kind == "U":
+            if any(len(text) > _MAX_TEXT for text in leaves):
+                self.refuse(field, f"a text of over {_MAX_TEXT} characters")
+            return np.array(leaves, dtype=object)
         try:
-            if self.below is not None and all(type(item) is int for item in leaves):
-                return np.array(leaves, dtype=np.int64)
-            return np.array(leaves, dtype=np.float64)
+            if self.kind in "iu" and all(type(item) is int for item in leaves):
+                return np.array(leaves, dtype=np.uint64 if self.dtype == "uint64" else np.int64)
+            return np.array(leaves, dtype=np.bool_ if self.kind == "b" else np.float64)
         except OverflowError:
             self.refuse(field, "a number is too large")
 
     def _decoded(self, value: dict[str, Any], field: str) -> NDArray[Any]:
         """From {"dtype", "shape", "data"}; sizes are compared before anything is made of them."""
         dtype, shape, data = value.get("dtype"), value.get("shape"), value.get("data")
-        if value.keys() != {"dtype", "shape", "data"} or not isinstance(data, str) or dtype not in _DTYPES:
-            self.refuse(field, f'an object needs "dtype" ({", ".join(_DTYPES)}), "shape" and "data" in base64')
+        if value.keys() != {"dtype", "shape", "data"} or not isinstance(data, str) or dtype not in DTYPES:
+            self.refuse(field, f'an object needs "dtype" ({", ".join(DTYPES)}), "shape" and "data" in base64')
         if not isinstance(shape, list) or not 1 <= len(shape) <= MAX_RANK:
             self.refuse(field, f"shape is a list of 1 to {MAX_RANK} sizes")
         if any(type(size) is not int or not 0 <= size <= MAX_ELEMENTS for size in shape):
@@ -102,18 +144,74 @@ class TensorSpec:
             raw = base64.b64decode(data, validate=True)
         except (binascii.Error, ValueError):
             self.refuse(field, "data is not base64")
-        kind = np.dtype(_DTYPES[dtype])
+        kind = np.dtype(dtype).newbyteorder("<")
         if math.prod(shape) > MAX_ELEMENTS or math.prod(shape) * kind.itemsize != len(raw):
             self.refuse(field, f"data has {len(raw)} bytes, shape and dtype need {math.prod(shape) * kind.itemsize}")
         return np.frombuffer(raw, dtype=kind).reshape(shape)
 
     def _typed(self, array: NDArray[Any], field: str) -> NDArray[Any]:
-        if self.below is not None:
-            if array.dtype.kind != "i" or (array.size and not 0 <= array.min() <= array.max() < self.below):
-                self.refuse(field, "a number is not a whole one in range")
-            return array.astype(np.int64)
+        if self.kind in "iu":
+            return self._whole(array, field)
+        if self.kind in "bU":
+            if array.dtype.kind not in {"b": "b", "U": "O"}[self.kind]:
+                self.refuse(field, f"it is not made of {self._numbers_in_words()}")
+            return array
+        if array.dtype.kind not in "fiu":
+            self.refuse(field, f"it is not made of {self._numbers_in_words()}")
         with np.errstate(over="ignore"):
-            typed = array.astype(np.float32)
+            typed = array.astype(self.dtype)
         if not np.isfinite(typed).all():
-            self.refuse(field, "a number is not finite as float32")
+            self.refuse(field, f"a number is not finite as {self.dtype}")
         return typed
+
+    def _whole(self, array: NDArray[Any], field: str) -> NDArray[Any]:
+        limits = np.iinfo(self.dtype)
+        least, most = (0, self.below - 1) if self.below is not None else (int(limits.min), int(limits.max))
+        if array.dtype.kind not in "iu" or (array.size and not least <= int(array.min()) <= int(array.max()) <= most):
+            self.refuse(field, "a number is not a whole one in range")
+        return array.astype(self.dtype)
+
+    def zeros(self, size: int = _ANY_SIZE_IN_EXAMPLE) -> NDArray[Any]:
+        """One item of zeros, as a batch; `size` stands where any may."""
+        sizes = [size if known is None else known for known in self.item_shape]
+        shape = [1, *sizes] if self.batched else sizes
+        return np.full(shape, "a", dtype=object) if self.kind == "U" else np.zeros(shape, dtype=self.dtype)
+
+
+_ENCODED: dict[str, Any] = {
+    "type": "object",
+    "required": ["dtype", "shape", "data"],
+    "properties": {
+        "dtype": {"enum": list(DTYPES)},
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "data": {"type": "string", "contentEncoding": "base64"},
+    },
+}
+
+
+def nested_schema(leaf: dict[str, Any], shape: Sequence[int | None]) -> dict[str, Any]:
+    """JSON Schema of arrays of this shape."""
+    schema = leaf
+    for size in reversed(shape):
+        fixed = {} if size is None else {"minItems": size, "maxItems": size}
+        schema = {"type": "array", "items": schema, **fixed}
+    return schema
+
+
+def written(array: NDArray[Any]) -> Any:
+    """As lists while they are short, else as bytes."""
+    if array.size <= _LONGEST_LISTED_EXAMPLE or array.dtype.kind == "O":
+        return array.tolist()
+    data = f"<{array.nbytes} bytes in base64>"
+    if array.nbytes <= _LONGEST_EXAMPLE_BYTES:
+        data = base64.b64encode(array.tobytes()).decode()
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
+
+
+def answered(array: NDArray[Any]) -> Any:
+    """A model's output as JSON values. Raises ModelFailed for one that is too long or not finite."""
+    if array.size > MAX_ANSWER_NUMBERS:
+        raise ModelFailed(f"the answer has {array.size} numbers: send fewer items", kind="output_size")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ModelFailed("the model gave a number that is not finite", kind="not_finite")
+    return array.tolist()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from divault.errors import SettingsInvalid
+from divault.models.runtimes import runtime_object, seed, threads
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +22,8 @@ def prepare(device: str) -> torch.device:
 
     # cuBLAS reads it when the first product is made, and is not deterministic without it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(_threads())
+    torch.set_num_threads(threads())
+    seed()
     torch.use_deterministic_algorithms(mode=True)
     torch.backends.cudnn.benchmark = False
     try:
@@ -37,29 +37,17 @@ def prepare(device: str) -> torch.device:
     return found
 
 
-def _threads() -> int:
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    return int(told) if told.isdecimal() and 1 <= int(told) <= 1024 else 1
-
-
 def runtime(adapter: str, device: torch.device, libraries: Sequence[str]) -> dict[str, Any]:
     """The runtime object of receipts: everything here that could change an answer."""
     import torch
 
-    names = ("divault", "torch", "numpy", *libraries)
-    return {
-        "adapter": adapter,
-        "arch": platform.machine(),
-        "determinism": {
-            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-            "cudnn_benchmark": torch.backends.cudnn.benchmark,
-            "tf32": torch.backends.cuda.matmul.allow_tf32,
-        },
-        "device": device_name(device),
-        "dtype": "float32",
-        "libraries": {"python": platform.python_version()} | {name: version(name) for name in names},
-        "threads": torch.get_num_threads(),
+    flags = {
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
     }
+    told = runtime_object(adapter, device_name(device), "float32", ("torch", *libraries), flags)
+    return told | {"threads": torch.get_num_threads()}
 
 
 def device_name(device: torch.device) -> str:

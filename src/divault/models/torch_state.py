@@ -8,8 +8,7 @@ Members of `divault.json` that count here: `architecture`, `input_shape`, `label
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,21 +19,14 @@ from divault.models import huggingface_files
 from divault.models.architecture import EXAMPLE, Network, build
 from divault.models.base import Answer, Description, Inputs
 from divault.models.files import Folder
-from divault.models.tensors import TensorSpec
+from divault.models.labels import labelled, labelled_schema, labels_of
+from divault.models.tensors import MAX_ANSWER_NUMBERS, TensorSpec, nested_schema, written
 from divault.models.torch_runtime import device_name, prepare, runtime
 from divault.models.weights import SUPPORTED, read_weights, weight_files
 from divault.values import MemoryFile
 
 if TYPE_CHECKING:
     import torch
-
-MAX_ANSWER_NUMBERS = 1 << 22
-"""Numbers of one answer; as JSON they take up to 80 MiB, over any answer limit of a node."""
-_MAX_LABELS = 100_000
-_ANY_SIZE_IN_EXAMPLE = 8
-_LONGEST_LISTED_EXAMPLE = 256
-_LONGEST_EXAMPLE_BYTES = 64 << 10
-"""Longer ones stand in the description without their bytes, which all are zero."""
 
 
 class TorchState:
@@ -54,7 +46,7 @@ class TorchState:
         place = prepare(device)
         network = build(told["architecture"], told.get("input_shape"), weights)
         network.module.to(place)
-        return LoadedNetwork(network, _labels(told), place, str(told.get("task") or "prediction"))
+        return LoadedNetwork(network, labels_of(told), place, str(told.get("task") or "prediction"))
 
 
 def _without_architecture(folder: Folder) -> UnsupportedModel:
@@ -67,19 +59,6 @@ def _without_architecture(folder: Folder) -> UnsupportedModel:
     )
 
 
-def _labels(told: Mapping[str, Any]) -> tuple[str, ...]:
-    labels = told.get("labels")
-    if labels is None:
-        return ()
-    if isinstance(labels, list) and 1 <= len(labels) <= _MAX_LABELS and all(isinstance(name, str) for name in labels):
-        return tuple(name[:200] for name in labels)
-    raise UnsupportedModel(
-        'labels in divault.json is a list of texts, one for each output: "labels": ["cat", "dog"]',
-        seen="labels that are not a list of texts",
-        supported="a list of texts",
-    )
-
-
 class LoadedNetwork:
     """A network with its weights, ready to run."""
 
@@ -87,8 +66,9 @@ class LoadedNetwork:
         self._network = network
         self._labels = labels
         self._device = device
-        zeros = _zeros(network)
-        self._spec = TensorSpec(network.item_shape, network.vocabulary, {"tensor": _written(zeros)})
+        dtype = "float32" if network.vocabulary is None else "int64"
+        zeros = TensorSpec(network.item_shape, network.vocabulary, {}, dtype).zeros()
+        self._spec = TensorSpec(network.item_shape, network.vocabulary, {"tensor": written(zeros)}, dtype)
         self._output_shape = self._probed(zeros)
         self._description = self._described(task)
 
@@ -161,26 +141,14 @@ class LoadedNetwork:
         rows: list[Any] = output.tolist()
         if not self._labels:
             return Answer({"predictions": rows}, len(rows))
-        return Answer({"predictions": [self._labelled(row) for row in rows]}, len(rows))
-
-    def _labelled(self, row: list[float]) -> dict[str, Any]:
-        """The label of the highest output; scores are the outputs as the network gives them."""
-        best = max(range(len(row)), key=row.__getitem__)
-        return {
-            "label": self._labels[best],
-            "score": row[best],
-            "scores": dict(zip(self._labels, row, strict=True)),
-        }
+        return Answer({"predictions": [labelled(self._labels, row) for row in rows]}, len(rows))
 
     def _described(self, task: str) -> Description:
-        number = {"type": "integer"} if self._spec.below else {"type": "number"}
-        row = _nested(number, self._spec.item_shape)
-        listed: dict[str, Any] = {"anyOf": [row, {"type": "array", "items": row, "minItems": 1}, _ENCODED]}
         return Description(
             format="torch",
             task=task,
             device=device_name(self._device),
-            input_schema={"type": "object", "required": ["tensor"], "properties": {"tensor": listed}},
+            input_schema={"type": "object", "required": ["tensor"], "properties": {"tensor": self._spec.schema()}},
             output_schema={
                 "type": "object",
                 "required": ["predictions"],
@@ -192,49 +160,5 @@ class LoadedNetwork:
 
     def _row_schema(self) -> dict[str, Any]:
         if not self._labels:
-            return _nested({"type": "number"}, self._output_shape)
-        return {
-            "type": "object",
-            "required": ["label", "score", "scores"],
-            "properties": {
-                "label": {"type": "string"},
-                "score": {"type": "number"},
-                "scores": {"type": "object", "additionalProperties": {"type": "number"}},
-            },
-        }
-
-
-_ENCODED = {
-    "type": "object",
-    "required": ["dtype", "shape", "data"],
-    "properties": {
-        "dtype": {"enum": ["float32", "float64", "int64", "int32"]},
-        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
-        "data": {"type": "string", "contentEncoding": "base64"},
-    },
-}
-
-
-def _nested(leaf: dict[str, Any], shape: Sequence[int | None]) -> dict[str, Any]:
-    """JSON Schema of arrays of this shape."""
-    schema = leaf
-    for size in reversed(shape):
-        fixed = {} if size is None else {"minItems": size, "maxItems": size}
-        schema = {"type": "array", "items": schema, **fixed}
-    return schema
-
-
-def _zeros(network: Network) -> NDArray[Any]:
-    """A batch of one item."""
-    sizes = (_ANY_SIZE_IN_EXAMPLE if size is None else size for size in network.item_shape)
-    return np.zeros((1, *sizes), dtype=np.float32 if network.vocabulary is None else np.int64)
-
-
-def _written(array: NDArray[Any]) -> Any:
-    """As lists while they are short, else as bytes."""
-    if array.size <= _LONGEST_LISTED_EXAMPLE:
-        return array.tolist()
-    data = f"<{array.nbytes} bytes in base64>"
-    if array.nbytes <= _LONGEST_EXAMPLE_BYTES:
-        data = base64.b64encode(array.tobytes()).decode()
-    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
+            return nested_schema({"type": "number"}, self._output_shape)
+        return labelled_schema(self._labels)

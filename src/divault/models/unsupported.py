@@ -14,6 +14,7 @@ from divault.values import MemoryFile
 SUPPORTED = (
     "scikit-learn estimator (pickle or joblib)",
     "PyTorch state dict or safetensors with an architecture in divault.json",
+    "ONNX with its data inside the file",
     "Hugging Face directory in a tar, for text classification or embeddings",
 )
 SUPPORTED_TEXT = "; ".join(SUPPORTED)
@@ -46,7 +47,8 @@ _PATTERNS: tuple[tuple[re.Pattern[bytes], str], ...] = (
         re.compile(rb"(\((lp|dp|i)|c)[A-Za-z_][A-Za-z0-9_.]*\n|\((lp|dp)[0-9]*\n|\]q|\}q|\(l\.|\(d\.", re.DOTALL),
         "a pickle of protocol 0 or 1: write it with protocol 2 or later",
     ),
-    (re.compile(rb"\x08[\x01-\x0f]\x12.{1,64}?(\x1a|\x22|\x3a)", re.DOTALL), "an ONNX model"),
+    (re.compile(rb"\x08[\x01-\x0f]\x12.{1,64}?(\x1a|\x22|\x3a)", re.DOTALL), "a damaged ONNX model"),
+    (re.compile(rb".{4}ORTM", re.DOTALL), "a model in onnxruntime's own format: seal the ONNX file it was made of"),
     (re.compile(rb"\Z"), "an empty file"),
 )
 

@@ -49,6 +49,10 @@ _EXTRAS = {
     "safetensors": "torch",
     "transformers": "hf",
     "tokenizers": "hf",
+    "onnxruntime": "onnx",
+    "xgboost": "boosters",
+    "lightgbm": "boosters",
+    "PIL": "images",
 }
 """Which extra of this package brings a library; a library of any other name is an extra of its own name."""
 _MISSING = re.compile(r"raised ModuleNotFoundError: No module named '([A-Za-z0-9_]+)")

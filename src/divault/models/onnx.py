@@ -1,0 +1,237 @@
+"""ONNX models under onnxruntime, on the CPU: alone, or in a folder with a `divault.json` (`labels`, `task`).
+
+An input is an object with the model's own input names; a model with one input takes `tensor` or `inputs` as its name
+too. The answer is `{"outputs": {name: values}}`, with `predictions` beside it where `labels` name the one output's
+columns. The parameter `outputs`, a list of names, leaves the other outputs out.
+
+Callers never share a pass: what a graph does with its first axis is its own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
+from divault.models import onnx_file
+from divault.models.base import Answer, Description, Inputs
+from divault.models.files import Folder, path_of
+from divault.models.labels import labelled, labelled_schema, labels_of
+from divault.models.runtimes import runtime_object, seed, threads
+from divault.models.tensors import TensorSpec, answered, nested_schema, written
+from divault.values import MemoryFile
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+SUPPORTED = "ONNX with tensors of numbers, truth values or texts, its data inside the file"
+_DTYPES = {
+    "float16": "float16",
+    "float": "float32",
+    "double": "float64",
+    "bool": "bool",
+    "string": "str",
+} | {f"{sign}int{width}": f"{sign}int{width}" for sign in ("", "u") for width in (8, 16, 32, 64)}
+_MAX_PORTS = 256
+_TOLERANCE = 1e-5
+"""Rows of one call share a pass; kernels for one row and for many add in another order."""
+
+
+class Onnx:
+    """The format: one ONNX file."""
+
+    def recognises(self, files: Sequence[MemoryFile]) -> bool:
+        """Whether exactly one of the files is an ONNX model."""
+        return len(_models(files)) == 1
+
+    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedOnnx:  # noqa: ARG002 - it runs on the CPU alone
+        """The session. Raises UnsupportedModel (external data, an operator or type it lacks), SealedFileDamaged."""
+        file = _models(files)[0]
+        onnx_file.check(file)
+        told = Folder(files).json_object("divault.json")
+        seed()
+        return LoadedOnnx(_session(file), labels_of(told), str(told.get("task") or "prediction")[:80])
+
+
+def _models(files: Sequence[MemoryFile]) -> list[MemoryFile]:
+    return [file for file in files if onnx_file.is_onnx(file)]
+
+
+def _session(file: MemoryFile) -> InferenceSession:
+    import onnxruntime as ort
+    from onnxruntime.capi import onnxruntime_pybind11_state as problems
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads()
+    options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    options.log_severity_level = 4
+    # Spinning threads would burn the core that the next model needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    broken = (problems.InvalidProtobuf, problems.InvalidGraph, problems.InvalidArgument, problems.EPFail)
+    try:
+        return ort.InferenceSession(path_of(file), options, providers=["CPUExecutionProvider"])
+    except (problems.NotImplemented, problems.NoSuchFile, problems.NoModel) as err:
+        raise _refused(f"an ONNX model that needs what this node lacks ({_clean(err)})") from None
+    except (*broken, problems.Fail, problems.RuntimeException, ValueError) as err:
+        raise SealedFileDamaged(f"onnxruntime does not take the ONNX file: {_clean(err)}", stage="payload") from None
+
+
+def _clean(err: Exception) -> str:
+    return str(err).encode("ascii", "backslashreplace").decode()[:200]
+
+
+def _refused(seen: str) -> UnsupportedModel:
+    return UnsupportedModel(f"{seen}; this node loads {SUPPORTED}", seen=seen, supported=SUPPORTED)
+
+
+@dataclass(frozen=True, slots=True)
+class _Port:
+    """An input or output: its name and, for a tensor, dtype and shape."""
+
+    name: str
+    dtype: str | None
+    shape: tuple[int | None, ...]
+
+    @property
+    def batched(self) -> bool:
+        """Whether the first axis may have any size."""
+        return bool(self.shape) and self.shape[0] is None
+
+
+def _port(node: Any) -> _Port:
+    dtype = _DTYPES.get(node.type.removeprefix("tensor(").removesuffix(")")) if "tensor(" in node.type else None
+    if not node.type.startswith("tensor("):
+        dtype = None
+    shape = tuple(size if isinstance(size, int) and size >= 0 else None for size in node.shape or ())
+    return _Port(node.name, dtype, shape)
+
+
+class LoadedOnnx:
+    """A session, ready to run."""
+
+    def __init__(self, session: InferenceSession, labels: tuple[str, ...], task: str) -> None:
+        self._session = session
+        self._labels = labels
+        self._task = task
+        self._outputs = [_port(node) for node in session.get_outputs()]
+        self._specs = self._input_specs([_port(node) for node in session.get_inputs()])
+        if labels and (len(self._outputs) != 1 or self._outputs[0].shape[1:] not in {(None,), (len(labels),)}):
+            raise UnsupportedModel(
+                f"divault.json has {len(labels)} labels, the model no single output with as many columns",
+                seen="labels that don't fit the output",
+                supported="one label for each column of the one output",
+            )
+
+    def _input_specs(self, ports: list[_Port]) -> dict[str, TensorSpec]:
+        if not 1 <= len(ports) <= _MAX_PORTS or not 1 <= len(self._outputs) <= _MAX_PORTS:
+            raise _refused(f"an ONNX model with {len(ports)} inputs and {len(self._outputs)} outputs")
+        for port in ports:
+            if port.dtype is None:
+                raise _refused("an ONNX model whose input is no tensor of a plain type")
+        bare = {port.name: _spec(port, {}) for port in ports}
+        example = {name: written(spec.zeros()) for name, spec in bare.items()}
+        return {port.name: _spec(port, example) for port in ports}
+
+    @property
+    def description(self) -> Description:
+        """What it is and takes."""
+        properties = {name: spec.schema() for name, spec in self._specs.items()}
+        output = {port.name: _output_schema(port) for port in self._outputs}
+        result: dict[str, Any] = {"outputs": {"type": "object", "properties": output}}
+        if self._labels:
+            result["predictions"] = {"type": "array", "items": labelled_schema(self._labels)}
+        return Description(
+            format="onnx",
+            task=self._task,
+            device="cpu",
+            input_schema={"type": "object", "required": list(properties), "properties": properties},
+            output_schema={"type": "object", "required": list(result), "properties": result},
+            example=self._example,
+            runtime=runtime_object("onnx", "cpu", "as the model says", ("onnxruntime",), {"provider": "CPU"}),
+            tolerance=_TOLERANCE,
+        )
+
+    @property
+    def _example(self) -> Mapping[str, Any]:
+        return next(iter(self._specs.values())).example
+
+    def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
+        """One answer per caller; callers never share a pass. Raises InputInvalid, ModelFailed."""
+        return [self._answer(*checked) for checked in [self._checked(inputs) for inputs in batch]]
+
+    def _checked(self, inputs: Inputs) -> tuple[dict[str, NDArray[Any]], list[str]]:
+        names = self._wanted(inputs.parameters)
+        data = inputs.data
+        if not isinstance(data, dict):
+            self._refuse("input_data", "no object")
+        if len(self._specs) == 1 and len(data) == 1 and data.keys() <= {"tensor", "inputs"}:
+            data = dict(zip(self._specs, data.values(), strict=True))
+        if data.keys() != self._specs.keys():
+            odd = min(data.keys() ^ self._specs.keys())
+            self._refuse(odd[:80], "this model has no such input" if odd in data else "missing")
+        arrays = {name: spec.parse(data[name], name) for name, spec in self._specs.items()}
+        rows = {len(array) for name, array in arrays.items() if self._specs[name].batched}
+        if len(rows) > 1:
+            self._refuse(next(iter(self._specs)), f"inputs with {sorted(rows)[:4]} items in one call")
+        return arrays, names
+
+    def _wanted(self, parameters: Mapping[str, Any]) -> list[str]:
+        known = [port.name for port in self._outputs]
+        names: Any = parameters.get("outputs", known)
+        if parameters.keys() - {"outputs"} or not isinstance(names, list) or not names:
+            self._refuse("parameters", "the only parameter is outputs, a list of names of outputs")
+        if any(name not in known for name in names) or len(names) > len(known):
+            self._refuse("parameters.outputs", f"this model has the outputs {', '.join(known)[:200]}")
+        return list(names)
+
+    def _refuse(self, field: str, problem: str) -> NoReturn:
+        expected = "; ".join(f"{name}: {spec.expected}" for name, spec in self._specs.items())[:1000]
+        raise InputInvalid(
+            f"{field}: {problem}; this model takes {expected}",
+            field=field,
+            expected=expected,
+            example=dict(self._example),
+        )
+
+    def _answer(self, arrays: dict[str, NDArray[Any]], names: list[str]) -> Answer:
+        from onnxruntime.capi import onnxruntime_pybind11_state as problems
+
+        try:
+            found = self._session.run(names, arrays)
+        except (problems.InvalidArgument, problems.Fail, problems.RuntimeException) as err:
+            raise ModelFailed(f"onnxruntime: {_clean(err)}", kind="raised") from None
+        outputs = {name: _plain(value) for name, value in zip(names, found, strict=True)}
+        result: dict[str, Any] = {"outputs": outputs}
+        if self._labels:
+            result["predictions"] = [labelled(self._labels, row) for row in outputs[names[0]]]
+        batched = [len(array) for name, array in arrays.items() if self._specs[name].batched]
+        return Answer(result, batched[0] if batched else 1)
+
+
+def _spec(port: _Port, example: Mapping[str, Any]) -> TensorSpec:
+    shape = port.shape[1:] if port.batched else port.shape
+    return TensorSpec(shape, None, example, str(port.dtype), port.batched)
+
+
+def _output_schema(port: _Port) -> dict[str, Any]:
+    if port.dtype is None:
+        return {"type": "array"}
+    kind = TensorSpec((), None, {}, port.dtype).kind
+    leaf = {"f": "number", "i": "integer", "u": "integer", "b": "boolean", "U": "string"}[kind]
+    return nested_schema({"type": leaf}, port.shape)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as lists; lists of dictionaries, as classifiers give them, with texts as keys."""
+    if isinstance(value, np.ndarray):
+        return answered(value)
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    return answered(np.asarray(value))

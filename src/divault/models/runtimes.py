@@ -1,0 +1,47 @@
+"""What could change an answer, pinned and told: threads, seeds, versions. The object that receipts hash."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+SEED = 0
+"""Of every generator in the process when a model is loaded; who draws while answering seeds anew for each caller."""
+
+
+def threads() -> int:
+    """Threads of this process' libraries, as `OMP_NUM_THREADS` says; 1 without it."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdecimal() and 1 <= int(told) <= 1024 else 1
+
+
+def seed() -> None:
+    """Give the generators of Python and numpy, and of torch where it is in use, the same start each time."""
+    import sys
+
+    import numpy as np
+
+    random.seed(SEED)
+    np.random.seed(SEED)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(SEED)
+
+
+def runtime_object(
+    adapter: str, device: str, dtype: str, libraries: Sequence[str], determinism: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The runtime object; `libraries` are distributions beside divault and numpy that touch numbers."""
+    names = ("divault", "numpy", *libraries)
+    return {
+        "adapter": adapter,
+        "arch": platform.machine(),
+        "determinism": {"seed": SEED, **determinism},
+        "device": device,
+        "dtype": dtype,
+        "libraries": {"python": platform.python_version()} | {name: version(name) for name in names},
+        "threads": threads(),
+    }

@@ -1,0 +1,194 @@
+"""ONNX: the same answers as the model it was made of; types, shapes, names checked; nothing outside the file read."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper
+
+from divault import models
+from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
+from divault.models.base import Inputs, LoadedModel
+from divault.models.onnx import Onnx
+from tests.memory_models import answer, as_json, load, memory_files
+from tests.onnx_models import FLOAT, INT64, classifier, iris, model_file, of_every_kind
+
+
+@pytest.fixture(scope="module")
+def flowers() -> LoadedModel:
+    return load(Onnx(), {"model.onnx": classifier()})
+
+
+@pytest.fixture(scope="module")
+def kinds() -> LoadedModel:
+    return load(Onnx(), {"model": of_every_kind()})
+
+
+def test_a_classifier_answers_as_the_model_it_was_made_of(flowers: LoadedModel) -> None:
+    trained, rows = iris()
+
+    outputs = answer(flowers, {"x": rows.tolist()})["outputs"]
+
+    assert outputs["label"] == trained.predict(rows).tolist()
+    assert np.allclose(outputs["probabilities"], trained.predict_proba(rows), atol=1e-5)
+
+
+def test_its_schema_has_names_types_and_sizes(flowers: LoadedModel) -> None:
+    told = flowers.description
+    row = told.input_schema["properties"]["x"]["anyOf"][0]
+
+    assert told.input_schema["required"] == ["x"]
+    assert row == {"type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 4}
+    assert told.output_schema["properties"]["outputs"]["properties"]["label"]["items"] == {"type": "integer"}
+    assert told.example == {"x": [[0.0, 0.0, 0.0, 0.0]]}
+    assert told.runtime["libraries"].keys() >= {"onnxruntime", "numpy", "divault", "python"}
+    assert not told.code
+
+
+@pytest.mark.parametrize("name", ["x", "tensor", "inputs"])
+def test_the_one_input_goes_by_its_name_or_by_the_usual_ones(flowers: LoadedModel, name: str) -> None:
+    assert answer(flowers, {name: [5.0, 3.4, 1.5, 0.2]})["outputs"]["label"] == [0]
+
+
+def test_a_folder_with_labels_names_the_columns() -> None:
+    nodes = [helper.make_node("Softmax", ["x"], ["y"], axis=1)]
+    data = model_file(nodes, ([("x", FLOAT, [None, 2])], [("y", FLOAT, [None, 2])]), {})
+    told = {"labels": ["cat", "dog"], "task": "classification"}
+
+    model = load(Onnx(), {"m/model.onnx": data, "m/divault.json": as_json(told), "m/README.md": b"hello"})
+
+    assert answer(model, {"x": [0.0, 1.0]})["predictions"][0]["label"] == "dog"
+    assert model.description.task == "classification"
+    with pytest.raises(UnsupportedModel, match="labels"):
+        load(Onnx(), {"m/model.onnx": data, "m/divault.json": as_json({"labels": ["cat"]})})
+
+
+def test_texts_whole_numbers_and_truth_values_go_in_and_out_by_name(kinds: LoadedModel) -> None:
+    data = {"colour": [["red"], ["blue"]], "count": [[1], [2]], "flag": [[True], [False]], "real": [[0.5], [1]]}
+
+    outputs = answer(kinds, data)["outputs"]
+
+    assert outputs == {
+        "sum": [[2], [4]],
+        "not": [[False], [True]],
+        "double": [[1.0], [2.0]],
+        "name": [["red"], ["blue"]],
+    }
+    assert kinds.predict([Inputs(kinds.description.example, {})])[0].rows == 1
+
+
+def test_outputs_by_name(kinds: LoadedModel) -> None:
+    inputs = Inputs(kinds.description.example, {"outputs": ["name", "sum"]})
+
+    assert list(kinds.predict([inputs])[0].result["outputs"]) == ["name", "sum"]
+    for wrong in (["nothing"], [], "name", [1]):
+        with pytest.raises(InputInvalid):
+            kinds.predict([Inputs(kinds.description.example, {"outputs": wrong})])
+
+
+WRONG: dict[str, Any] = {
+    "no object": [1, 2, 3, 4],
+    "empty": {},
+    "another name": {"y": [0, 0, 0, 0]},
+    "a name more": {"x": [0, 0, 0, 0], "y": 1},
+    "short": {"x": [0, 0, 0]},
+    "long": {"x": [0, 0, 0, 0, 0]},
+    "ragged": {"x": [[0, 0, 0, 0], [0, 0, 0]]},
+    "deep": {"x": [[[0, 0, 0, 0]]]},
+    "text": {"x": ["a", "b", "c", "d"]},
+    "truth": {"x": [True, False, True, True]},
+    "null": {"x": [None, 0, 0, 0]},
+    "not finite as float32": {"x": [1e39, 0, 0, 0]},
+    "empty batch": {"x": []},
+    "empty row": {"x": [[]]},
+    "bytes of another size": {"x": {"dtype": "float32", "shape": [1, 4], "data": "AAAA"}},
+    "bytes with NaN": {"x": {"dtype": "float32", "shape": [1, 4], "data": "AADAfwAAwH8AAMB/AADAfw=="}},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_input_that_does_not_fit_is_told_with_one_that_does(flowers: LoadedModel, wrong: str) -> None:
+    with pytest.raises(InputInvalid) as caught:
+        flowers.predict([Inputs(WRONG[wrong], {})])
+
+    assert flowers.predict([Inputs(caught.value.data["example"], {})])[0].rows == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("colour", [[1]]),
+        ("count", [[1.5]]),
+        ("count", [[2**63]]),
+        ("flag", [[1]]),
+        ("real", [["1"]]),
+        ("count", [[1], [2]]),
+    ],
+)
+def test_each_type_takes_its_own_values_alone(kinds: LoadedModel, name: str, value: Any) -> None:
+    with pytest.raises(InputInvalid):
+        kinds.predict([Inputs({**kinds.description.example, name: value}, {})])
+
+
+def test_an_answer_that_is_not_finite_is_the_models_failure() -> None:
+    nodes = [helper.make_node("Log", ["x"], ["y"])]
+    model = load(Onnx(), {"m": model_file(nodes, ([("x", FLOAT, ["n", 1])], [("y", FLOAT, ["n", 1])]), {})})
+
+    with pytest.raises(ModelFailed):
+        model.predict([Inputs({"x": [[-1.0]]}, {})])
+
+
+def external(where: str) -> bytes:
+    """A model whose weight lies at a location of the file's choice: in the graph, or inside a node's attribute."""
+    tensor = onnx.TensorProto(name="w", data_type=FLOAT, dims=[2], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../../etc/passwd")
+    ports = [helper.make_tensor_value_info("x", FLOAT, [2])], [helper.make_tensor_value_info("y", FLOAT, [2])]
+    if where == "graph":
+        graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", *ports, [tensor])
+    else:
+        constant = helper.make_node("Constant", [], ["w"], value=tensor)
+        graph = helper.make_graph([constant, helper.make_node("Add", ["x", "w"], ["y"])], "g", *ports)
+    return bytes(helper.make_model(graph).SerializeToString())
+
+
+@pytest.mark.parametrize("where", ["graph", "attribute"])
+def test_data_outside_the_file_are_refused_before_any_library_sees_them(where: str) -> None:
+    with pytest.raises(UnsupportedModel, match="other files"):
+        load(Onnx(), {"m": external(where)})
+
+
+def test_an_operator_that_is_not_there_is_refused() -> None:
+    node = helper.make_node("ReadFile", ["x"], ["y"], domain="stranger")
+    data = model_file([node], ([("x", FLOAT, [1])], [("y", FLOAT, [1])]), {})
+
+    with pytest.raises((UnsupportedModel, SealedFileDamaged), match="stranger"):
+        load(Onnx(), {"m": data})
+
+
+def test_a_static_shape_takes_exactly_that() -> None:
+    nodes = [helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)]
+    model = load(Onnx(), {"m": model_file(nodes, ([("x", INT64, [2, 2])], [("y", INT64, [])]), {})})
+
+    assert answer(model, {"x": [[1, 2], [3, 4]]}) == {"outputs": {"y": 10}}
+    with pytest.raises(InputInvalid):
+        model.predict([Inputs({"x": [[1, 2]]}, {})])
+
+
+@given(st.integers(0, 10_000), st.integers(0, 255), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_altered_bytes_give_a_model_or_a_typed_error(place: int, byte: int, cut: bool) -> None:
+    data = bytearray(classifier())
+    place %= len(data)
+    data[place] = byte
+    content = bytes(data[:place] if cut else data)
+    with (
+        memory_files({"m": content or b"x"}) as files,
+        contextlib.suppress(UnsupportedModel, SealedFileDamaged),
+    ):
+        models.load(files, "cpu")
