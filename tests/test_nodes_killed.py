@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 import pytest_asyncio
+from aiohttp import web
 
 from divault.chain.vault import VaultReader
 from divault.devnet.content import ContentStore
@@ -310,6 +311,43 @@ async def test_who_goes_must_not_have_the_key_of_who_stays(market: Market) -> No
     with pytest.raises(BadRequest, match="nobody would be left"):
         await market.access().revoke(model, [market.node(FIRST), market.node(SECOND)])
     assert await market.changes(model) == 1
+
+
+async def test_everybody_is_shut_out_when_that_is_said(market: Market) -> None:
+    model = await market.publish("closed", FIRST, SECOND)
+    done = await market.access().revoke(model, [], keep=[])
+
+    assert await market.opens(model, OWNER, FIRST, SECOND) == [True, False, False]
+    assert done.nodes == market.record(model).nodes == ()
+    await market.access().allow(model, [market.node(FIRST)])
+    assert await market.opens(model, OWNER, FIRST, SECOND) == [True, True, False]
+
+
+async def test_a_store_that_answers_another_cid_registers_nothing(market: Market) -> None:
+    model = await market.publish("lied-to")
+    cid = await market.cid(model)
+
+    async def lie(request: web.Request) -> web.Response:
+        await request.read()
+        return web.json_response({"Hash": "bafkreifzjut3te2nhyekklss27nh3k72ysco7y32koao5eei66wof36n5e"})
+
+    app = web.Application(client_max_size=1 << 26)
+    app.router.add_post("/{path:.*}", lie)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    access = market.access()
+    liar = replace(access.publisher, store=f"http://127.0.0.1:{runner.addresses[0][1]}")
+    try:
+        for change, arguments in (("allow", ([market.node(SECOND)],)), ("revoke", ([], [market.node(SECOND)]))):
+            with pytest.raises(StorageFailed) as caught:
+                await getattr(replace(access, publisher=liar), change)(model, *arguments)
+            assert caught.value.data["reason"] == "cid_mismatch"
+    finally:
+        await runner.cleanup()
+
+    assert await market.cid(model) == cid
+    assert market.record(model).cid.text == cid
 
 
 @pytest.mark.parametrize("kind", ["passphrase", "lighthouse", "folder", "nothing"])

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from aiohttp import web
 
 from divault import keyfiles
-from divault.ipfs.importer import UNIXFS_V1_2025, Importer
 from divault.testing.node import NodeProcess
 from divault.values import ModelId, Secret
 from tests.e2e.conftest import World
@@ -153,18 +150,6 @@ async def test_what_means_nothing(world: World, tmp_path: Path) -> None:
     assert "set VAULT_CONTRACT_ADDRESS" in await refused(world, tmp_path, "revoke", "nobodys", "--all", "--yes")
 
 
-async def test_everybody_is_shut_out_and_let_in_again(world: World, tmp_path: Path) -> None:
-    await published(world, tmp_path, "closed")
-    consumer = await world.consumer()
-    shut, _ = await told(world, tmp_path, "revoke", "closed", "--all", "--yes")
-    while_shut = await answer(world, "closed", consumer, world.node)
-    opened, _ = await told(world, tmp_path, "allow", "closed", "--node", world.node.url, "--yes")
-
-    assert (shut["nodes"], while_shut) == ([], "wrong_key")
-    assert await answer(world, "closed", consumer, world.node) == [world.trained.labels[0]]
-    assert opened["old_cid"] == shut["cid"]
-
-
 async def test_without_a_record_the_owner_names_the_nodes(world: World, tmp_path: Path, other: NodeProcess) -> None:
     await published(world, tmp_path, "forgotten")
     (tmp_path / "state").rename(tmp_path / "lost")
@@ -184,28 +169,3 @@ async def test_without_a_record_the_owner_names_the_nodes(world: World, tmp_path
     assert [node["url"] for node in allowed["nodes"]] == [world.node.url, other.url]
     assert [node["url"] for node in kept["nodes"]] == [other.url]
     assert answers == ["wrong_key", [world.trained.labels[0]]]
-
-
-async def test_a_store_with_another_cid_registers_nothing(world: World, tmp_path: Path, other: NodeProcess) -> None:
-    cid = await published(world, tmp_path, "lied-to")
-    importer = Importer([UNIXFS_V1_2025], lambda _block: None)
-    importer.update(secrets.token_bytes(100))
-    other_cid = str(importer.finish()[UNIXFS_V1_2025])
-
-    async def lie(request: web.Request) -> web.Response:
-        await request.read()
-        return web.json_response({"Hash": other_cid})
-
-    app = web.Application(client_max_size=1 << 26)
-    app.router.add_post("/{path:.*}", lie)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        liar = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        said = await refused(world, tmp_path, "allow", "lied-to", "--node", other.url, "--yes", "--to", liar)
-    finally:
-        await runner.cleanup()
-
-    assert "reason=cid_mismatch" in said
-    assert (await entry(world, "lied-to"))["cid"] == cid
