@@ -87,6 +87,8 @@ TRANSACTION_REASONS = {
     "gas_price": "the chain asks more per gas than the wallet pays; nothing was sent",
     "not_mined": "not in a block in time; it may still get there",
     "model_exists": "the id belongs to somebody else",
+    "not_owner": "the model belongs to somebody else, and only its owner changes who serves it",
+    "changed": "the vault names another CID since the change was begun; nothing was registered: run it again",
     "replaced": "another transaction of the wallet took its nonce: it is dead",
     "insufficient_funds": "the wallet has less than the transaction costs at most; nothing was sent",
 }
