@@ -101,7 +101,7 @@ async def test_answers_equal_the_library(make_pool: MakePool, regression: bytes)
     assert (found.rows, found.plaintext_sha256) == (1, model.plaintext_sha256)
     assert found.runtime == dict(loaded.description.runtime)
     assert loaded.description.runtime["libraries"]["scikit-learn"]
-    assert (loaded.state, loaded.sandbox, loaded.bytes) == ("ready", "partial", len(regression))
+    assert (loaded.state, loaded.sandbox, loaded.bytes) == ("ready", "standard", len(regression))
 
 
 async def test_a_worker_holds_its_socket_and_the_model_and_nothing_else(make_pool: MakePool, regression: bytes) -> None:
@@ -139,9 +139,10 @@ async def test_the_report_tells_what_a_worker_proved(make_pool: MakePool) -> Non
 
     report = pool.sandbox_report()
     assert "no model is loaded" in sentence
-    assert report["effective"] == pool.sandbox_level == "partial"
+    assert report["effective"] == pool.sandbox_level == "standard"
     assert report["checks"]["mem_limit"] == report["checks"]["no_new_privs"] == "enforced"
-    assert report["checks"]["fs_read"] == report["checks"]["net_tcp"] == "not_enforced"
+    assert report["checks"]["fs_read"] == report["checks"]["net_tcp"] == "enforced"
+    assert report["checks"]["net_ns"] == "not_enforced", "namespaces are the level strict's"
 
 
 async def test_a_killed_worker_fails_the_run_in_flight_alone(make_pool: MakePool) -> None:

@@ -47,6 +47,7 @@ from divault.telemetry import configure_logs, log
 from divault.values import Address, Digest, Secret, Usdc
 from divault.vault.age import Identity
 from divault.vault.keys import NodeIdentity
+from divault.workers.confinement import Confinement
 from divault.workers.opening import Opener
 from divault.workers.pool import WorkerPool
 
@@ -198,10 +199,12 @@ async def _node(
     ledger = Ledger(state, ReceiptIssuer(identities.key, chain.chain_id, vault), lease_s=lease_s)
     await ledger.recover()
     workers = WorkerPool(
-        predict_timeout_s=settings.inference_timeout_seconds, load_timeout_s=settings.divault_load_timeout_seconds
+        predict_timeout_s=settings.inference_timeout_seconds,
+        load_timeout_s=settings.divault_load_timeout_seconds,
+        confinement=Confinement(settings.divault_sandbox, allow_code=settings.divault_allow_code_models),
     )
     stack.push_async_callback(workers.close)
-    require_sandbox(settings, workers)
+    await require_sandbox(settings, workers)
     opener = Opener(max_model_bytes=settings.max_model_bytes, timeout_s=settings.divault_load_timeout_seconds)
     stack.callback(opener.close)
     cache = CiphertextCache(settings.model_cache_dir, settings.divault_cache_max_mb * MB)
@@ -251,17 +254,23 @@ async def _node(
     )
 
 
-def require_sandbox(settings: Settings, workers: WorkerPool) -> None:
-    """Return only if workers are confined as far as the operator asked. Raises SettingsInvalid."""
-    wanted, have = settings.divault_sandbox, workers.sandbox_level
+async def require_sandbox(settings: Settings, workers: WorkerPool) -> None:
+    """Return only if a worker proves that it is confined as far as the operator asked. Raises SettingsInvalid."""
+    wanted, have = settings.divault_sandbox, await workers.prove_sandbox()
+    lacking = workers.sandbox_lacking(wanted)
     if wanted in ("strict", "standard") and have != wanted and not settings.divault_sandbox_allow_downgrade:
         raise SettingsInvalid(
-            f"DIVAULT_SANDBOX={wanted}, but this release confines workers at the level {have}: set auto, or "
-            "DIVAULT_SANDBOX_ALLOW_DOWNGRADE=1 to accept that",
+            f"DIVAULT_SANDBOX={wanted}, but a worker here is confined at the level {have} ({lacking} not enforced): "
+            "set auto, or DIVAULT_SANDBOX_ALLOW_DOWNGRADE=1 to accept that",
             setting="DIVAULT_SANDBOX",
         )
-    if have != "strict":
-        _log.warning("workers are not fully confined", level=have, accepts="models of formats without code only")
+    if settings.divault_allow_code_models and have not in ("standard", "strict"):
+        raise SettingsInvalid(
+            f"DIVAULT_ALLOW_CODE_MODELS=1 needs workers that are confined at standard or strict; here it is {have}",
+            setting="DIVAULT_ALLOW_CODE_MODELS",
+        )
+    if have not in ("standard", "strict"):
+        _log.warning("workers are not fully confined", level=have, lacking=lacking, accepts="formats without code only")
 
 
 def _probes(

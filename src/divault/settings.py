@@ -10,10 +10,10 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from divault.errors import DivaultError, SettingsInvalid
 from divault.values import Address, Secret
@@ -132,7 +132,7 @@ class Settings(BaseModel):
     )
     divault_sandbox_allow_downgrade: bool = Field(default=False, description="start although the level is not reached")
     divault_allow_code_models: bool = Field(
-        default=False, description="formats that carry code; refused until the sandbox is complete"
+        default=False, description="load formats that carry code too; needs workers confined at standard or strict"
     )
     divault_device: Literal["auto", "cpu"] = Field("auto", description="where models run")
 
@@ -168,14 +168,6 @@ class Settings(BaseModel):
     def payment_token(self) -> Address:
         """The payment token's address. Raises SettingsInvalid when it is not set."""
         return _set(self.usdc_contract_address, "USDC_CONTRACT_ADDRESS")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.divault_allow_code_models:
-            raise ValueError(
-                "DIVAULT_ALLOW_CODE_MODELS=1 needs a complete sandbox, which this release does not have: unset it"
-            )
-        return self
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None, *, env_file: Path | None = Path(".env")) -> Settings:

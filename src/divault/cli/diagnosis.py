@@ -18,6 +18,7 @@ from divault.state import State
 from divault.storage.gateway import GatewayStorage
 from divault.storage.kavach import Kavach
 from divault.values import Usdc
+from divault.workers.confinement import Confinement
 from divault.workers.pool import WorkerPool
 
 _MAX_CLOCK_OFFSET_S = 5  # signatures excuse a clock 5 s ahead, no more
@@ -154,10 +155,12 @@ async def _key_nodes(settings: Settings) -> str:
 
 async def _sandbox(settings: Settings) -> str:
     workers = WorkerPool(
-        predict_timeout_s=settings.inference_timeout_seconds, load_timeout_s=settings.divault_load_timeout_seconds
+        predict_timeout_s=settings.inference_timeout_seconds,
+        load_timeout_s=settings.divault_load_timeout_seconds,
+        confinement=Confinement(settings.divault_sandbox, allow_code=settings.divault_allow_code_models),
     )
     try:
-        app.require_sandbox(settings, workers)
+        await app.require_sandbox(settings, workers)
         return f"workers are confined at the level {workers.sandbox_level}"
     finally:
         await workers.close()

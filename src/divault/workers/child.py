@@ -25,7 +25,8 @@ from divault.errors import DivaultError, ModelFailed
 from divault.models.base import Inputs, LoadedModel
 from divault.values import MemoryFile
 from divault.workers import strict_json, wire
-from divault.workers.confine import Policy, Verdict, confine
+from divault.workers.sandbox import Policy, confine
+from divault.workers.selfcheck import Verdict
 
 IDLE_ADDRESS_SPACE = 6 << 30
 """Libraries alone map up to 3 GiB (PyTorch with its threads' stacks and arenas); the rest is for working memory."""
@@ -41,6 +42,7 @@ ENVIRONMENT = frozenset(
         "OPENBLAS_NUM_THREADS",
         "PATH",
         "TOKENIZERS_PARALLELISM",
+        "TORCHINDUCTOR_CACHE_DIR",
         "TRANSFORMERS_OFFLINE",
     }
 )
@@ -66,6 +68,9 @@ def main() -> None:
 
 def _policy(order: wire.Load, channel: int) -> Policy:
     return Policy(
+        level=order.level,
+        canary=order.canary,
+        namespaces=order.namespaces,
         keep=(channel, *(file.fd for file in order.files)),
         environment=ENVIRONMENT,
         address_space=IDLE_ADDRESS_SPACE + order.memory_bytes,
@@ -79,7 +84,7 @@ def _load(order: wire.Load, checks: dict[str, Verdict]) -> tuple[LoadedModel | N
     files = [MemoryFile(file.name, file.fd, file.size) for file in order.files]
 
     def work() -> tuple[LoadedModel, bytes]:
-        model = models.load(files, order.device)
+        model = models.load(files, order.device, allow_code=order.allow_code)
         return model, orjson.dumps(model.description)
 
     loaded = _attempt("loading the model", work)

@@ -1,7 +1,7 @@
 """The pool: a worker process for every loaded model, and the proof that one of them ran.
 
 The gateway's side imports no model library and unpickles nothing; see `wire` for what passes between the two, `worker`
-for deadlines, queues and restarts, `confine` for what a worker gives up. This module alone makes `Output`.
+for deadlines, queues and restarts, `sandbox` for what a worker gives up. This module alone makes `Output`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from divault.errors import CidMismatch, DeadlineExceeded, InputInvalid, ModelFai
 from divault.models.base import Description
 from divault.values import Cid, Digest, Hold, ModelId, OpenedModel, Output, SignedCall
 from divault.workers import wire
-from divault.workers.confine import LEVEL, PROVEN, UNCONFINED
+from divault.workers.confinement import Confinement
 from divault.workers.process import Process
 from divault.workers.worker import Deadlines, Tuning, Worker
 
@@ -58,31 +58,58 @@ class WorkerPool:
     """Worker processes of one node. All methods are safe to call concurrently on one event loop."""
 
     def __init__(
-        self, *, predict_timeout_s: float, load_timeout_s: float, device: str = "cpu", tuning: Tuning | None = None
+        self,
+        *,
+        predict_timeout_s: float,
+        load_timeout_s: float,
+        device: str = "cpu",
+        tuning: Tuning | None = None,
+        confinement: Confinement | None = None,
     ) -> None:
-        """`predict_timeout_s` bounds one run and, apart from it, the wait in the queue before it."""
+        """`predict_timeout_s` bounds one run and, apart from it, the wait in the queue before it.
+
+        `confinement`: how far workers are confined; without one at `standard`, as far as that holds here.
+        """
         self._deadlines = Deadlines(load_s=load_timeout_s, predict_s=predict_timeout_s)
         self._device = device
         self._tuning = tuning or Tuning()
         self._entries: dict[Digest, _Entry] = {}
-        self._checks: dict[str, str] = dict.fromkeys((*UNCONFINED, *PROVEN), "unknown")
+        self._confinement = confinement or Confinement()
         self._closed = False
 
     @property
     def sandbox_level(self) -> str:
-        """How far workers are confined: `partial` in this release."""
-        return LEVEL
+        """How far workers are confined, as one of them saw it: `strict`, `standard`, `partial` or `off`."""
+        return self._confinement.effective
 
     def sandbox_report(self) -> dict[str, Any]:
         """What the newest worker saw to hold; `unknown` before the first one was started."""
-        return {
-            "requested": "auto",
-            "effective": LEVEL,
-            "checks": dict(self._checks),
-            "landlock_abi": 0,
-            "seccomp_allowed": 0,
-            "memory_mechanism": "rlimit",
-        }
+        return self._confinement.report()
+
+    def sandbox_lacking(self, level: str) -> str:
+        """Names of the checks that keep this level (`auto`: `strict`) from being reached."""
+        return ", ".join(self._confinement.missing("strict" if level == "auto" else level))
+
+    async def prove_sandbox(self) -> str:
+        """Confine workers without a model, and keep the best level that one of them proves; its name.
+
+        A level that was asked for by name is tried alone. Raises NotReady, DeadlineExceeded when no worker starts.
+        """
+        confinement = self._confinement
+        *better, last = confinement.candidates()
+        for level in better:
+            confinement.level = level
+            try:
+                await self._trial()
+            except (ModelFailed, NotReady) as err:
+                confinement.why_not_strict = err.detail
+                continue
+            if confinement.effective == level:
+                return level
+            confinement.why_not_strict = ", ".join(confinement.missing(level))
+        confinement.level = last
+        await self._trial()
+        return confinement.effective
 
     async def load(self, opened: OpenedModel) -> Loaded:
         """Start a worker for the model; the pool owns the descriptors from here on, whatever comes of it.
@@ -93,13 +120,13 @@ class WorkerPool:
         Raises UnsupportedModel, SealedFileDamaged, ModelFailed, DeadlineExceeded, NotReady.
         """
         began = time.monotonic()
-        worker = Worker(opened, self._device, self._deadlines, self._tuning)
+        worker = Worker(opened, self._device, self._deadlines, self._tuning, self._confinement)
         if not self._closed:
             await worker.start()
         if self._closed:
             await worker.close()
             raise NotReady("the node is stopping", retry_after=5)
-        self._checks = dict(worker.checks)
+        self._confinement.checks = dict(worker.checks)
         replaced = self._entries.get(opened.model.key)
         entry = _Entry(worker, int(time.time()), round(time.monotonic() - began, 3))
         self._entries[opened.model.key] = entry
@@ -166,6 +193,7 @@ class WorkerPool:
         self._closed = True
         for key in list(self._entries):
             await self.unload(key)
+        self._confinement.close()
 
     def _entry(self, opened: OpenedModel) -> _Entry:
         entry = self._entries.get(opened.model.key)
@@ -183,16 +211,17 @@ class WorkerPool:
     async def _trial(self) -> str:
         """Start a worker that loads nothing: proves that one can be started, confined and asked."""
         limit_s = self._deadlines.load_s
-        process = await Process.start(self._tuning.command, (), self._tuning.threads, lambda: None)
+        separate, tuning = self._confinement.separate, self._tuning
+        process = await Process.start(tuning.command, (), tuning.threads, lambda: None, separate=separate)
         try:
             async with asyncio.timeout(limit_s):
-                order = wire.Load(id=wire.new_id(), files=[], device=self._device, memory_bytes=0)
+                order = self._confinement.order((), self._device, 0)
                 ready = wire.expect(await process.ask(order), wire.Ready)
         except TimeoutError:
             raise DeadlineExceeded(f"no worker started within {limit_s:g} s", limit_s=f"{limit_s:g}") from None
         finally:
             await process.kill()
-        self._checks = dict(ready.checks)
+        self._confinement.checks = dict(ready.checks)
         return "no model is loaded; a worker starts and answers"
 
 
@@ -203,7 +232,7 @@ def _view(entry: _Entry) -> Loaded:
         description=worker.description,
         loaded_at=entry.loaded_at,
         bytes=worker.opened.size,
-        sandbox=LEVEL,
+        sandbox=worker.sandbox,
         seconds=entry.seconds,
         state=worker.state,
         pid=worker.pid,

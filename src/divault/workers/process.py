@@ -22,6 +22,7 @@ import divault
 from divault.errors import NotReady
 from divault.values import MemoryFile
 from divault.workers import wire
+from divault.workers.landlock import library_paths
 from divault.workers.line import Line
 
 _BOOTSTRAP = (
@@ -30,6 +31,7 @@ _BOOTSTRAP = (
 )
 COMMAND = (sys.executable, "-I", "-B", "-c", _BOOTSTRAP, str(Path(divault.__file__).parent.parent))
 """Starts a worker; the descriptor of its socket comes as one more argument."""
+_NOBODY = "65534"
 _STDERR_KEPT = 64 << 10
 _STDERR_READ = 1 << 20
 """Of one process; beyond it the pipe is closed, so that a flood costs the gateway nothing more."""
@@ -49,7 +51,30 @@ def environment(threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # torch makes its compiler's cache folder when it is imported: one that is there already, and can't be written.
+        "TORCHINDUCTOR_CACHE_DIR": "/usr",
     }
+
+
+def bubblewrap(threads: int) -> tuple[str, ...]:
+    """The command in front of a worker's that gives it namespaces of its own and an empty root of libraries.
+
+    Nothing is writable: the root, with its temporary folder, is remounted read-only before the worker starts.
+    """
+    binds = [part for path in (*library_paths(), "/sys/devices/system/cpu") for part in ("--ro-bind", path, path)]
+    links = [part for name in ("lib", "lib64", "bin") for part in _link(name)]
+    variables = [part for name, value in environment(threads).items() for part in ("--setenv", name, value)]
+    return (
+        "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--uid", _NOBODY,
+        "--gid", _NOBODY, "--hostname", "w", "--clearenv", *variables, "--tmpfs", "/", "--dev", "/dev",
+        "--proc", "/proc", *binds, *links, "--remount-ro", "/", "--chdir", "/", "--",
+    )  # fmt: skip
+
+
+def _link(name: str) -> tuple[str, ...]:
+    """`/lib` and the like, as links into /usr where this system has them so."""
+    path = Path("/", name)
+    return ("--symlink", os.readlink(path), str(path)) if path.is_symlink() else ()  # noqa: PTH115  # relative, as it is
 
 
 class Process:
@@ -66,9 +91,17 @@ class Process:
 
     @classmethod
     async def start(
-        cls, command: Sequence[str], files: Sequence[MemoryFile], threads: int, on_loss: Callable[[], None]
+        cls,
+        command: Sequence[str],
+        files: Sequence[MemoryFile],
+        threads: int,
+        on_loss: Callable[[], None],
+        *,
+        separate: bool = False,
     ) -> Process:
         """A process that has not been asked anything yet. `on_loss` is called when it can't answer any more.
+
+        `separate`: in namespaces of its own, as the level `strict` has it.
 
         Raises NotReady when the system has no room for another process.
         """
@@ -76,9 +109,10 @@ class Process:
         near.setblocking(False)  # noqa: FBT003 - the standard library's signature
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
+        whole = (*bubblewrap(threads), *command) if separate else command
         with far:
             try:
-                popen = _spawn(command, far.fileno(), files, threads, writing)
+                popen = _spawn(whole, far.fileno(), files, threads, writing)
             except OSError as err:
                 near.close()
                 os.close(reading)

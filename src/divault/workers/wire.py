@@ -64,6 +64,14 @@ class Load(Frame, frozen=True, tag="load"):
     device: str
     memory_bytes: int
     """How much memory the worker may map beyond what an idle one needs."""
+    level: Literal["strict", "standard", "off"] = "standard"
+    """How far to confine yourself."""
+    canary: str = ""
+    """A file that everybody may read, to try whether you can."""
+    namespaces: dict[str, str] = {}
+    """Of the node, to compare yours with."""
+    allow_code: bool = False
+    """Formats that carry code may run."""
 
 
 class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -30,7 +30,9 @@ from divault.models.base import Description
 from divault.telemetry import log
 from divault.values import OpenedModel
 from divault.workers import wire
+from divault.workers.confinement import Confinement
 from divault.workers.process import COMMAND, Process
+from divault.workers.sandbox import level_of
 
 _log = log("workers")
 T = TypeVar("T")
@@ -76,8 +78,11 @@ class _Job:
 class Worker:
     """A model that is loaded, or about to be. Owns the descriptors of `opened` from its making to `close`."""
 
-    def __init__(self, opened: OpenedModel, device: str, deadlines: Deadlines, tuning: Tuning) -> None:
+    def __init__(
+        self, opened: OpenedModel, device: str, deadlines: Deadlines, tuning: Tuning, confinement: Confinement
+    ) -> None:
         self.opened = opened
+        self._confinement = confinement
         self.checks: dict[str, str] = {}
         self._device = device
         self._deadlines = deadlines
@@ -103,6 +108,11 @@ class Worker:
     def pid(self) -> int | None:
         """Id of the process that holds the model now."""
         return self._process.pid if self._process is not None and not self._process.lost else None
+
+    @property
+    def sandbox(self) -> str:
+        """The level that the process of this model saw to hold."""
+        return level_of(self.checks, self._confinement.level)
 
     @property
     def idle(self) -> bool:
@@ -213,14 +223,14 @@ class Worker:
         limit_s = self._deadlines.load_s
         try:
             async with asyncio.timeout(limit_s):
-                files = self.opened.files
-                self._process = await Process.start(self._tuning.command, files, self._tuning.threads, self._lost)
-                request = wire.Load(
-                    id=wire.new_id(),
-                    files=[wire.File(file.name, file.fd, file.size) for file in files],
-                    device=self._device,
-                    # The mapped file, the model made of it, and as much again while it is made and at work.
-                    memory_bytes=3 * self.opened.size,
+                # The mapped file, the model made of it, and as much again while it is made and at work.
+                request = self._confinement.order(self.opened.files, self._device, 3 * self.opened.size)
+                self._process = await Process.start(
+                    self._tuning.command,
+                    self.opened.files,
+                    self._tuning.threads,
+                    self._lost,
+                    separate=self._confinement.separate,
                 )
                 reply = await self._process.ask(request)
         except TimeoutError:

@@ -1,0 +1,91 @@
+"""How far the workers of a node are confined: what was asked for, and what a real worker saw to hold.
+
+A level is never taken from a kernel's version or a setting: at the start a worker without a model is confined and tries
+what is forbidden. `auto` takes the best level that is proven so.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from divault.values import MemoryFile
+from divault.workers import landlock, seccomp, wire
+from divault.workers.sandbox import CHECKS, Level, level_of, missing_for
+from divault.workers.selfcheck import namespaces_here
+
+Requested = Literal["auto", "strict", "standard", "off"]
+
+
+class Confinement:
+    """The state of one pool. `close` removes the canary file."""
+
+    def __init__(self, requested: Requested = "auto", *, allow_code: bool = False) -> None:
+        self.requested = requested
+        self.allow_code = allow_code
+        self.level: Level = "standard" if requested == "auto" else requested
+        """What workers are started with."""
+        self.checks: Mapping[str, str] = dict.fromkeys(CHECKS, "unknown")
+        """As the newest worker saw them; nothing is claimed before."""
+        self.why_not_strict = ""
+        self._folder = Path(tempfile.mkdtemp(prefix="divault-canary-"))
+        self._folder.chmod(0o755)
+        self._canary = self._folder / "canary"
+        self._canary.write_text("Nothing is secret here; a worker that reads this is not confined.\n", encoding="ascii")
+        self._canary.chmod(0o644)
+        self._namespaces = namespaces_here()
+
+    @property
+    def effective(self) -> str:
+        """The level that was seen to hold."""
+        return level_of(self.checks, self.level)
+
+    @property
+    def separate(self) -> bool:
+        """Whether workers get namespaces of their own."""
+        return self.level == "strict"
+
+    def candidates(self) -> tuple[Level, ...]:
+        """The levels to try at the start, the best first."""
+        if self.requested != "auto":
+            return (self.requested,)
+        if shutil.which("bwrap") is None:
+            self.why_not_strict = "bwrap is not installed"
+            return ("standard",)
+        return ("strict", "standard")
+
+    def missing(self, level: str) -> list[str]:
+        """What keeps this level from being reached, by the names of the checks."""
+        return missing_for(level, self.checks)
+
+    def order(self, files: Sequence[MemoryFile], device: str, memory_bytes: int) -> wire.Load:
+        """What a worker is told first."""
+        return wire.Load(
+            id=wire.new_id(),
+            files=[wire.File(file.name, file.fd, file.size) for file in files],
+            device=device,
+            memory_bytes=memory_bytes,
+            level=self.level,
+            canary=str(self._canary),
+            namespaces=self._namespaces,
+            allow_code=self.allow_code and self.effective in ("standard", "strict"),
+        )
+
+    def report(self) -> dict[str, Any]:
+        """For `/health` and `/api/v1/node`: what was asked for, what holds, and by which means."""
+        confined = self.level != "off"
+        return {
+            "requested": self.requested,
+            "effective": self.effective,
+            "checks": dict(self.checks),
+            "landlock_abi": landlock.abi() if confined else 0,
+            "seccomp_allowed": len(seccomp.ALLOWED) if confined and seccomp.supported() else 0,
+            "memory_mechanism": "rlimit" if confined else "none",
+        }
+
+    def close(self) -> None:
+        """Remove the canary."""
+        shutil.rmtree(self._folder, ignore_errors=True)
