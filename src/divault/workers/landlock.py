@@ -17,8 +17,6 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
-import divault
-
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION_FLAG, _PATH_BENEATH = 1, 1
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
@@ -47,7 +45,7 @@ def library_paths() -> tuple[str, ...]:
     """Folders and files that a worker reads code from: the system's libraries, this Python, its packages, divault."""
     wanted = [
         "/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.prefix, sys.base_prefix, *site.getsitepackages(),
-        sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *divault.__path__,
+        sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(Path(__file__).parent.parent),
     ]  # fmt: skip
     found = dict.fromkeys(str(Path(path).resolve()) for path in wanted if Path(path).exists())
     return tuple(path for path in found if not any(path.startswith(f"{other}/") for other in found))
