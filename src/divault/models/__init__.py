@@ -21,9 +21,10 @@ def formats() -> list[ModelFormat]:
     from divault.models.huggingface import HuggingFace
     from divault.models.onnx import Onnx
     from divault.models.sklearn import SklearnPickle
+    from divault.models.skops import SkopsFile
     from divault.models.torch_state import TorchState
 
-    return [HuggingFace(), Onnx(), TorchState(), SklearnPickle()]
+    return [HuggingFace(), Onnx(), TorchState(), SkopsFile(), SklearnPickle()]
 
 
 def code_formats() -> list[ModelFormat]:

@@ -48,6 +48,7 @@ EXACT: dict[str, tuple[str, ...]] = {
     "scipy.sparse._csr": ("csr_matrix", "csr_array"),
     "scipy.sparse._csc": ("csc_matrix", "csc_array"),
     "sklearn.calibration": ("_CalibratedClassifier",),
+    "sklearn.cluster._bisect_k_means": ("_BisectingTree",),
     "sklearn.cluster._birch": ("_CFNode", "_CFSubcluster"),
     "sklearn.compose._column_transformer": ("make_column_selector", "_RemainderColsList"),
     "sklearn.ensemble._hist_gradient_boosting.predictor": ("TreePredictor",),
@@ -82,6 +83,9 @@ FAMILIES: dict[str, re.Pattern[str]] = {
 _REPLACED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): rebuilding.latin1,
     ("builtins", "bytes"): rebuilding.no_bytes,
+    # How it was fitted; calling it would only take time.
+    ("sklearn.cluster._kmeans", "_kmeans_single_elkan"): rebuilding.Forgotten,
+    ("sklearn.cluster._kmeans", "_kmeans_single_lloyd"): rebuilding.Forgotten,
     ("numpy", "dtype"): rebuilding.dtype,
     ("numpy", "ndarray"): rebuilding.NDARRAY,
     ("numpy._core.multiarray", "_reconstruct"): rebuilding.reconstruct,
@@ -107,13 +111,13 @@ def resolve(module: str, name: str) -> Any:
     if _GENERATORS.fullmatch(module) and _GENERATOR_NAMES.fullmatch(name):
         return rebuilding.Forgotten
     if name in EXACT.get(module, ()):
-        return getattr(_imported(module, name), name, None) or _refused(module, name)
+        return getattr(imported(module, name), name, None) or refused(module, name)
     family = FAMILIES.get(module)
     if family is not None and family.fullmatch(name):
         return _member(module, name)
     if _SKLEARN.fullmatch(module) and not _BARRED & set(module.split(".")):
         return _estimator(module, name)
-    return _refused(module, name)
+    return refused(module, name)
 
 
 def _modern(module: str) -> str:
@@ -123,17 +127,18 @@ def _modern(module: str) -> str:
     return "numpy._core" + module.removeprefix("numpy.core") if module.startswith("numpy.core.") else module
 
 
-def _imported(module: str, name: str) -> ModuleType:
+def imported(module: str, name: str) -> ModuleType:
+    """The module of a global. Raises UnsupportedModel where it isn't there."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        _refused(module, name)
+        refused(module, name)
 
 
 def _member(module: str, name: str) -> Any:
-    found = getattr(_imported(module, name), name, None)
+    found = getattr(imported(module, name), name, None)
     if getattr(found, "__module__", None) != module:
-        _refused(module, name)
+        refused(module, name)
     return found
 
 
@@ -141,17 +146,18 @@ def _estimator(module: str, name: str) -> Any:
     from sklearn.base import BaseEstimator
 
     if not name.isidentifier():
-        _refused(module, name)
+        refused(module, name)
     found = _member(module, name)
     if not (isinstance(found, type) and issubclass(found, BaseEstimator)):
-        _refused(module, name)
+        refused(module, name)
     return found
 
 
-def _refused(module: str, name: str) -> NoReturn:
+def refused(module: str, name: str, what: str = "the pickle") -> NoReturn:
+    """Raises UnsupportedModel, with `module.name` in `seen`."""
     seen = f"{module}.{name}".encode("ascii", "backslashreplace").decode()[:200]
     raise UnsupportedModel(
-        f"the pickle needs {seen}, which is not among the classes that this node loads; keep to estimators of"
+        f"{what} needs {seen}, which is not among the classes that this node loads; keep to estimators of"
         " scikit-learn itself, without functions of your own",
-        seen=f"a pickle that needs {seen}",
+        seen=f"{what.replace('the ', 'a ')} that needs {seen}",
     )

@@ -126,6 +126,7 @@ class LoadedOnnx:
                 seen="labels that don't fit the output",
                 supported="one label for each column of the one output",
             )
+        self._description = self._described()
 
     def _input_specs(self, ports: list[_Port]) -> dict[str, TensorSpec]:
         if not 1 <= len(ports) <= _MAX_PORTS or not 1 <= len(self._outputs) <= _MAX_PORTS:
@@ -140,6 +141,9 @@ class LoadedOnnx:
     @property
     def description(self) -> Description:
         """What it is and takes."""
+        return self._description
+
+    def _described(self) -> Description:
         properties = {name: spec.schema() for name, spec in self._specs.items()}
         output = {port.name: _output_schema(port) for port in self._outputs}
         result: dict[str, Any] = {"outputs": {"type": "object", "properties": output}}

@@ -4,8 +4,8 @@ Rules, beyond the names of `allowed`:
 
 1. Only what a global resolved to may be called, and never what was built from it.
 2. State is given to objects built here, not to classes or functions; names like `__class__` are refused.
-3. Items go into plain lists, dicts and sets only; an array is filled once; sparse matrices are checked when all is
-   built.
+3. Items go into plain lists, dicts and sets only; an array is filled once; trees and sparse matrices are checked
+   when all is built.
 4. A stream that is cut is refused; compressed ones may unfold to 50 times their size, or 32 MiB.
 5. joblib's arrays are read here, so that joblib itself loads nothing.
 
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
 
 from divault.errors import UnsupportedModel
-from divault.models import rebuilding
+from divault.models import native, rebuilding
 from divault.models.allowed import resolve
 from divault.models.files import head, opened
 from divault.values import MemoryFile
@@ -189,14 +189,13 @@ class _Loader(pickle._Unpickler):  # noqa: SLF001  # the documented class is the
         self._source = source
         self.level: int = 0 if outer is None else outer.level + 1
         self._granted: dict[int, Any] = {}
-        self.sparse: list[Any] = [] if outer is None else outer.sparse
+        self.natives: list[Any] = [] if outer is None else outer.natives
 
     def load_checked(self) -> Any:
-        """The object, with every sparse matrix in it checked: compiled code trusts their indices."""
+        """The object, with every tree and sparse matrix in it checked: compiled code trusts their indices."""
         found = self.load()
-        for matrix in self.sparse:
-            # By the class: an attribute of the instance could stand before its method.
-            type(matrix).check_format(matrix, full_check=True)
+        for made in self.natives:
+            native.check(made)
         return found
 
     def find_class(self, module: str, name: str) -> Any:
@@ -251,10 +250,8 @@ class _Loader(pickle._Unpickler):  # noqa: SLF001  # the documented class is the
         self.stack.append(self._noted(klass.__new__(klass, *args, **keywords)))
 
     def _noted(self, made: Any) -> Any:
-        from scipy import sparse
-
-        if sparse.issparse(made):
-            self.sparse.append(made)
+        if native.is_native(made):
+            self.natives.append(made)
         return made
 
     def load_append(self) -> None:
@@ -351,7 +348,7 @@ def _set(target: Any, state: Any) -> None:
     if setter is None:
         _give(target, state)
     else:
-        setter(_checked_tree(target, state))
+        setter(state)
 
 
 def _give(target: Any, state: Any) -> None:
@@ -365,20 +362,3 @@ def _check_names(state: dict[Any, Any]) -> None:
     for name in state:
         if type(name) is not str or (name.startswith("__") and name.endswith("__")):
             rebuilding.damaged("state with a reserved name")
-
-
-def _checked_tree(target: Any, state: Any) -> Any:
-    """The state, unless it is one of a decision tree whose indices point outside it (reading there would crash)."""
-    from sklearn.tree._tree import Tree
-
-    if isinstance(target, Tree):
-        nodes = state["nodes"]
-        count = len(nodes)
-        children = (nodes["left_child"], nodes["right_child"])
-        inside = (
-            all(((side >= -1) & (side < count)).all() for side in children)
-            and (nodes["feature"] < target.n_features).all()
-        )
-        if state["node_count"] != count or len(state["values"]) != count or not inside:
-            rebuilding.damaged("a tree whose nodes point outside it")
-    return state

@@ -6,7 +6,8 @@ import os
 import platform
 import random
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from typing import Any
 
 SEED = 0
@@ -29,6 +30,12 @@ def seed() -> None:
     np.random.seed(SEED)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(SEED)
+
+
+@cache
+def version(name: str) -> str:
+    """Version of a distribution that is installed here; read once, since its whole metadata is parsed for it."""
+    return metadata.version(name)
 
 
 def runtime_object(

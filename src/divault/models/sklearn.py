@@ -8,16 +8,26 @@ single one; classifiers add `probabilities` and `classes`. Numbers equal those o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from divault.errors import UnsupportedModel
-from divault.models import pickles
+from divault.models import native, pickles
 from divault.models.base import Answer, Description, Inputs, LoadedModel
 from divault.models.files import only_file
-from divault.models.rows import RowSpec, TextSpec
-from divault.models.runtimes import runtime_object
+from divault.models.rows import MAX_ROWS, RowSpec, TextSpec
+from divault.models.runtimes import runtime_object, seed
 from divault.values import MemoryFile
 
+_NOT_ROWWISE = frozenset(
+    {
+        *("DummyClassifier", "FunctionTransformer", "IterativeImputer", "MiniBatchNMF", "NMF"),
+        *("MiniBatchSparsePCA", "SparsePCA"),  # these take no single row
+    }
+)
+"""Their answer for a row may depend on the rows beside it, or on chance: callers never share a pass."""
+_TOLERANCE = 1e-9
+"""Products of matrices of other sizes add in another order."""
 _LIBRARIES = ("scipy", "scikit-learn")
 
 
@@ -34,22 +44,29 @@ class SklearnPickle:
         file = only_file(files)
         if file is None:
             raise UnsupportedModel("a scikit-learn model is one file", seen="several files")
-        _configure()
-        return Estimator(_checked(pickles.load(file)))
+        configure()
+        return Estimator(fitted(pickles.load(file)))
 
 
 class Estimator:
     """One fitted estimator."""
 
-    def __init__(self, estimator: Any) -> None:
+    def __init__(self, estimator: Any, adapter: str = "sklearn") -> None:
         self._estimator = estimator
+        self._adapter = adapter
         self._proba = hasattr(estimator, "predict_proba")
         self._classes = _listed(getattr(estimator, "classes_", None))
         self._spec = _spec(estimator)
+        self._rowwise = not any(type(part).__name__ in _NOT_ROWWISE for part in native.reachable(estimator))
+        self._description = self._described()
 
     @property
     def description(self) -> Description:
         """What it is and takes."""
+        return self._description
+
+    def _described(self) -> Description:
+        libraries = (*_LIBRARIES, "skops") if self._adapter == "skops" else _LIBRARIES
         return Description(
             format="sklearn",
             task=self._task(),
@@ -57,21 +74,38 @@ class Estimator:
             input_schema=self._spec.schema(),
             output_schema=self._output_schema(),
             example=self._spec.example(),
-            runtime=runtime_object("sklearn", "cpu", "float64", _LIBRARIES, {}),
+            runtime=runtime_object(self._adapter, "cpu", "float64", libraries, {}),
+            tolerance=_TOLERANCE,
         )
 
     def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
-        """One answer per caller, in order. Raises InputInvalid."""
-        return [self._answer(inputs) for inputs in batch]
+        """One answer per caller, in order; rows of all callers go in one pass where none looks at the others.
 
-    def _answer(self, inputs: Inputs) -> Answer:
-        rows = self._spec.parse(inputs)
-        result: dict[str, Any] = {"predictions": _listed(self._estimator.predict(rows))}
+        Raises InputInvalid.
+        """
+        rows = [self._spec.parse(inputs) for inputs in batch]
+        total = sum(map(len, rows))
+        if len(rows) > 1 and self._rowwise and total <= MAX_ROWS and _fit_together(rows):
+            found = self._run(_joined(rows))
+            ends = list(accumulate(map(len, rows)))
+            parts = [_cut(found, end - len(part), end) for part, end in zip(rows, ends, strict=True)]
+        else:
+            parts = [self._run(part) for part in rows]
+        return [self._answer(found, len(part)) for found, part in zip(parts, rows, strict=True)]
+
+    def _run(self, rows: Any) -> dict[str, Any]:
+        if not self._rowwise:
+            seed()
+        found = {"predictions": self._estimator.predict(rows)}
         if self._proba:
-            result["probabilities"] = _listed(self._estimator.predict_proba(rows))
+            found["probabilities"] = self._estimator.predict_proba(rows)
+        return found
+
+    def _answer(self, found: dict[str, Any], rows: int) -> Answer:
+        result = {name: _listed(values) for name, values in found.items()}
         if self._classes is not None:
             result["classes"] = self._classes
-        return Answer(result, len(rows))
+        return Answer(result, rows)
 
     def _task(self) -> str:
         from sklearn.base import is_classifier, is_clusterer, is_outlier_detector, is_regressor
@@ -93,12 +127,32 @@ class Estimator:
         return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _configure() -> None:
+def _fit_together(rows: list[Any]) -> bool:
+    return isinstance(rows[0], list) or len({part.shape[1] for part in rows}) == 1
+
+
+def _joined(rows: list[Any]) -> Any:
+    import numpy as np
+
+    return [text for part in rows for text in part] if isinstance(rows[0], list) else np.concatenate(rows)
+
+
+def _cut(found: dict[str, Any], start: int, end: int) -> dict[str, Any]:
+    """The answers of one caller; models with several outputs give a list of arrays."""
+    return {
+        name: [part[start:end] for part in values] if isinstance(values, list) else values[start:end]
+        for name, values in found.items()
+    }
+
+
+def configure() -> None:
+    """Set the library up for models of strangers, and its generators to a known start."""
     import sklearn
     from sklearn.feature_extraction.text import CountVectorizer
 
     # Parameters were checked when the model was fitted, and don't change any more.
     sklearn.set_config(skip_parameter_validation=True)
+    seed()
     # A vectorizer with input="filename" would open whatever path a caller sends as text.
     CountVectorizer.__mro__[1].decode = _text_alone
 
@@ -109,7 +163,8 @@ def _text_alone(vectorizer: Any, document: Any) -> str:
     return document
 
 
-def _checked(found: Any) -> Any:
+def fitted(found: Any) -> Any:
+    """The estimator that a file holds, with its trees checked. Raises UnsupportedModel for anything else."""
     from sklearn.base import BaseEstimator
 
     kind = f"{type(found).__module__}.{type(found).__qualname__}"
@@ -119,6 +174,7 @@ def _checked(found: Any) -> Any:
             seen=f"a pickle of {kind}",
             supported="an estimator or pipeline of scikit-learn with a predict method",
         )
+    native.check_all(found)
     return found
 
 

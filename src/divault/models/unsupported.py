@@ -12,7 +12,7 @@ from divault.models.files import base_name, head, opened
 from divault.values import MemoryFile
 
 SUPPORTED = (
-    "scikit-learn estimator (pickle or joblib)",
+    "scikit-learn estimator (skops, pickle or joblib)",
     "PyTorch state dict or safetensors with an architecture in divault.json",
     "ONNX with its data inside the file",
     "Hugging Face directory in a tar, for text classification or embeddings",
@@ -96,7 +96,7 @@ def archive(file: MemoryFile) -> str:
         or "serialized_exported_program.json" in parts,
         "a PyTorch file": "data.pkl" in parts,
         "a Keras archive, which carries code": "model.weights.h5" in parts or {"config.json", "metadata.json"} <= parts,
-        "a skops file": "schema.json" in parts,
+        "a damaged skops file": "schema.json" in parts,
         "numpy arrays (npz)": bool(names) and all(entry.endswith(".npy") for entry in names),
     }
     return next((text for text, holds in found.items() if holds), "a zip")

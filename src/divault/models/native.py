@@ -1,0 +1,134 @@
+"""Objects whose compiled code trusts the numbers in them: trees and sparse matrices, checked once all is built.
+
+An index that points outside would read foreign memory, and a tree that leads back to itself would never end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from divault.models import rebuilding
+
+_TREES = {
+    ("sklearn.tree._tree", "Tree"),
+    ("sklearn.ensemble._hist_gradient_boosting.predictor", "TreePredictor"),
+}
+_MAX_OBJECTS = 2_000_000
+"""Objects of one model; a forest of 10,000 trees has some 100,000."""
+
+
+def is_native(value: Any) -> bool:
+    """Whether `check` has something to say about this object."""
+    from scipy import sparse
+
+    kind = type(value)
+    return (kind.__module__, kind.__name__) in _TREES or bool(sparse.issparse(value))
+
+
+def check(value: Any) -> None:
+    """Raises UnsupportedModel where a number points outside the object; ValueError for a broken sparse matrix."""
+    from scipy import sparse
+
+    if sparse.issparse(value):
+        if not isinstance(value, sparse.csr_matrix | sparse.csc_matrix | sparse.csr_array | sparse.csc_array):
+            rebuilding.damaged("a sparse matrix that is neither CSR nor CSC")
+        # By the class: an attribute of the instance could stand before its method.
+        type(value).check_format(value, full_check=True)
+    elif type(value).__name__ == "Tree":
+        if value.capacity != value.node_count:
+            rebuilding.damaged("a tree that has another number of nodes than it says")
+        check_nodes(value.children_left, value.children_right, value.feature, value.n_features)
+    else:
+        _check_histogram_tree(value)
+
+
+def check_nodes(left: Any, right: Any, feature: Any, features: int) -> None:
+    """The nodes of a tree as arrays; a leaf has no children. Raises UnsupportedModel."""
+    import numpy as np
+
+    here = np.arange(len(left))
+    inner = left >= 0
+    behind = all(((side > here) & (side < len(left)))[inner].all() for side in (left, right))
+    if not behind or (right >= 0)[~inner].any() or (feature[inner] < 0).any() or (feature[inner] >= features).any():
+        rebuilding.damaged("a tree whose nodes point outside it, or back")
+
+
+def _check_histogram_tree(value: Any) -> None:
+    """The predictor of histogram boosting; how many features there are is not in it."""
+    import numpy as np
+    from sklearn.ensemble._hist_gradient_boosting.common import PREDICTOR_RECORD_DTYPE as NODE
+
+    nodes = value.__dict__.get("nodes")
+    bits = (value.__dict__.get("binned_left_cat_bitsets"), value.__dict__.get("raw_left_cat_bitsets"))
+    if type(nodes) is not np.ndarray or nodes.dtype != NODE or nodes.ndim != 1 or not len(nodes):
+        rebuilding.damaged("a tree without nodes")
+    if any(type(side) is not np.ndarray or side.dtype != np.uint32 or side.shape[1:] != (8,) for side in bits):
+        rebuilding.damaged("a tree without its categories")
+    inner = nodes["is_leaf"] == 0
+    here = np.arange(len(nodes))
+    for side in ("left", "right"):
+        children = nodes[side].astype(np.int64)
+        if not ((children > here) & (children < len(nodes)))[inner].all():
+            rebuilding.damaged("a tree whose nodes point outside it, or back")
+    kinds = nodes[inner & (nodes["is_categorical"] != 0)]["bitset_idx"]
+    if len(kinds) and int(kinds.max()) >= min(len(side) for side in bits):
+        rebuilding.damaged("a tree whose categories point outside it")
+
+
+def check_all(root: Any) -> None:
+    """Every such object that can be reached from an estimator. Raises UnsupportedModel."""
+    try:
+        for value in reachable(root):
+            if is_native(value):
+                check(value)
+            elif "_predictors" in getattr(value, "__dict__", {}):
+                _check_predictors(value)
+    # What arrays of another kind than expected, and scipy's own check, raise.
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as err:
+        rebuilding.damaged(f"a tree or matrix that is none: {type(err).__name__}")
+
+
+def _check_predictors(model: Any) -> None:
+    features = int(getattr(model, "n_features_in_", 0))
+    if any(_largest_feature(tree) >= features for tree in _flat(vars(model)["_predictors"])):
+        rebuilding.damaged("a tree that reads a feature which isn't there")
+
+
+def _flat(found: Any) -> Iterator[Any]:
+    for part in found:
+        if isinstance(part, list):
+            yield from part
+
+
+def _largest_feature(tree: Any) -> int:
+    """Index of the last feature that a predictor of histogram boosting reads; -1 for none."""
+    check(tree)
+    features = tree.nodes["feature_idx"][tree.nodes["is_leaf"] == 0]
+    if len(features) and int(features.min()) < 0:
+        rebuilding.damaged("a tree that reads a feature which isn't there")
+    return int(features.max()) if len(features) else -1
+
+
+def reachable(root: Any) -> Iterator[Any]:
+    """Everything that attributes and containers of an estimator lead to, and itself. Raises UnsupportedModel."""
+    import numpy as np
+
+    seen: dict[int, Any] = {}
+    todo = [root]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen or isinstance(value, str | bytes | int | float | bool | None):
+            continue
+        if len(seen) >= _MAX_OBJECTS:
+            rebuilding.damaged(f"over {_MAX_OBJECTS} objects")
+        seen[id(value)] = value
+        yield value
+        if isinstance(value, dict):
+            todo.extend(value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            todo.extend(value)
+        elif isinstance(value, np.ndarray):
+            todo.extend(value.ravel().tolist() if value.dtype.hasobject else ())
+        elif not isinstance(value, type):
+            todo.extend(getattr(value, "__dict__", {}).values())

@@ -1,0 +1,103 @@
+"""scikit-learn estimators out of skops files: the same models as `sklearn`, in a format that is no program.
+
+Rules:
+
+1. Every type that a file names and skops does not trust by itself must be one that `allowed` gives to pickles.
+2. Nothing falls back to pickle or joblib.
+3. Entries may unfold to 50 times the file, or 32 MiB; no name stands twice.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from divault.errors import UnsupportedModel
+from divault.models import allowed
+from divault.models.base import LoadedModel
+from divault.models.containers import MAX_ENTRIES
+from divault.models.files import head, only_file, path_of
+from divault.models.pickles import FREE_BYTES, RATIO
+from divault.models.sklearn import Estimator, configure, fitted
+from divault.values import MemoryFile
+
+_REPLACED_IN_PICKLES = frozenset(
+    {
+        "numpy.dtype",
+        "sklearn.cluster._kmeans._kmeans_single_elkan",
+        "sklearn.cluster._kmeans._kmeans_single_lloyd",
+    }
+)
+"""Pickles get something else for these; here they are read by numpy without objects, or only referred to."""
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RecursionError, ImportError),
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError),
+)
+"""What a malformed file makes zipfile, skops, numpy or an estimator raise."""
+
+
+class SkopsFile:
+    """The format: one skops file."""
+
+    def recognises(self, files: Sequence[MemoryFile]) -> bool:
+        """Whether the model is one zip with the schema that skops writes."""
+        file = only_file(files)
+        if file is None or not head(file, 4).startswith(b"PK\x03\x04"):
+            return False
+        try:
+            with zipfile.ZipFile(path_of(file)) as archive, archive.open("schema.json") as schema:
+                return b'"__loader__"' in schema.read(1 << 16)
+        except (*_DAMAGE, RuntimeError):
+            return False
+
+    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
+        """The estimator. Raises UnsupportedModel naming the first type that is not allowed, or the damage."""
+        file = only_file(files)
+        if file is None:
+            raise UnsupportedModel("a skops model is one file", seen="several files")
+        configure()
+        try:
+            _check_sizes(file)
+            return Estimator(fitted(_loaded(path_of(file))), "skops")
+        except _DAMAGE as err:
+            text = str(err).encode("ascii", "backslashreplace").decode()[:120]
+            raise UnsupportedModel(
+                f"the skops file is damaged: {type(err).__name__} {text}",
+                seen=f"a damaged skops file ({type(err).__name__})",
+            ) from err
+
+
+def _check_sizes(file: MemoryFile) -> None:
+    with zipfile.ZipFile(path_of(file)) as archive:
+        entries = archive.infolist()
+    if len(entries) > MAX_ENTRIES or len({entry.filename for entry in entries}) != len(entries):
+        raise zipfile.BadZipFile("too many entries, or one twice")
+    if sum(entry.file_size for entry in entries) > max(FREE_BYTES, RATIO * file.size):
+        raise zipfile.BadZipFile(f"it unfolds to more than {RATIO} times its size")
+
+
+def _loaded(path: str) -> Any:
+    from skops.io import get_untrusted_types, load
+
+    with warnings.catch_warnings():
+        # Advice about versions, which nobody reads here.
+        warnings.simplefilter("ignore")
+        names = get_untrusted_types(file=path)
+        for name in names:
+            _check_name(*name.rpartition(".")[::2])
+        return load(path, trusted=names)
+
+
+def _check_name(module: str, name: str) -> None:
+    """Raises UnsupportedModel unless pickles get just this object for the name."""
+    if f"{module}.{name}" in _REPLACED_IN_PICKLES:
+        return
+    try:
+        found = allowed.resolve(module, name)
+    except UnsupportedModel:
+        allowed.refused(module, name, "the skops file")
+    if found is not getattr(allowed.imported(module, name), name, None):
+        allowed.refused(module, name, "the skops file")
