@@ -260,8 +260,8 @@ async def require_sandbox(settings: Settings, workers: WorkerPool) -> None:
     lacking = workers.sandbox_lacking(wanted)
     if wanted in ("strict", "standard") and have != wanted and not settings.divault_sandbox_allow_downgrade:
         raise SettingsInvalid(
-            f"DIVAULT_SANDBOX={wanted}, but a worker here is confined at the level {have} ({lacking} not enforced): "
-            "set auto, or DIVAULT_SANDBOX_ALLOW_DOWNGRADE=1 to accept that",
+            f"DIVAULT_SANDBOX={wanted}, but a worker here is confined at the level {have} (not "
+            f"enforced: {lacking}): set auto, or DIVAULT_SANDBOX_ALLOW_DOWNGRADE=1 to accept that",
             setting="DIVAULT_SANDBOX",
         )
     if settings.divault_allow_code_models and have not in ("standard", "strict"):

@@ -31,6 +31,7 @@ class Confinement:
         self.checks: Mapping[str, str] = dict.fromkeys(CHECKS, "unknown")
         """As the newest worker saw them; nothing is claimed before."""
         self.why_not_strict = ""
+        self._bwrap = shutil.which("bwrap")
         self._folder = Path(tempfile.mkdtemp(prefix="divault-canary-"))
         self._folder.chmod(0o755)
         self._canary = self._folder / "canary"
@@ -44,15 +45,15 @@ class Confinement:
         return level_of(self.checks, self.level)
 
     @property
-    def separate(self) -> bool:
-        """Whether workers get namespaces of their own."""
-        return self.level == "strict"
+    def separate(self) -> str | None:
+        """The program that gives workers namespaces of their own, where they are to have them."""
+        return self._bwrap if self.level == "strict" else None
 
     def candidates(self) -> tuple[Level, ...]:
         """The levels to try at the start, the best first."""
-        if self.requested != "auto":
+        if self.requested in ("standard", "off"):
             return (self.requested,)
-        if shutil.which("bwrap") is None:
+        if self._bwrap is None:
             self.why_not_strict = "bwrap is not installed"
             return ("standard",)
         return ("strict", "standard")

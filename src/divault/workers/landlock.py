@@ -43,12 +43,7 @@ def abi() -> int:
 
 def library_paths() -> tuple[str, ...]:
     """Folders and files that a worker reads code from: the system's libraries, this Python, its packages, divault."""
-    wanted = [
-        "/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.prefix, sys.base_prefix, *site.getsitepackages(),
-        sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(Path(__file__).parent.parent),
-    ]  # fmt: skip
-    found = dict.fromkeys(str(Path(path).resolve()) for path in wanted if Path(path).exists())
-    return tuple(path for path in found if not any(path.startswith(f"{other}/") for other in found))
+    return _LIBRARIES
 
 
 def restrict(paths: Iterable[str]) -> None:
@@ -89,3 +84,16 @@ def _allow_reading(ruleset: int, path: str) -> None:
             raise OSError(ctypes.get_errno(), f"landlock_add_rule {path}")
     finally:
         os.close(fd)
+
+
+def _find_libraries() -> tuple[str, ...]:
+    wanted = [
+        "/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.prefix, sys.base_prefix, *site.getsitepackages(),
+        sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(Path(__file__).parent.parent),
+    ]  # fmt: skip
+    found = dict.fromkeys(str(Path(path).resolve()) for path in wanted if Path(path).exists())
+    return tuple(path for path in found if not any(path.startswith(f"{other}/") for other in found))
+
+
+_LIBRARIES = _find_libraries()
+"""Found at the import: asking later may need files that are out of reach by then."""

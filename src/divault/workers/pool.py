@@ -87,13 +87,15 @@ class WorkerPool:
         return self._confinement.report()
 
     def sandbox_lacking(self, level: str) -> str:
-        """Names of the checks that keep this level (`auto`: `strict`) from being reached."""
-        return ", ".join(self._confinement.missing("strict" if level == "auto" else level))
+        """What keeps this level (`auto`: `strict`) from being reached: checks, or why it could not be tried."""
+        confinement = self._confinement
+        lacking = ", ".join(confinement.missing("strict" if level == "auto" else level))
+        return confinement.why_not_strict if level == "strict" and confinement.why_not_strict else lacking
 
     async def prove_sandbox(self) -> str:
         """Confine workers without a model, and keep the best level that one of them proves; its name.
 
-        A level that was asked for by name is tried alone. Raises NotReady, DeadlineExceeded when no worker starts.
+        Raises NotReady, DeadlineExceeded when no worker starts.
         """
         confinement = self._confinement
         *better, last = confinement.candidates()

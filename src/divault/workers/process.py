@@ -57,7 +57,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def bubblewrap(threads: int) -> tuple[str, ...]:
-    """The command in front of a worker's that gives it namespaces of its own and an empty root of libraries.
+    """What stands between bubblewrap and a worker's command: namespaces of its own, and an empty root of libraries.
 
     Nothing is writable: the root, with its temporary folder, is remounted read-only before the worker starts.
     """
@@ -65,7 +65,7 @@ def bubblewrap(threads: int) -> tuple[str, ...]:
     links = [part for name in ("lib", "lib64", "bin") for part in _link(name)]
     variables = [part for name, value in environment(threads).items() for part in ("--setenv", name, value)]
     return (
-        "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--uid", _NOBODY,
+        "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--uid", _NOBODY,
         "--gid", _NOBODY, "--hostname", "w", "--clearenv", *variables, "--tmpfs", "/", "--dev", "/dev",
         "--proc", "/proc", *binds, *links, "--remount-ro", "/", "--chdir", "/", "--",
     )  # fmt: skip
@@ -97,11 +97,11 @@ class Process:
         threads: int,
         on_loss: Callable[[], None],
         *,
-        separate: bool = False,
+        separate: str | None = None,
     ) -> Process:
         """A process that has not been asked anything yet. `on_loss` is called when it can't answer any more.
 
-        `separate`: in namespaces of its own, as the level `strict` has it.
+        `separate`: the path of bubblewrap, for namespaces of its own as the level `strict` has them.
 
         Raises NotReady when the system has no room for another process.
         """
@@ -109,7 +109,7 @@ class Process:
         near.setblocking(False)  # noqa: FBT003 - the standard library's signature
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
-        whole = (*bubblewrap(threads), *command) if separate else command
+        whole = command if separate is None else (separate, *bubblewrap(threads), *command)
         with far:
             try:
                 popen = _spawn(whole, far.fileno(), files, threads, writing)

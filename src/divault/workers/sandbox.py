@@ -141,7 +141,7 @@ def _close_all_but(keep: tuple[int, ...]) -> None:
 
 def _offer_to_the_memory_killer() -> None:
     try:
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+        Path("/proc/self/oom_score_adj").write_bytes(b"1000")
     except OSError as err:
         # Some containers mount /proc read-only: the memory killer then chooses by size alone.
         if err.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -193,10 +193,10 @@ def _report(policy: Policy) -> dict[str, Verdict]:
 
 def _field(name: str) -> str:
     """Of this process' status; the calls that ask the same are not among those allowed."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if key == name:
-            return value.strip()
+    for line in Path("/proc/self/status").read_bytes().splitlines():
+        key, _, value = line.partition(b":")
+        if key == name.encode():
+            return value.strip().decode()
     return "-1"
 
 
