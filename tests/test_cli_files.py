@@ -163,7 +163,7 @@ def test_serve_refuses_to_start_without_a_vault_or_chain(tmp_path: Path) -> None
         "serve", cwd=tmp_path, PORT="0", WEB3_PROVIDER_URL="http://127.0.0.1:9",
         VAULT_CONTRACT_ADDRESS="0x" + "11" * 20, USDC_CONTRACT_ADDRESS="0x" + "22" * 20,
     )  # fmt: skip
-    code = divault("serve", cwd=tmp_path, PORT="0", DIVAULT_ALLOW_CODE_MODELS="1")
+    code = divault("serve", cwd=tmp_path, PORT="0", DIVAULT_ALLOW_CODE_MODELS="1", DIVAULT_SANDBOX="off")
 
     assert (unset.returncode, "VAULT_CONTRACT_ADDRESS" in unset.stderr) == (1, True)
     assert (unreachable.returncode, "chain_unavailable" in unreachable.stderr) == (1, True)

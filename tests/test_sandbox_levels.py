@@ -258,9 +258,8 @@ async def test_without_namespaces_as_in_a_container_standard_is_reached(
 
 async def test_code_needs_workers_that_are_confined(monkeypatch: pytest.MonkeyPatch) -> None:
     assert await start(monkeypatch, DIVAULT_ALLOW_CODE_MODELS="1") in ("standard", "strict")
-    with pytest.raises(SettingsInvalid) as caught:
+    with pytest.raises(SettingsInvalid, match="DIVAULT_ALLOW_CODE_MODELS"):
         await start(monkeypatch, DIVAULT_ALLOW_CODE_MODELS="1", DIVAULT_SANDBOX="off")
-    assert caught.value.data["setting"] == "DIVAULT_ALLOW_CODE_MODELS"
 
 
 async def test_a_strict_worker_sees_neither_the_node_nor_its_files() -> None:

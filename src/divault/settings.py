@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from divault.errors import DivaultError, SettingsInvalid
 from divault.values import Address, Secret
@@ -168,6 +168,14 @@ class Settings(BaseModel):
     def payment_token(self) -> Address:
         """The payment token's address. Raises SettingsInvalid when it is not set."""
         return _set(self.usdc_contract_address, "USDC_CONTRACT_ADDRESS")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.divault_allow_code_models and self.divault_sandbox == "off":
+            raise ValueError(
+                "DIVAULT_ALLOW_CODE_MODELS=1 needs confined workers: it can't stand beside DIVAULT_SANDBOX=off"
+            )
+        return self
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None, *, env_file: Path | None = Path(".env")) -> Settings:

@@ -44,14 +44,14 @@ def check(value: Any) -> None:
 
 
 def check_nodes(left: Any, right: Any, feature: Any, features: int) -> None:
-    """The nodes of a tree as arrays; a leaf has no children. Raises UnsupportedModel."""
-    import numpy as np
+    """The nodes of a tree as arrays; a leaf has no children. Raises UnsupportedModel.
 
-    here = np.arange(len(left))
+    A node may be its own ancestor: that tree never ends, which the deadline of its worker is for.
+    """
     inner = left >= 0
-    behind = all(((side > here) & (side < len(left)))[inner].all() for side in (left, right))
-    if not behind or (right >= 0)[~inner].any() or (feature[inner] < 0).any() or (feature[inner] >= features).any():
-        rebuilding.damaged("a tree whose nodes point outside it, or back")
+    inside = all(((side >= 0) & (side < len(left)))[inner].all() for side in (left, right))
+    if not inside or (right >= 0)[~inner].any() or (feature[inner] < 0).any() or (feature[inner] >= features).any():
+        rebuilding.damaged("a tree whose nodes point outside it")
 
 
 def _check_histogram_tree(value: Any) -> None:
@@ -66,11 +66,10 @@ def _check_histogram_tree(value: Any) -> None:
     if any(type(side) is not np.ndarray or side.dtype != np.uint32 or side.shape[1:] != (8,) for side in bits):
         rebuilding.damaged("a tree without its categories")
     inner = nodes["is_leaf"] == 0
-    here = np.arange(len(nodes))
     for side in ("left", "right"):
         children = nodes[side].astype(np.int64)
-        if not ((children > here) & (children < len(nodes)))[inner].all():
-            rebuilding.damaged("a tree whose nodes point outside it, or back")
+        if not ((children >= 0) & (children < len(nodes)))[inner].all():
+            rebuilding.damaged("a tree whose nodes point outside it")
     kinds = nodes[inner & (nodes["is_categorical"] != 0)]["bitset_idx"]
     if len(kinds) and int(kinds.max()) >= min(len(side) for side in bits):
         rebuilding.damaged("a tree whose categories point outside it")

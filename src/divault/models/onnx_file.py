@@ -64,9 +64,9 @@ def check(file: MemoryFile) -> None:
                 if kind == "tensor" and _points_elsewhere(number, data, begin):
                     raise _external()
                 inner = _INSIDE[kind].get(number)
+                if inner is not None and wire != _MESSAGE:
+                    raise _damaged("a message is no message")
                 if inner is not None:
-                    if wire != _MESSAGE:
-                        raise _damaged("a message is no message")
                     todo.append((inner, begin, stop, depth + 1))
 
 
