@@ -106,6 +106,8 @@ def next_job(missing: Sequence[Wanted], running: Sequence[Job], peers: Sequence[
     if len(running) >= MAX_JOBS:
         return None
     able = [peer for peer in peers if peer.ready_at <= now and _has_room(peer, running)]
+    if not able:
+        return None
     free = [want for want in missing if not any(job.claims(want) for job in running)]
     alone = _is_small(missing) and any(not job.stalled(now) for job in running)
     for peer in () if alone else able:

@@ -105,22 +105,22 @@ class Transfer:
         waits, before = 0, 0
         try:
             while not self._verifier.complete:
-                self._start_jobs()
+                self._start_jobs(self._missing())
                 if not self._running:
                     waits, before = 1 if self._achieved() > before else waits + 1, self._achieved()
                     await self._patience(waits)
                     continue
                 ended, _ = await asyncio.wait(self._running, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
+                missing = self._missing() if ended else []
                 for task in ended:
-                    self._settle(task)
+                    self._settle(task, missing)
                 self._end_superfluous()
         finally:
             for task in self._running:
                 task.cancel()
             await asyncio.gather(*self._running, return_exceptions=True)
 
-    def _start_jobs(self) -> None:
-        missing = self._missing()
+    def _start_jobs(self, missing: Sequence[Wanted]) -> None:
         while job := next_job(missing, list(self._running.values()), self._peers, time.monotonic()):
             self._running[asyncio.create_task(self._perform(job))] = job
 
@@ -135,12 +135,12 @@ class Transfer:
             raise self._failure()
         await asyncio.sleep(max(0.0, min(busy) - time.monotonic()))
 
-    def _settle(self, task: asyncio.Task[None]) -> None:
+    def _settle(self, task: asyncio.Task[None], missing: Sequence[Wanted]) -> None:
         """A request ended: remember what it did not bring, or who is to blame. Raises what no source can mend."""
         job = self._running.pop(task)
         if task.cancelled():
             return
-        err, left = task.exception(), left_of(job, self._missing())
+        err, left = task.exception(), left_of(job, missing)
         if err is None:
             job.peer.gaps |= {(job.form, want.multihash) for want in left}
         elif isinstance(err, StorageFailed):
@@ -150,9 +150,11 @@ class Transfer:
 
     def _end_superfluous(self) -> None:
         """Another source was faster: what is still on its way here is no longer needed."""
-        missing = self._missing() if len(self._running) > 1 else None
+        if not any(job.helped for job in self._running.values()):
+            return
+        missing = self._missing()
         for task, job in self._running.items():
-            if missing is not None and not left_of(job, missing):
+            if not left_of(job, missing):
                 task.cancel()
 
     # --- what a source did ----------------------------------------------------------------------------------------
