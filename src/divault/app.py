@@ -95,6 +95,9 @@ async def running(settings: Settings, url: str | None = None) -> AsyncIterator[A
         peers = PeerLimits(
             settings.divault_rate_limit_per_ip_per_minute, _BODIES_IN_FLIGHT * settings.divault_max_body_bytes
         )
+        # Also so that the first fetch knows which gateways are trustless; nobody waits for one that is slow.
+        probing = asyncio.create_task(node.health.checks())
+        stack.callback(probing.cancel)
         yield create_api(node, ApiLimits(peers, settings.divault_max_body_bytes, settings.divault_cors_origins))
 
 
