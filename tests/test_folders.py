@@ -155,6 +155,16 @@ async def test_all_files_together_are_held_under_the_limit(bench: Bench, opener:
     assert set(contents(opened)) == {"a", "b"}
 
 
+async def test_many_files_one_after_another_are_held_under_the_limit_as_well(bench: Bench, opener: Opener) -> None:
+    part = sealed(bytes(1_000_000))
+    async with FaultGateway(bench.store) as gateway:
+        with pytest.raises(TooLarge):
+            await bench.open(put_folder(bench.store, {f"{n:02}": part for n in range(11)}), opener, gateway)
+        opened = await bench.open(put_folder(bench.store, {f"{n:02}": part for n in range(10)}), opener, gateway)
+
+    assert len(contents(opened)) == 10
+
+
 @pytest.mark.parametrize(
     ("tree", "words"),
     [

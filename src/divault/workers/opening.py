@@ -140,7 +140,7 @@ class Opener:
             source = Arrived(source)
         try:
             if isinstance(source, Arriving):
-                opened = await self._open_file(source, keys, Budget(self._max_bytes))
+                opened = await self._open_file(source, keys, Budget(self._max_bytes).share())
                 return _model(source.cid, grant, opened.files, Digest(bytes.fromhex(opened.sha256)))
             files, digest = await self._open_folder(source, keys)
             return _model(source.cid, grant, files, digest)
@@ -159,7 +159,7 @@ class Opener:
         async def one(path: str) -> OpenedFile:
             async with turns, folder.file(path) as arriving:
                 try:
-                    return await self._open_file(arriving, keys, budget)
+                    return await self._open_file(arriving, keys, budget.share())
                 except SealError as err:
                     raise type(err)(f"{path} of the folder: {err.detail}", **err.data, file=path) from err
 
@@ -169,12 +169,12 @@ class Opener:
         with _closed_on_failure([file.fd for each in opened for file in each.files]):
             return merged(list(names.values()), opened)
 
-    async def _open_file(self, arriving: Arriving, keys: _Keys, budget: Budget) -> OpenedFile:
+    async def _open_file(self, arriving: Arriving, keys: _Keys, take: Callable[[int], None]) -> OpenedFile:
         try:
             async with asyncio.timeout(None) as limit, _clock(arriving, limit, self._timeout_s):
                 while True:
                     try:
-                        return await self._open(arriving, keys, budget)
+                        return await self._open(arriving, keys, take)
                     except FileReplaced:
                         arriving.restart()
         except TimeoutError:
@@ -185,12 +185,12 @@ class Opener:
         """Let the derivation thread end; a running derivation is waited for."""
         self._derivations.shutdown()
 
-    async def _open(self, arriving: Arriving, keys: _Keys, budget: Budget) -> OpenedFile:
+    async def _open(self, arriving: Arriving, keys: _Keys, take: Callable[[int], None]) -> OpenedFile:
         size = await arriving.size()
         await arriving.upto(PREAMBLE_BYTES)
         # In the page cache since it was verified: reading it costs no more than a change of threads.
         preamble, _ = read_preamble(io.BytesIO(os.pread(arriving.fd, PREAMBLE_BYTES, 0)))
-        budget.take(arriving, _plain_size(preamble, size))
+        take(_plain_size(preamble, size))
         attempt = partial(self._attempt, preamble, self._order(preamble, size), arriving, keys.grant)
         try:
             answer, descriptors = await attempt(keys.sources)

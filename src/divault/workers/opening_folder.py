@@ -13,7 +13,7 @@ Rules:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from divault.errors import TooLarge, UnsupportedModel
@@ -33,23 +33,32 @@ class OpenedFile:
 
 
 class Budget:
-    """Bytes that the plaintext of one model may have in all. A file that is opened anew counts once."""
+    """Bytes that the plaintext of one model may have in all; each of its files takes from a share of its own."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._taken: dict[int, int] = {}
+        self._shares: list[int] = []
 
-    def take(self, file: object, plain_bytes: int) -> None:
-        """One file of the model. Raises TooLarge, before anything of it is decrypted."""
-        self._taken[id(file)] = plain_bytes
-        total = sum(self._taken.values())
-        if total > self._max_bytes:
-            raise TooLarge(
-                f"the model has {total} bytes after opening, this node takes {self._max_bytes}",
-                limit_bytes=self._max_bytes,
-                have_bytes=total,
-                limit="model",
-            )
+    def share(self) -> Callable[[int], None]:
+        """For one file: call it with the file's plaintext bytes, again where it is opened anew.
+
+        The call raises TooLarge, before anything of the file is decrypted.
+        """
+        number = len(self._shares)
+        self._shares.append(0)
+
+        def take(plain_bytes: int) -> None:
+            self._shares[number] = plain_bytes
+            total = sum(self._shares)
+            if total > self._max_bytes:
+                raise TooLarge(
+                    f"the model has {total} bytes after opening, this node takes {self._max_bytes}",
+                    limit_bytes=self._max_bytes,
+                    have_bytes=total,
+                    limit="model",
+                )
+
+        return take
 
 
 def model_names(paths: Sequence[str]) -> dict[str, str]:
