@@ -21,11 +21,13 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 from urllib.parse import SplitResult, urljoin, urlsplit
+
+from divault.storage.threads import background_pool
 
 T = TypeVar("T")
 CONNECT_TIMEOUT_S = 10.0
@@ -99,7 +101,7 @@ class HttpClient:
         self._timeout_s = timeout_s
         self._tls = ssl.create_default_context() if self.origin.scheme == "https" else None
         self._idle: dict[Origin, list[http.client.HTTPConnection]] = {}
-        self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="gateway")
+        self._pool = background_pool(8, "gateway")
 
     async def get(self, url: str, headers: Mapping[str, str]) -> Response:
         """The answer to a GET, redirects followed. Close it. Raises HttpFailed."""

@@ -28,7 +28,6 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from divault.errors import ContentInvalid, HashMismatch, InvalidCID, SettingsInv
 from divault.ipfs.cid import RAW, make_cid, multihash, split_cid
 from divault.ipfs.limits import Limits
 from divault.ipfs.verifier import Shell, Verifier, Wanted, check_block
+from divault.storage.threads import background_pool
 from divault.values import Cid
 
 Bytes = bytes | bytearray | memoryview
@@ -412,7 +412,7 @@ def restore(
     """
     tried: set[tuple[bytes, int]] = set()
     lock = threading.Lock()
-    with ThreadPoolExecutor(HASHERS, thread_name_prefix="rehash") as threads:
+    with background_pool(HASHERS, "rehash") as threads:
         while fresh := [w for w in verifier.missing() if (w.multihash, w.offset) not in tried]:
             tried |= {(wanted.multihash, wanted.offset) for wanted in fresh}
             work = iter(sorted(fresh, key=lambda wanted: wanted.offset))

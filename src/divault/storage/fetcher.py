@@ -25,7 +25,8 @@ from divault.storage.arrival import Arrival, Flow, FolderArrival, Progress
 from divault.storage.cache import CiphertextCache, Entry, Part
 from divault.storage.folders import fetch_folder, kept_folder
 from divault.storage.source import Storage
-from divault.storage.transfer import NODE_REASONS, SOURCE_FAULTS, Quarantine, Transfer, in_thread, named
+from divault.storage.threads import in_thread
+from divault.storage.transfer import NODE_REASONS, SOURCE_FAULTS, Quarantine, Transfer, named
 from divault.values import Cid, VerifiedBlob, VerifiedFolder
 
 

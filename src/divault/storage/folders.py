@@ -15,7 +15,8 @@ from divault.ipfs.limits import Limits
 from divault.ipfs.verifier import Bytes, CarStream, Shell, Verifier
 from divault.storage.cache import CiphertextCache
 from divault.storage.source import Storage
-from divault.storage.transfer import Quarantine, Transfer, in_thread
+from divault.storage.threads import in_thread
+from divault.storage.transfer import Quarantine, Transfer
 from divault.values import Cid, VerifiedFolder
 
 

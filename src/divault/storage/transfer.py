@@ -8,13 +8,12 @@ that broke down after it had delivered, is waited for only when no other helps.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Protocol
 
 from divault.errors import (
     BlockTooLarge,
@@ -31,10 +30,9 @@ from divault.ipfs.verifier import CarStream, Verifier, Wanted, check_block
 from divault.storage.arrival import Progress
 from divault.storage.plan import LARGE_NODE_BYTES, Job, Peer, left_of, next_job
 from divault.storage.source import Form, Piece, Storage, short_answer
+from divault.storage.threads import in_thread
 from divault.values import Cid
 
-P = ParamSpec("P")
-T = TypeVar("T")
 TICK_S = 0.25
 """So often stalled and superfluous requests are looked for."""
 MAX_WAIT_S = 60.0
@@ -356,16 +354,3 @@ def named(err: StorageFailed, cid: Cid, source: str = "") -> StorageFailed:
     data = {**err.data, "cid": str(cid)} | ({"gateway": source} if source else {})
     origin = f"{cid} from {source}" if source else f"{cid}"
     return type(err)(err.detail if str(cid) in err.detail else f"{origin}: {err.detail}", **data)
-
-
-async def in_thread(step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """The blocking step in a thread. Cancelling waits for its end: it may be writing to a file that we close next."""
-    work = asyncio.ensure_future(asyncio.to_thread(step, *args, **kwargs))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        while not work.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([work])
-        work.exception()  # looked at, so that nobody complains about it
-        raise
