@@ -12,6 +12,7 @@ import sys
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,13 +116,20 @@ def module(path: Path) -> None:
     torch.save(torch.nn.Linear(2, 1), path)
 
 
-CODE = {"torchscript.pt": torchscript, "exported.pt2": exported, "module.pt": module}
-
-
-@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize(("name", "write"), [("exported.pt2", exported), ("module.pt", module)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-async def test_what_carries_code_is_refused_unless_asked_for(tmp_path: Path, name: str) -> None:
-    CODE[name](tmp_path / name)
+async def test_code_that_no_node_runs_is_refused_in_any_case(tmp_path: Path, name: str, write: Any) -> None:
+    write(tmp_path / name)
+    with pytest.raises(UnsupportedModel, match="safetensors") as caught:
+        await recognise(tmp_path / name, allow_code=True)
+
+    assert "--code-bearing" not in caught.value.detail
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+async def test_what_carries_code_is_refused_unless_asked_for(tmp_path: Path) -> None:
+    name = "torchscript.pt"
+    torchscript(tmp_path / name)
     with pytest.raises(UnsupportedModel) as caught:
         await recognise(tmp_path / name)
     found = await recognise(tmp_path / name, allow_code=True)

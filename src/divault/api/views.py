@@ -48,6 +48,7 @@ def worker_view(loaded: Loaded) -> dict[str, Any]:
         "state": loaded.state,
         "format": loaded.description.format,
         "task": loaded.description.task,
+        "carries_code": loaded.description.code,
         "input_schema": loaded.description.input_schema,
         "output_schema": loaded.description.output_schema,
         "example": loaded.description.example,

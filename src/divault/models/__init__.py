@@ -29,7 +29,9 @@ def formats() -> list[ModelFormat]:
 
 def code_formats() -> list[ModelFormat]:
     """Formats whose files bring code that runs while they load or answer."""
-    return []
+    from divault.models.torch_script import TorchScript
+
+    return [TorchScript()]
 
 
 def load(files: Sequence[MemoryFile], device: str, *, allow_code: bool = False) -> LoadedModel:

@@ -82,7 +82,7 @@ def build(architecture: Any, input_shape: Any, weights: Mapping[str, Tensor]) ->
     module.eval().requires_grad_(requires_grad=False)
     shape, vocabulary = _input_of(layers[0])
     if input_shape is not None:
-        shape = _parsed_shape(input_shape)
+        shape = input_shape_of(input_shape)
     if shape is None:
         raise _refused(
             f'the first layer, {layers[0].kind}, doesn\'t tell what comes in: add "input_shape": [3, 32, 32]'
@@ -242,7 +242,8 @@ def _input_of(layer: _Layer) -> tuple[tuple[int | None, ...] | None, int | None]
     return None, None
 
 
-def _parsed_shape(value: Any) -> tuple[int | None, ...]:
+def input_shape_of(value: Any) -> tuple[int | None, ...]:
+    """Sizes of one item, None for any, as `input_shape` of `divault.json` says them. Raises UnsupportedModel."""
     if isinstance(value, list) and 1 <= len(value) < _MAX_RANK:
         sizes = [size for size in value if size is None or (type(size) is int and 1 <= size <= MAX_SIZE)]
         known = math.prod(size for size in sizes if size)

@@ -62,8 +62,12 @@ def _without_architecture(folder: Folder) -> UnsupportedModel:
 class LoadedNetwork:
     """A network with its weights, ready to run."""
 
-    def __init__(self, network: Network, labels: tuple[str, ...], device: torch.device, task: str) -> None:
+    def __init__(
+        self, network: Network, labels: tuple[str, ...], device: torch.device, task: str, *, code: bool = False
+    ) -> None:
+        """`code`: the network came as a program."""
         self._network = network
+        self._code = code
         self._labels = labels
         self._device = device
         dtype = "float32" if network.vocabulary is None else "int64"
@@ -155,7 +159,8 @@ class LoadedNetwork:
                 "properties": {"predictions": {"type": "array", "items": self._row_schema()}},
             },
             example=self._spec.example,
-            runtime=runtime("torch-state", self._device, ("safetensors",)),
+            runtime=runtime("torch-script" if self._code else "torch-state", self._device, ("safetensors",)),
+            code=self._code,
         )
 
     def _row_schema(self) -> dict[str, Any]:

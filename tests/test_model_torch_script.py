@@ -1,0 +1,112 @@
+"""TorchScript carries code: refused by name, and loaded in a confined worker where the operator allows it."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import torch
+
+from divault.errors import DeadlineExceeded, InputInvalid, UnsupportedModel
+from divault.workers.confinement import Confinement
+from divault.workers.pool import WorkerPool
+from tests.memory_models import as_json
+from tests.test_model_torch_worker import opened
+from tests.worker_calls import run
+
+MakePool = Callable[[bool], WorkerPool]
+TOLD = {"input_shape": [3], "labels": ["no", "yes"], "task": "classification"}
+
+
+class Scorer(torch.nn.Module):
+    """Sums that take a branch, which only a program can."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = x.sum(dim=1, keepdim=True)
+        if bool((total > 100).any()):
+            total = total * 0
+        return torch.cat([-total, total], dim=1)
+
+
+class Slow(torch.nn.Module):
+    """Never comes back, but for zeros."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        while bool((x != 0).any()):
+            x = x + 0
+        return x
+
+
+def script(module: torch.nn.Module) -> bytes:
+    out = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch would rather have torch.export; files stay in use
+        torch.jit.save(torch.jit.script(module), out)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def scorer() -> bytes:
+    return script(Scorer())
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[MakePool]:
+    pools: list[WorkerPool] = []
+
+    def pool(allow: bool) -> WorkerPool:
+        confinement = Confinement("standard", allow_code=allow)
+        pools.append(WorkerPool(predict_timeout_s=20, load_timeout_s=60, confinement=confinement))
+        return pools[-1]
+
+    yield pool
+    for one in pools:
+        await one.close()
+
+
+async def test_it_answers_where_code_is_allowed(make: MakePool, scorer: bytes) -> None:
+    pool, model = make(True), opened("scorer", {"model.pt": scorer, "divault.json": as_json(TOLD)})
+    assert await pool.prove_sandbox() == "standard"
+    loaded = await pool.load(model)
+
+    answer = await run(pool, model, {"tensor": [[1.0, 2.0, 3.0], [-4.0, 0.0, 1.0]]})
+
+    assert [(row["label"], row["score"]) for row in answer["predictions"]] == [("yes", 6.0), ("no", 3.0)]
+    assert loaded.description.code
+    assert loaded.sandbox == "standard"
+    assert loaded.description.task == "classification"
+    assert answer == await run(pool, model, {"tensor": [[1.0, 2.0, 3.0], [-4.0, 0.0, 1.0]]})
+    with pytest.raises(InputInvalid):
+        await run(pool, model, {"tensor": [[1.0, 2.0]]})
+
+
+@pytest.mark.parametrize("proven", [False, True])
+async def test_it_is_refused_by_name_where_code_is_not_allowed(make: MakePool, scorer: bytes, proven: bool) -> None:
+    """Also where it is allowed and no worker has proven its confinement yet."""
+    pool = make(not proven)
+    if proven:
+        await pool.prove_sandbox()
+    with pytest.raises(UnsupportedModel, match="TorchScript"):
+        await pool.load(opened("scorer", {"model.pt": scorer, "divault.json": as_json(TOLD)}))
+
+
+async def test_it_needs_to_be_told_what_goes_in(make: MakePool, scorer: bytes) -> None:
+    pool = make(True)
+    await pool.prove_sandbox()
+    with pytest.raises(UnsupportedModel, match="input_shape"):
+        await pool.load(opened("scorer", {"model.pt": scorer}))
+    with pytest.raises(UnsupportedModel, match="damaged zip"):
+        await pool.load(opened("broken", {"model.pt": scorer[:-400] + bytes(400), "divault.json": as_json(TOLD)}))
+
+
+async def test_a_program_that_never_ends_is_stopped(make: MakePool) -> None:
+    pool = make(True)
+    await pool.prove_sandbox()
+    model = opened("slow", {"model.pt": script(Slow()), "divault.json": as_json({"input_shape": [2]})})
+    await pool.load(model)
+    pool._entries[model.model.key].worker._deadlines = type(pool._deadlines)(load_s=60, predict_s=1)
+
+    with pytest.raises(DeadlineExceeded):
+        await run(pool, model, {"tensor": [[1.0, 1.0]]})
