@@ -35,8 +35,9 @@ demo: $(VENV)/.demo ## the whole story on a chain of its own, then serve; ONCE=1
 
 setup: $(VENV)/.setup ## the full development environment in .venv
 
+# In the order of the folder: the long end-to-end files come first, and the workers end together.
 test: setup ## every test
-	$(PYTEST) -n $(JOBS) --dist loadfile $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint test ## what CI runs: linters, types, layers, contract artifacts, then every test
 

@@ -100,7 +100,8 @@ class Fetcher:
         if entry is not None:
             return entry
         try:
-            return await self._download(cid, await in_thread(self._cache.begin, cid), flow)
+            # Not in a thread: it opens two files at most, and a part that nobody takes over would stay open.
+            return await self._download(cid, self._cache.begin(cid), flow)
         except StorageFailed as err:
             raise named(err, cid) from err
 
