@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -113,7 +116,7 @@ async def test_a_failed_commit_fails_every_write_in_it(state: State) -> None:
     await state.write(insert("a"))
     state._writer.execute("PRAGMA max_page_count = 1")  # a full disk: SQLite itself rolls the transaction back
     big = "x" * 2_000_000
-    done = await asyncio.gather(*(state.write(insert(key)) for key in ("b", big, "c")), return_exceptions=True)
+    done = await asyncio.gather(*(state.write(insert(key)) for key in ("b", big)), return_exceptions=True)
     state._writer.execute("PRAGMA max_page_count = 1000000")
 
     assert all(isinstance(one, NotReady) for one in done)
@@ -128,11 +131,111 @@ async def test_the_file_and_its_log_are_for_the_owner_alone(state: State, path: 
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-async def test_commits_are_durable_by_configuration(state: State) -> None:
+async def test_the_file_is_configured(state: State) -> None:
     def pragmas(db: sqlite3.Connection) -> tuple[str, int, int]:
         return tuple(db.execute(f"PRAGMA {n}").fetchone()[0] for n in ("journal_mode", "synchronous", "foreign_keys"))
 
-    assert await state.write(pragmas) == ("wal", 2, 1)
+    assert await state.write(pragmas) == ("wal", 1, 1)
+
+
+class SlowDisk:
+    """In place of `os.fdatasync`: waits until it is let go, and may fail."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go, self.fails = threading.Event(), threading.Event(), False
+        self.log = path.with_name(path.name + "-wal")
+        self.synced_bytes: list[int] = []
+        self._real = os.fdatasync
+        monkeypatch.setattr(divault.state.os, "fdatasync", self)
+
+    def __call__(self, fd: int) -> None:
+        assert Path(f"/proc/self/fd/{fd}").resolve() == self.log.resolve()
+        self.begun.set()
+        assert self.go.wait(10)
+        if self.fails:
+            raise OSError(errno.EIO, "Input/output error")
+        self._real(fd)
+        self.synced_bytes.append(self.log.stat().st_size)
+
+
+@pytest.fixture
+def disk(state: State, path: Path, monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
+    return SlowDisk(path, monkeypatch)
+
+
+async def begun(disk: SlowDisk) -> None:
+    while not disk.begun.is_set():
+        await asyncio.sleep(0.001)
+
+
+async def test_nobody_learns_of_a_write_before_its_log_is_synced(state: State, disk: SlowDisk) -> None:
+    writing = asyncio.create_task(state.write(insert("a")))
+    await begun(disk)
+    reading = asyncio.create_task(state.read(keys))
+    await asyncio.sleep(0.02)
+    assert not writing.done()
+    assert not reading.done()
+    assert state.look(keys) == ["a"]
+    written = disk.log.stat().st_size
+    disk.go.set()
+
+    assert await writing == 1
+    assert await reading == ["a"]
+    assert disk.synced_bytes[0] == written > 0
+
+
+async def test_writes_during_a_sync_are_synced_by_the_next_one(state: State, disk: SlowDisk) -> None:
+    first = asyncio.create_task(state.write(insert("a")))
+    await begun(disk)
+    more = [asyncio.create_task(state.write(insert(str(n)))) for n in range(50)]
+    await asyncio.sleep(0)
+    disk.go.set()
+    await asyncio.gather(first, *more)
+
+    assert len(disk.synced_bytes) == 2
+
+
+async def test_after_a_failed_sync_nothing_is_believed_until_the_next_start(
+    state: State, disk: SlowDisk, path: Path
+) -> None:
+    disk.fails = True
+    first = asyncio.create_task(state.write(insert("a")))
+    await begun(disk)
+    second = asyncio.create_task(state.write(insert("b")))
+    third = asyncio.create_task(state.read(keys))
+    await asyncio.sleep(0)
+    disk.go.set()
+    ends = await asyncio.gather(first, second, third, return_exceptions=True)
+    disk.fails = False
+
+    assert all(isinstance(end, NotReady) for end in ends), ends
+    for attempt in (state.write(insert("c")), state.read(keys)):
+        with pytest.raises(NotReady, match="started again"):
+            await attempt
+    await state.close()
+    async with State(path) as again:
+        assert await again.write(insert("c")) == 1
+        assert "b" not in await again.read(keys)
+
+
+async def test_a_long_log_is_folded_back_and_nothing_is_lost_or_reordered(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divault.state, "_LONG_LOG", 64 << 10)
+    seen: list[int] = []
+    longest = 0
+
+    async def one(state: State, number: int) -> None:
+        nonlocal longest
+        await state.write(lambda db: (seen.append(number), insert(f"{number:0500d}")(db)))
+        longest = max(longest, path.with_name(path.name + "-wal").stat().st_size)
+
+    async with State(path) as state:
+        for start in range(0, 2000, 50):
+            await asyncio.gather(*(one(state, number) for number in range(start, start + 50)))
+        assert seen == list(range(2000))
+        assert len(await state.scan(keys)) == 2000
+    assert longest < 1 << 20
 
 
 async def test_a_second_user_of_the_file_is_refused(state: State, path: Path) -> None:

@@ -2,10 +2,11 @@
 
 Rules:
 
-1. One process owns the file (a lock beside it says so), and in it one thread writes. The file is readable by its owner
+1. One process owns the file (a lock beside it says so), and in it one event loop. The file is readable by its owner
    only.
-2. WAL with `synchronous=FULL`: a write is on disk before anybody learns its result. Writes that arrive while the disk
-   is busy share the next commit, each in a savepoint of its own, so that one that fails takes no other with it.
+2. A write is on disk before anybody learns its result: the write-ahead log is synced after each commit. Writes that
+   arrive while the disk is busy share the next commit, each in a savepoint of its own, so that one that fails takes no
+   other with it. After a sync that failed nothing is believed any more until the node starts again.
 3. The schema has a version and only moves forward, each step in one transaction. A newer file, a foreign file and a
    damaged file are refused as they are: nothing is repaired, emptied or begun anew.
 4. Amounts are decimal text, because SQLite's integers end at 2^63; only the one writer computes with them.
@@ -23,17 +24,18 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from divault.errors import DivaultError, NotReady, SettingsInvalid
 
@@ -41,7 +43,7 @@ T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 
 APPLICATION_ID = 0x44495641  # "DIVA" in the file's header: tells our file from any other SQLite database
-_BATCH = 256  # writes per commit; signing 256 receipts takes about 30 ms, the longest anybody waits for the others
+_LONG_LOG = 16 << 20  # bytes; folding so many back takes about 50 ms, during which writes wait
 _SETTING = "DIVAULT_STATE_DIR"
 _RETRY_S = 5
 
@@ -88,20 +90,11 @@ _MIGRATIONS: tuple[str, ...] = (
 
 
 @dataclass(slots=True)
-class _Job(Generic[T]):
-    work: Work[T]
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[T]
-    result: T | None = None
-    error: BaseException | None = None
+class _Held:
+    """A write that came while the log was being folded back: run when that is done."""
 
-    def settle(self) -> None:
-        if self.future.done():  # the caller was cancelled meanwhile; what was written stays written
-            return
-        if self.error is not None:
-            self.future.set_exception(self.error)
-        else:
-            self.future.set_result(self.result)  # type: ignore[arg-type]  # a job without an error has its result
+    work: Work[Any]
+    done: asyncio.Future[tuple[Any, asyncio.Future[None]]]
 
 
 @dataclass(slots=True)
@@ -127,7 +120,11 @@ class _Lock:
 
 
 class State:
-    """The open ledger file. Every method is safe to call from many tasks at once."""
+    """The open ledger file. Every method is for the one event loop that uses it; many tasks at once are welcome.
+
+    Statements run on the loop's own thread: they touch memory and the page cache, some microseconds each, and no other
+    thread has to be waited for in between. What takes long, bringing them to the disk, runs in a thread of its own.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open or create the file. Raises SettingsInvalid: in use, newer, foreign, damaged or out of reach."""
@@ -141,12 +138,18 @@ class State:
             self._writer = _open(path)
             undo.callback(self._writer.close)
             self._reader = _connect(path, query_only=True)
+            undo.callback(self._reader.close)
+            self._disk = _Disk(path)
             undo.pop_all()
-        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
+        self._open: list[asyncio.Future[None]] = []
+        """Of the writes in the open transaction."""
+        self._syncing: asyncio.Future[None] | None = None
+        """Done when what was committed last is on disk; None when nothing is under way."""
+        self._held: list[_Held] = []
+        self._folding = False
         self._closed = False
-        self._reading = ThreadPoolExecutor(1, thread_name_prefix="divault-state-read")
-        self._writing = threading.Thread(target=self._write_all, name="divault-state-write", daemon=True)
-        self._writing.start()
+        self._broken = False
+        self._scanning = ThreadPoolExecutor(1, thread_name_prefix="divault-state-scan")
 
     async def __aenter__(self) -> Self:
         return self
@@ -157,75 +160,207 @@ class State:
     async def write(self, work: Work[T]) -> T:
         """The result of `work`, once what it wrote is on disk.
 
-        Work runs in the writer thread, alone, in the order of the calls. What it raises reaches the caller and undoes
-        what it wrote, nothing else. It must be short and leave the transaction alone. Cancelling the caller doesn't
-        stop it. Raises NotReady when the file can't be written or is closed.
+        Work runs at once, alone, in the order of the calls. What it raises reaches the caller and undoes what it wrote,
+        nothing else. It must be short and leave the transaction alone. Cancelling the caller doesn't stop it. Raises
+        NotReady when the file can't be written or is closed.
         """
-        if self._closed:
-            raise NotReady("the ledger is closed", retry_after=_RETRY_S)
-        loop = asyncio.get_running_loop()
-        job: _Job[T] = _Job(work, loop, loop.create_future())
-        self._jobs.put(job)
-        return await job.future
+        self._require_usable()
+        if self._folding:
+            held = _Held(work, asyncio.get_running_loop().create_future())
+            self._held.append(held)
+            answer: T
+            answer, written = await held.done
+        else:
+            answer, written = self._run(work)
+        await written
+        return answer
+
+    def look(self, work: Work[T]) -> T:
+        """The result of `work` on one consistent, committed view, at once. Raises NotReady.
+
+        What it sees may not be on disk yet: a refusal may rest on it, an answer may not (`read`). For a few rows.
+        """
+        self._require_usable()
+        try:
+            result = work(self._reader)  # commits happen on this thread: the view can't change under it
+        except sqlite3.Error as err:
+            raise _unusable(err) from err
+        return result
 
     async def read(self, work: Work[T]) -> T:
-        """The result of `work` on one consistent, committed view. Raises NotReady."""
-        if self._closed:
-            raise NotReady("the ledger is closed", retry_after=_RETRY_S)
-        result: T = await asyncio.get_running_loop().run_in_executor(self._reading, self._read, work)
+        """The result of `work` on one consistent view, all of which is on disk. Raises NotReady. For a few rows."""
+        result = self.look(work)
+        if self._syncing is not None:
+            await _outcome(self._syncing)
         return result
+
+    async def scan(self, work: Work[T]) -> T:
+        """As `look`, in a thread with a connection of its own: for what may walk a whole table."""
+        self._require_usable()
+        return await asyncio.get_running_loop().run_in_executor(self._scanning, self._disk.scan, work)
 
     async def close(self) -> None:
         """Finish what was handed in, then close the file and let another process have it."""
         if self._closed:
             return
+        while self._syncing is not None or self._open or self._held:
+            self._flush()
+            if self._syncing is not None:
+                await asyncio.wait([self._syncing])
+            await asyncio.sleep(0)
         self._closed = True
-        self._jobs.put(None)
-        await asyncio.to_thread(self._writing.join)
-        await asyncio.to_thread(self._reading.shutdown)
+        await asyncio.to_thread(self._scanning.shutdown)
+        await asyncio.to_thread(self._disk.close)
         self._reader.close()
         self._writer.close()
         self._lock.release()
 
-    def _read(self, work: Work[T]) -> T:
+    def _require_usable(self) -> None:
+        if self._closed:
+            raise NotReady("the ledger is closed", retry_after=_RETRY_S)
+        if self._broken:
+            raise NotReady("the ledger's disk failed: the node has to be started again", retry_after=_RETRY_S)
+
+    def _run(self, work: Work[T]) -> tuple[T, asyncio.Future[None]]:
+        """The result of the work, and what tells when it is on disk. Raises what the work raised."""
         try:
-            self._reader.execute("BEGIN")
+            if not self._writer.in_transaction:
+                self._writer.execute("BEGIN IMMEDIATE")
+            with _Savepoint(self._writer) as point:
+                result = work(self._writer)
+        except sqlite3.Error as err:  # a full disk, a failing one: none of the writes in this transaction happened
+            self._undo(err)
+            raise _unusable(err) from err
+        if point.error is not None:
+            self._soon()
+            raise _unusable(point.error) if isinstance(point.error, sqlite3.Error) else point.error
+        self._soon()
+        written = asyncio.get_running_loop().create_future()
+        self._open.append(written)
+        return result, written
+
+    def _soon(self) -> None:
+        """Commit after what else runs now, so that it shares the commit."""
+        if not self._open and self._syncing is None:
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """Commit, and bring it to the disk; while that is under way the next transaction fills."""
+        if self._syncing is not None or not self._writer.in_transaction:
+            return
+        if not self._open:  # whatever was tried in it was undone
+            self._writer.execute("ROLLBACK")
+            return
+        try:
+            self._writer.execute("COMMIT")
+        except sqlite3.Error as err:
+            self._undo(err)
+            return
+        self._folding = self._disk.log_is_long()
+        loop, waiting = asyncio.get_running_loop(), self._open
+        self._open, self._syncing = [], loop.create_future()
+        self._disk.sync(loop, lambda err: self._synced(waiting, err), fold=self._folding)
+
+    def _undo(self, err: sqlite3.Error | OSError) -> None:
+        if self._writer.in_transaction:
+            self._writer.execute("ROLLBACK")
+        failed, self._open = self._open, []
+        for waiting in failed:
+            _fail(waiting, _unusable(err))
+
+    def _synced(self, waiting: list[asyncio.Future[None]], err: OSError | None) -> None:
+        done, self._syncing = self._syncing, None
+        self._folding = False
+        for one in (*waiting, *([done] if done is not None else [])):
+            if err is not None:
+                _fail(one, _unusable(err))
+            elif not one.done():  # the caller was cancelled meanwhile; what was written stays written
+                one.set_result(None)
+        if err is not None:
+            # What a disk that failed has kept of it nobody knows, and asking again would not tell.
+            self._broken = True
+            self._undo(err)
+        held, self._held = self._held, []
+        for turn in held:
+            self._run_held(turn)
+        self._flush()
+
+    def _run_held(self, turn: _Held) -> None:
+        try:
+            self._require_usable()
+            found = self._run(turn.work)
+        except Exception as err:  # noqa: BLE001 - whatever the work raises is its caller's
+            if not turn.done.done():
+                turn.done.set_exception(err)
+        else:
+            if not turn.done.done():
+                turn.done.set_result(found)
+
+
+class _Disk:
+    """The thread that brings what was committed to the disk, and the connections that are not the loop's."""
+
+    def __init__(self, path: Path) -> None:
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._scanner = _connect(path, query_only=True)
+        self._folder = _connect(path)
+        self._fd = os.open(path.with_name(path.name + "-wal"), os.O_RDONLY | os.O_CLOEXEC)
+        os.fsync(self._fd)  # what the migrations wrote
+        folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        os.fsync(folder)  # the names of both files
+        os.close(folder)
+        self._thread = threading.Thread(target=self._work, name="divault-state-sync", daemon=True)
+        self._thread.start()
+
+    def log_is_long(self) -> bool:
+        """Whether the log should be folded back into the main file."""
+        return os.fstat(self._fd).st_size > _LONG_LOG
+
+    def sync(
+        self, loop: asyncio.AbstractEventLoop, done: Callable[[OSError | None], None], *, fold: bool = False
+    ) -> None:
+        """Call `done` on the loop when everything written to the log so far is on disk; folds it back after that."""
+
+        def work() -> None:
+            failure = None
             try:
-                result = work(self._reader)
+                os.fdatasync(self._fd)
+            except OSError as err:
+                failure = err
+            if fold and failure is None:
+                self._fold()
+            with contextlib.suppress(RuntimeError):  # the loop ended, and with it everybody who waited
+                loop.call_soon_threadsafe(done, failure)
+
+        self._orders.put(work)
+
+    def scan(self, work: Work[T]) -> T:
+        """The result of the work. Raises NotReady."""
+        try:
+            self._scanner.execute("BEGIN")
+            try:
+                return work(self._scanner)
             finally:
-                self._reader.execute("ROLLBACK")
+                self._scanner.execute("ROLLBACK")
         except sqlite3.Error as err:
             raise _unusable(err) from err
-        return result
 
-    def _write_all(self) -> None:
-        job = self._jobs.get()
-        while job is not None:
-            batch = [job]
-            # This thread is the only one that takes, so a queue that isn't empty can't make it wait.
-            while len(batch) < _BATCH and not self._jobs.empty() and (job := self._jobs.get()) is not None:
-                batch.append(job)
-            self._commit(batch)
-            _settle(batch)
-            job = self._jobs.get() if job is not None else None
+    def close(self) -> None:
+        """Finish what was ordered."""
+        self._orders.put(None)
+        self._thread.join()
+        self._scanner.close()
+        self._folder.close()
+        os.close(self._fd)
 
-    def _commit(self, batch: Sequence[_Job[Any]]) -> None:
-        try:
-            self._writer.execute("BEGIN IMMEDIATE")
-            for job in batch:
-                self._run(job)
-            self._writer.execute("COMMIT")
-        except sqlite3.Error as err:  # a full disk, a failing one: none of these writes happened
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
-            for job in batch:
-                job.error = _unusable(err)
+    def _work(self) -> None:
+        while (order := self._orders.get()) is not None:
+            order()
 
-    def _run(self, job: _Job[Any]) -> None:
-        with _Savepoint(self._writer) as point:
-            job.result = job.work(self._writer)
-        if point.error is not None:
-            job.error = _unusable(point.error) if isinstance(point.error, sqlite3.Error) else point.error
+    def _fold(self) -> None:
+        """Copy the log into the main file, both synced by SQLite; nobody writes meanwhile, so the log begins anew."""
+        with contextlib.suppress(sqlite3.Error):  # a full disk, a long scan: the log grows, and it is tried again
+            self._folder.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 class _Savepoint:
@@ -249,20 +384,16 @@ class _Savepoint:
         return True
 
 
-def _settle(batch: Sequence[_Job[Any]]) -> None:
-    loops: dict[asyncio.AbstractEventLoop, list[_Job[Any]]] = {}
-    for job in batch:
-        loops.setdefault(job.loop, []).append(job)
-    for loop, jobs in loops.items():
-        try:
-            loop.call_soon_threadsafe(_settle_here, jobs)
-        except RuntimeError:  # the loop ended, and with it everybody who waited
-            continue
+async def _outcome(future: asyncio.Future[None]) -> None:
+    """Wait for a future that others wait for too."""
+    await asyncio.wait([future])
+    future.result()
 
 
-def _settle_here(jobs: Sequence[_Job[Any]]) -> None:
-    for job in jobs:
-        job.settle()
+def _fail(future: asyncio.Future[None], error: DivaultError) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # nobody may be waiting for it
 
 
 def _connect(path: Path, *, query_only: bool = False) -> sqlite3.Connection:
@@ -315,18 +446,27 @@ def _begin(db: sqlite3.Connection, path: Path) -> None:
         raise _damaged(path, str(found))
     if _pragma(db, "journal_mode = WAL") != "wal":
         raise _out_of_reach(path, "this file system can't keep a write-ahead log")
-    db.execute("PRAGMA synchronous = FULL")
+    # The log is synced by `_Disk` before anybody learns of a write; a checkpoint syncs both files by itself.
+    db.execute("PRAGMA synchronous = NORMAL")
+    db.execute("PRAGMA wal_autocheckpoint = 0")
     db.execute("PRAGMA foreign_keys = ON")
     for number, step in enumerate(_MIGRATIONS[version:], version + 1):
         stamp = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number}"
         db.executescript(f"BEGIN IMMEDIATE; {step}; {stamp}; COMMIT;")
+    _make_log(db)
+
+
+def _make_log(db: sqlite3.Connection) -> None:
+    """Write one page, so that the write-ahead log is there; it keeps its place as long as a connection lives."""
+    version = int(_pragma(db, "user_version"))
+    db.executescript(f"BEGIN IMMEDIATE; PRAGMA user_version = {version}; COMMIT;")
 
 
 def _pragma(db: sqlite3.Connection, name: str) -> Any:
     return db.execute(f"PRAGMA {name}").fetchone()[0]
 
 
-def _unusable(err: sqlite3.Error) -> NotReady:
+def _unusable(err: sqlite3.Error | OSError) -> NotReady:
     error = NotReady("the ledger can't be used now; the operator's log says why", retry_after=_RETRY_S)
     error.__cause__ = err
     return error

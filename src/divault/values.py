@@ -20,6 +20,7 @@ import re
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import IntEnum, StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Self
 
@@ -66,12 +67,17 @@ class Address:
 
     def __str__(self) -> str:
         """EIP-55 spelling."""
-        digits = self.raw.hex()
-        mask = keccak256(digits.encode()).hex()
-        return "0x" + "".join(c.upper() if m >= "8" else c for c, m in zip(digits, mask, strict=False))
+        return _checksummed(self.raw)
 
     def __repr__(self) -> str:
         return f"Address({self})"
+
+
+@lru_cache(maxsize=16_384)  # a request spells the same few addresses a dozen times, at 12 us each
+def _checksummed(raw: bytes) -> str:
+    digits = raw.hex()
+    mask = keccak256(digits.encode()).hex()
+    return "0x" + "".join(c.upper() if m >= "8" else c for c, m in zip(digits, mask, strict=False))
 
 
 Address.ZERO = Address(bytes(20))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from divault.errors import HashMismatch, InsecureHash, InvalidCID, UnsupportedCodec, UnsupportedHash
@@ -63,6 +64,11 @@ def parse_cid(text: str) -> Cid:
     """
     if not isinstance(text, str) or not text.isascii() or not 0 < len(text) <= MAX_TEXT:
         raise InvalidCID(f"a CID is 1 to {MAX_TEXT} ASCII characters")
+    return _parsed(text)
+
+
+@lru_cache(maxsize=1024)  # every call names the CID of its model, at 30 us a time
+def _parsed(text: str) -> Cid:
     if len(text) == 46 and text.startswith("Qm"):
         parts = _whole(_big_base(text, _BASE58))
         if parts.version != 0:

@@ -33,6 +33,7 @@ from divault.messages.reasons import refusal
 from divault.messages.requests import InferenceRequest, RequestContext, request_domain, verify_typed_data
 from divault.messages.sign_in import SignInContext, SignInMessage, verify_sign_in
 from divault.messages.signatures import (
+    SigningKey,
     address_of,
     parse_key,
     recover,
@@ -58,6 +59,7 @@ __all__ = [
     "RequestContext",
     "SignInContext",
     "SignInMessage",
+    "SigningKey",
     "Struct",
     "WrappedSignature",
     "address_of",

@@ -22,6 +22,7 @@ import re
 from typing import Any, NoReturn
 
 import msgspec
+import orjson
 import rfc8785
 
 from divault.errors import BadRequest
@@ -33,6 +34,8 @@ MAX_DEPTH = 64
 """Levels of arrays and objects; a batch of images has five, and no reader of ours recurses deeper."""
 
 _SAFE_INTEGER = 2**53 - 1
+_SMALLEST_PLAIN = 1e-4  # below it one of the two writes an exponent
+_ODD = object()
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 # A string that never ends takes the rest along, so that no byte is looked at twice.
 _STRUCTURE = re.compile(rb'"(?:[^"\\]+|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
@@ -71,10 +74,54 @@ def body_hash(members: dict[str, Any]) -> Digest:
 
 def canonical(value: Any) -> bytes:
     """The RFC 8785 form of a JSON value. Raises BadRequest where there is none."""
+    plain = _plain(value)
+    if plain is not _ODD:
+        try:
+            return orjson.dumps(plain, option=orjson.OPT_SORT_KEYS)
+        except orjson.JSONEncodeError:  # half of a surrogate pair: told below
+            pass
     try:
         return rfc8785.dumps(value)
     except (ValueError, RecursionError) as err:  # ValueError: its own classes, and UnicodeEncodeError for a key
         raise BadRequest("a value of the body has no canonical JSON form (RFC 8785)") from err
+
+
+def _plain(value: Any) -> Any:
+    """The value such that sorted JSON of it is its RFC 8785 form, or `_ODD` where that is not sure.
+
+    Sure are: strings; integers that a double holds; numbers that both spell without exponent; keys in ASCII, which
+    sort by bytes as by UTF-16 units. The form of 30 floats takes 4 us like this and 60 us in Python alone.
+    """
+    kind = type(value)
+    if kind in (str, bool, type(None)):
+        return value
+    if kind is int:
+        return value if -_SAFE_INTEGER <= value <= _SAFE_INTEGER else _ODD
+    if kind is float:
+        return _number(value)
+    if kind is list:
+        return _plain_list(value)
+    return _plain_object(value) if kind is dict else _ODD
+
+
+def _plain_object(members: dict[Any, Any]) -> Any:
+    found = {}
+    for key, inner in members.items():
+        if type(key) is not str or not key.isascii() or (plain := _plain(inner)) is _ODD:
+            return _ODD
+        found[key] = plain
+    return found
+
+
+def _number(value: float) -> Any:
+    if value.is_integer() and -_SAFE_INTEGER <= value <= _SAFE_INTEGER:
+        return int(value)  # 1.0 is written 1, and -0.0 is written 0
+    return value if _SMALLEST_PLAIN <= abs(value) <= _SAFE_INTEGER else _ODD
+
+
+def _plain_list(values: list[Any]) -> Any:
+    found = [_number(value) if type(value) is float else _plain(value) for value in values]
+    return _ODD if any(value is _ODD for value in found) else found
 
 
 def raw_members(raw: bytes) -> dict[str, bytes]:

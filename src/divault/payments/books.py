@@ -149,6 +149,12 @@ def finish(
     _put(db, principal, stage, priced=row.priced if row is not None else priced)
 
 
+def any_lapsed(db: sqlite3.Connection, now: int) -> bool:
+    """Whether a lease of a row ended before `now`."""
+    query = "SELECT 1 FROM request WHERE stage = 'reserved' AND lease_until < ? LIMIT 1"
+    return db.execute(query, (now,)).fetchone() is not None
+
+
 def release_lapsed(db: sqlite3.Connection, now: int) -> int:
     """Give back what runs reserved whose lease ended before `now`; gives their number."""
     lapsed = db.execute(

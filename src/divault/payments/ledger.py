@@ -2,12 +2,14 @@
 
 Rules:
 
-1. A nonce is used up exactly when a run is reserved or a receipt is issued, in that transaction (table: `stages`).
+1. A nonce is used up exactly when a run is reserved or a receipt is issued, in that transaction (table: `stages`). A
+   free run is reserved in memory, where its copies are refused, and its nonce is on disk with its outcome: a node that
+   dies in between has told nobody anything, so the same request may come again.
 2. `outcome` stands around everything that follows authentication. Whatever is raised inside, the reservation ends
    there: with an error that earns a receipt, release and receipt are one transaction and the receipt is the error's
    `evidence`; with any other end, the credit comes back and nothing is charged.
 3. `charge` is one transaction: the price, the request's stage, the receipt's number and signature, the kept answer.
-   Receipts are signed in the one writer thread, in the order of their numbers: the chain has neither gap nor fork.
+   Receipts are signed inside it, in the order of their numbers: the chain has neither gap nor fork.
 4. A run that outlasted its reservation is not charged and not answered.
 
 ```python
@@ -91,6 +93,16 @@ class _Trail:
     runtime: dict[str, Any] | None = None
 
 
+_NonceKey = tuple[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _FreeRun:
+    principal: Principal
+    attempt: bytes
+    lease_until: int
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What a payment method has to know before it reserves."""
@@ -121,7 +133,9 @@ class Ledger:
         self._keep_results_s = keep_results_s
         self._log = f"{issuer.domain.chain_id}:{issuer.domain.contract}:{issuer.node}".lower()
         self._trails: dict[int, _Trail] = {}
-        self._purge_at = 0
+        self._free: dict[_NonceKey, _FreeRun] = {}
+        """Free runs under way, the oldest first."""
+        self._tidied_at, self._purge_at = 0, self._now() + _PURGE_EVERY_S
 
     @property
     def chain_id(self) -> int:
@@ -149,14 +163,10 @@ class Ledger:
         RequestRunning, or the error that the request ended with, with its receipt.
         """
         now = self._now()
-
-        def look(db: sqlite3.Connection) -> tuple[bool, tuple[str | None, bytes] | None]:
-            may_run = _may_run(books.find(db, principal), principal, now)
-            return may_run, None if may_run else books.outcome_of(db, principal.request, principal.user, now)
-
-        may_run, kept = await self._state.read(look)
-        if may_run:
+        self._require_not_running_free(principal, None)
+        if _may_run(self._state.look(lambda db: books.find(db, principal)), principal, now):
             return None
+        kept = await self._state.read(lambda db: books.outcome_of(db, principal.request, principal.user, now))
         if kept is None:
             raise _nonce_used()
         return _restored(*kept)
@@ -164,9 +174,10 @@ class Ledger:
     async def consume(self, principal: Principal) -> None:
         """Use up the nonce of a call that has no receipt (load, unload, results). Raises NonceUsed."""
         now = self._now()
+        await self._tidy(now)
 
         def work(db: sqlite3.Connection) -> None:
-            self._tidy(db, now)
+            self._require_not_running_free(principal, None)
             if books.find(db, principal) is not None:
                 raise _nonce_used()
             books.finish(db, principal, None, Stage.CONSUMED)
@@ -195,7 +206,7 @@ class Ledger:
 
     async def successes(self, model: ModelId | None = None) -> int:
         """Number of receipts with status 1: of one model, or of all."""
-        return await self._state.read(lambda db: books.count_successes(db, self._log, model))
+        return await self._state.scan(lambda db: books.count_successes(db, self._log, model))
 
     async def pulse(self) -> None:
         """Do nothing but a durable write, to prove that one works. Raises NotReady."""
@@ -251,9 +262,12 @@ class Ledger:
         """
         trail, principal, now = self._trail(grant), grant.principal, self._now()
         wanted = Reservation(trail.attempt, now + self._lease_s, price, account)
+        await self._tidy(now)
+        if account is None and self._reserve_free(trail, wanted, now):
+            trail.hold = Hold(grant, price, Address.ZERO, None, wanted.lease_until)
+            return trail.hold
 
         def work(db: sqlite3.Connection) -> str | None:
-            self._tidy(db, now)
             row = books.find(db, principal)
             if not _may_run(row, principal, now):
                 raise _just_ended()
@@ -266,6 +280,19 @@ class Ledger:
         payer = account.payer if account is not None else Address.ZERO
         trail.hold = Hold(grant, price, payer, key, wanted.lease_until)
         return trail.hold
+
+    def _reserve_free(self, trail: _Trail, wanted: Reservation, now: int) -> bool:
+        """Reserve a free run in memory; False where the nonce has a row already. Raises NonceUsed."""
+        principal = trail.principal
+        self._require_not_running_free(principal, trail)
+        row = self._state.look(lambda db: books.find(db, principal))
+        if not _may_run(row, principal, now):
+            raise _just_ended()
+        if row is not None:
+            return False
+        self._free[_nonce_key(principal)] = _FreeRun(principal, trail.attempt, wanted.lease_until)
+        trail.reserving = True
+        return True
 
     def opened(self, hold: Hold, plaintext: Digest, runtime: Mapping[str, Any]) -> None:
         """Note what the run stands on (sha256 of the opened model, runtime object), for the receipt of a failed run."""
@@ -280,16 +307,19 @@ class Ledger:
         trail, grant, now = self._trail(hold.grant), hold.grant, self._now()
         principal = grant.principal
         draft = _success(call, hold, output, now)
+        await self._tidy(now)
 
         def work(db: sqlite3.Connection) -> Answer:
             row = books.find(db, principal)
-            if row is None or not _is_held(row, trail):
+            if not self._holds(row, trail):
                 raise DeadlineExceeded("the run outlasted its reservation; nothing was charged", limit_s=self._lease_s)
             receipt = self._issue(db, draft, trail)
             body = answer_body(grant.model.model.text, output.result, receipt.envelope, "inference completed")
-            books.draw(db, principal, row, grant.model.model.key, receipt.hash, now)
+            if row is not None:
+                books.draw(db, principal, row, grant.model.model.key, receipt.hash, now)
             books.finish(db, principal, row, Stage.DONE)
-            if row.priced:
+            self._free.pop(_nonce_key(principal), None)
+            if row is not None and row.priced:
                 books.keep_outcome(db, principal, body, code=None, expires_at=now + self._keep_results_s)
             return Answer(body, receipt)
 
@@ -331,14 +361,16 @@ class Ledger:
     async def _fail(self, trail: _Trail, err: DivaultError) -> Receipt:
         now, principal = self._now(), trail.principal
         draft = _failure(trail, err, now)
+        await self._tidy(now)
 
         def work(db: sqlite3.Connection) -> Receipt:
-            self._tidy(db, now)
             row = books.find(db, principal)
-            held = row is not None and _is_held(row, trail)
+            self._require_not_running_free(principal, trail)
+            held = self._holds(row, trail)
             if not held and not _may_run(row, principal, now):
                 raise _just_ended()
             receipt = self._issue(db, draft, trail)
+            self._free.pop(_nonce_key(principal), None)
             priced = trail.grant is not None and trail.grant.model.price.atomic > 0
             books.finish(db, principal, row, Stage.FAILED, priced=priced)
             if priced:
@@ -357,10 +389,18 @@ class Ledger:
         while it waited for it.
         """
         trail.reserving = False
+        key = _nonce_key(trail.principal)
+        if turned_away and key in self._free and self._free[key].attempt == trail.attempt:
+            del self._free[key]
+            return
 
         def work(db: sqlite3.Connection) -> None:
             row = books.find(db, trail.principal)
-            if row is None or not _is_held(row, trail):
+            if not self._holds(row, trail):
+                return
+            if row is None:
+                del self._free[key]
+                books.finish(db, trail.principal, None, Stage.CONSUMED)
                 return
             given_up = Stage.UNSEEN if turned_away else Stage.CONSUMED
             books.finish(db, trail.principal, row, Stage.RELEASED if row.priced else given_up)
@@ -376,11 +416,40 @@ class Ledger:
         books.append_receipt(db, self._log, receipt, previous, trail.principal, trail.call.model)
         return receipt
 
-    def _tidy(self, db: sqlite3.Connection, now: int) -> None:
-        books.release_lapsed(db, now)
+    def _holds(self, row: Row | None, trail: _Trail) -> bool:
+        """Whether this presentation has the reservation: on disk, or of a free run in memory."""
+        if row is not None:
+            return row.stage is Stage.RESERVED and row.attempt == trail.attempt
+        running = self._free.get(_nonce_key(trail.principal))
+        return running is not None and running.attempt == trail.attempt
+
+    def _require_not_running_free(self, principal: Principal, trail: _Trail | None) -> None:
+        """Return only if no other copy of a free request is running. Raises NonceUsed."""
+        running = self._free.get(_nonce_key(principal))
+        if running is not None and (trail is None or running.attempt != trail.attempt):
+            raise _nonce_used()
+
+    async def _tidy(self, now: int) -> None:
+        """End what has lapsed, once a second (leases and windows are whole seconds), in a transaction of its own."""
+        if now == self._tidied_at:
+            return
+        self._tidied_at = now
+        lapsed = [run.principal for run in self._free.values() if run.lease_until < now]
+        if not lapsed and now < self._purge_at and not self._state.look(lambda db: books.any_lapsed(db, now)):
+            return
+
+        def work(db: sqlite3.Connection) -> None:
+            books.release_lapsed(db, now)
+            for principal in lapsed:
+                books.finish(db, principal, None, Stage.CONSUMED)
+            if now >= self._purge_at:
+                books.purge(db, now)
+
+        await self._state.write(work)
         if now >= self._purge_at:
             self._purge_at = now + _PURGE_EVERY_S
-            books.purge(db, now)
+        for principal in lapsed:
+            self._free.pop(_nonce_key(principal), None)
 
     def _trail(self, grant: Grant) -> _Trail:
         try:
@@ -456,8 +525,8 @@ def _may_run(row: Row | None, principal: Principal, now: int) -> bool:
     return row.stage in (Stage.RELEASED, Stage.RESERVED)
 
 
-def _is_held(row: Row, trail: _Trail) -> bool:
-    return row.stage is Stage.RESERVED and row.attempt == trail.attempt
+def _nonce_key(principal: Principal) -> _NonceKey:
+    return principal.user.raw, principal.nonce.raw
 
 
 def _restored(code: str | None, body: bytes) -> Answer:

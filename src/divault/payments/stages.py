@@ -10,7 +10,8 @@
 | consumed | its nonce was used up by something that has no receipt | `nonce_used` |
 
 Other bytes under a nonce that the ledger knows are `nonce_used` in every stage. When a lease runs out, a priced request
-becomes released and a free one consumed. That a run has begun is not written down: nothing would be decided by it.
+becomes released and a free one consumed. That a run has begun is not written down: nothing would be decided by it. Nor
+is the reservation of a free run, which is kept in memory and goes from unseen to its end in one move.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Stage(StrEnum):
 
 
 TRANSITIONS: Mapping[Stage, frozenset[Stage]] = {
-    Stage.UNSEEN: frozenset({Stage.RESERVED, Stage.FAILED, Stage.CONSUMED}),
+    Stage.UNSEEN: frozenset({Stage.RESERVED, Stage.DONE, Stage.FAILED, Stage.CONSUMED}),
     # Back to unseen: a free run that was turned away (queue full, chain down); 429 and 503 use no nonce.
     Stage.RESERVED: frozenset({Stage.DONE, Stage.FAILED, Stage.RELEASED, Stage.CONSUMED, Stage.UNSEEN}),
     Stage.RELEASED: frozenset({Stage.RESERVED, Stage.FAILED}),

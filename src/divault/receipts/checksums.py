@@ -16,6 +16,7 @@ from divault.messages import canonical
 
 PRIVATE = ("request", "request_signature", "input_salt", "output_salt")
 """The members that only the user who signed gets; the unsalted hash of the body in `request` would undo the salts."""
+_NOTHING = f"{zlib.crc32(b'null'):08x}"
 _GROUPS = ("domain", "receipt", "request")
 _SINGLE = (
     "receipt_hash",
@@ -64,6 +65,8 @@ def _leaves(envelope: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _sum(value: Any) -> str:
+    if value is None:
+        return _NOTHING
     try:
         raw = value.encode() if isinstance(value, str) else canonical(value)
     except UnicodeEncodeError as err:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from divault.messages import Domain, address_of, signature_text
+from divault.messages import Domain, SigningKey, address_of
 from divault.messages.typed import Value
 from divault.receipts.checksums import checksums
 from divault.receipts.fields import (
@@ -83,7 +83,7 @@ class ReceiptIssuer:
         """`entropy(n)` gives n random bytes; anything but the CSPRNG is for known answers in tests."""
         self.node = address_of(key)
         self.domain: Domain = receipt_domain(chain_id, vault)
-        self._key = key
+        self._signer = SigningKey(key)
         self._entropy = entropy
 
     def issue(self, draft: ReceiptDraft, sequence: int, previous: Digest) -> Receipt:
@@ -105,7 +105,7 @@ class ReceiptIssuer:
             "domain": self.domain.to_json(),
             "receipt": RECEIPT.to_json(values),
             "receipt_hash": str(digest),
-            "signature": signature_text(self._key, digest),
+            "signature": self._signer.text(digest),
             **_disclosed(draft, salts),
         }
         envelope["checksums"] = checksums(envelope)
