@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from divault.errors import BadRequest
-from divault.messages import canonical
+from divault.messages import bodies, canonical, strict_json
 
 numbers = st.integers(-(2**53) + 1, 2**53 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -56,3 +57,46 @@ def test_the_form_of_what_people_send() -> None:
 def test_what_has_no_canonical_form_is_refused(odd) -> None:
     with pytest.raises(BadRequest):
         canonical({"value": odd})
+
+
+def slowly(raw: bytes):
+    """What the exact reader alone makes of the bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bodies, "_quick", lambda _: bodies._ODD)
+        try:
+            return strict_json(raw)
+        except BadRequest as err:
+            return err.detail
+
+
+def quickly(raw: bytes):
+    try:
+        return strict_json(raw)
+    except BadRequest as err:
+        return err.detail
+
+
+@given(values)
+@settings(max_examples=200, deadline=None)
+def test_the_quick_reader_reads_what_the_exact_one_reads(value) -> None:
+    raw = json.dumps(value).encode()
+    assert repr(quickly(raw)) == repr(slowly(raw))
+
+
+@given(st.binary(max_size=40) | st.text('{}[]":,0123456789.eE+-\\u d8\n "abtrufalsen', max_size=30).map(str.encode))
+@settings(max_examples=200, deadline=None)
+def test_the_quick_reader_takes_nothing_that_the_exact_one_refuses(raw: bytes) -> None:
+    assert repr(quickly(raw)) == repr(slowly(raw))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a":1,"a" :2}', b'{"a":{"b":1,"b":2}}', b'{"a":"x:y","a":1}', b'[9007199254740992]', b'[9007199254740991]',
+        b'[-9007199254740993]', b'[12345678901234567890123]', b'[0.12345678901234567]', b'[1234567890123456.5]',
+        b'[1e999]', b'[-0]', b'[-0.0]', b'[1E5]', b'"\\ud800"', b'"\\ud83d\\ude00"', b'[NaN]', b'\xef\xbb\xbf{}', b'',
+        b'[1e16]', b'[10000000000000000.0]', b'{"\\u0061":1,"a":2}', b'[00]', b'[.5]', b'["\x01"]', b'[1,]',
+    ],
+)  # fmt: skip
+def test_both_readers_agree_at_the_edges(raw: bytes) -> None:
+    assert repr(quickly(raw)) == repr(slowly(raw))

@@ -43,6 +43,7 @@ T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 
 APPLICATION_ID = 0x44495641  # "DIVA" in the file's header: tells our file from any other SQLite database
+_FOLD_PATIENCE_MS = 50  # for a long scan; the log is folded back another time then
 _LONG_LOG = 16 << 20  # bytes; folding so many back takes about 50 ms, during which writes wait
 _SETTING = "DIVAULT_STATE_DIR"
 _RETRY_S = 5
@@ -137,8 +138,6 @@ class State:
             undo.callback(self._lock.release)
             self._writer = _open(path)
             undo.callback(self._writer.close)
-            self._reader = _connect(path, query_only=True)
-            undo.callback(self._reader.close)
             self._disk = _Disk(path)
             undo.pop_all()
         self._open: list[asyncio.Future[None]] = []
@@ -146,6 +145,8 @@ class State:
         self._syncing: asyncio.Future[None] | None = None
         """Done when what was committed last is on disk; None when nothing is under way."""
         self._held: list[_Held] = []
+        self.undone = 0
+        """Grows when something that was written is undone: what a caller remembers of the rows may be wrong then."""
         self._folding = False
         self._closed = False
         self._broken = False
@@ -176,26 +177,32 @@ class State:
         return answer
 
     def look(self, work: Work[T]) -> T:
-        """The result of `work` on one consistent, committed view, at once. Raises NotReady.
+        """The result of `work` on one consistent view, at once. Raises NotReady.
 
-        What it sees may not be on disk yet: a refusal may rest on it, an answer may not (`read`). For a few rows.
+        What it sees may not be on disk yet, nor committed: a refusal may rest on it, an answer may not (`read`). For a
+        few rows.
         """
         self._require_usable()
         try:
-            result = work(self._reader)  # commits happen on this thread: the view can't change under it
+            with _View(self._writer):
+                # Writes happen on this thread: the view can't change under it. And this connection has the pages.
+                return work(self._writer)
         except sqlite3.Error as err:
             raise _unusable(err) from err
-        return result
 
     async def read(self, work: Work[T]) -> T:
         """The result of `work` on one consistent view, all of which is on disk. Raises NotReady. For a few rows."""
         result = self.look(work)
-        if self._syncing is not None:
+        if self._open:
+            seen = asyncio.get_running_loop().create_future()
+            self._open.append(seen)
+            await seen
+        elif self._syncing is not None:
             await _outcome(self._syncing)
         return result
 
     async def scan(self, work: Work[T]) -> T:
-        """As `look`, in a thread with a connection of its own: for what may walk a whole table."""
+        """The same of what is committed, in a thread with a connection of its own: for what may walk a whole table."""
         self._require_usable()
         return await asyncio.get_running_loop().run_in_executor(self._scanning, self._disk.scan, work)
 
@@ -211,7 +218,6 @@ class State:
         self._closed = True
         await asyncio.to_thread(self._scanning.shutdown)
         await asyncio.to_thread(self._disk.close)
-        self._reader.close()
         self._writer.close()
         self._lock.release()
 
@@ -232,6 +238,7 @@ class State:
             self._undo(err)
             raise _unusable(err) from err
         if point.error is not None:
+            self.undone += 1
             self._soon()
             raise _unusable(point.error) if isinstance(point.error, sqlite3.Error) else point.error
         self._soon()
@@ -264,6 +271,7 @@ class State:
     def _undo(self, err: sqlite3.Error | OSError) -> None:
         if self._writer.in_transaction:
             self._writer.execute("ROLLBACK")
+        self.undone += 1
         failed, self._open = self._open, []
         for waiting in failed:
             _fail(waiting, _unusable(err))
@@ -304,6 +312,7 @@ class _Disk:
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._scanner = _connect(path, query_only=True)
         self._folder = _connect(path)
+        self._folder.execute(f"PRAGMA busy_timeout = {_FOLD_PATIENCE_MS}")
         self._fd = os.open(path.with_name(path.name + "-wal"), os.O_RDONLY | os.O_CLOEXEC)
         os.fsync(self._fd)  # what the migrations wrote
         folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
@@ -382,6 +391,26 @@ class _Savepoint:
         self._db.execute("RELEASE job")
         self.error = error
         return True
+
+
+class _View:
+    """A look at what the connection that writes sees. Whatever is written meanwhile is undone."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self._begin, self._end = ("SAVEPOINT look", "RELEASE look") if db.in_transaction else ("BEGIN", "ROLLBACK")
+        self._changes = db.total_changes
+
+    def __enter__(self) -> None:
+        self._db.execute(self._begin)
+
+    def __exit__(self, *_: object) -> None:
+        wrote = self._db.total_changes != self._changes
+        if wrote and self._end != "ROLLBACK":
+            self._db.execute("ROLLBACK TO look")
+        self._db.execute(self._end)
+        if wrote:
+            raise sqlite3.OperationalError("a look that writes")
 
 
 async def _outcome(future: asyncio.Future[None]) -> None:

@@ -15,7 +15,15 @@
 | `windows` | the one rule for validity windows |
 """
 
-from divault.messages.bodies import UNSIGNED, body_hash, canonical, raw_members, strict_json, strict_object
+from divault.messages.bodies import (
+    UNSIGNED,
+    body_hash,
+    canonical,
+    canonical_again,
+    raw_members,
+    strict_json,
+    strict_object,
+)
 from divault.messages.headers import (
     HeaderParameters,
     HeaderPolicy,
@@ -66,6 +74,7 @@ __all__ = [
     "authority_of",
     "body_hash",
     "canonical",
+    "canonical_again",
     "claimed_user",
     "nonce_of",
     "parse_key",

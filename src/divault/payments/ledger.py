@@ -135,6 +135,8 @@ class Ledger:
         self._trails: dict[int, _Trail] = {}
         self._free: dict[_NonceKey, _FreeRun] = {}
         """Free runs under way, the oldest first."""
+        self._last: tuple[int, int, Digest] | None = None
+        """The newest receipt's number and hash, as of so many undone writes."""
         self._tidied_at, self._purge_at = 0, self._now() + _PURGE_EVERY_S
 
     @property
@@ -268,6 +270,7 @@ class Ledger:
             return trail.hold
 
         def work(db: sqlite3.Connection) -> str | None:
+            self._require_not_running_free(principal, trail)
             row = books.find(db, principal)
             if not _may_run(row, principal, now):
                 raise _just_ended()
@@ -310,7 +313,7 @@ class Ledger:
         await self._tidy(now)
 
         def work(db: sqlite3.Connection) -> Answer:
-            row = books.find(db, principal)
+            row = None if self._holds(None, trail) else books.find(db, principal)
             if not self._holds(row, trail):
                 raise DeadlineExceeded("the run outlasted its reservation; nothing was charged", limit_s=self._lease_s)
             receipt = self._issue(db, draft, trail)
@@ -411,8 +414,11 @@ class Ledger:
             return
 
     def _issue(self, db: sqlite3.Connection, draft: ReceiptDraft, trail: _Trail) -> Receipt:
-        sequence, previous = books.last_receipt(db, self._log)
+        if self._last is None or self._last[0] != self._state.undone:
+            self._last = (self._state.undone, *books.last_receipt(db, self._log))
+        _, sequence, previous = self._last
         receipt = self._issuer.issue(draft, sequence + 1, previous)
+        self._last = (self._state.undone, receipt.sequence, receipt.hash)
         books.append_receipt(db, self._log, receipt, previous, trail.principal, trail.call.model)
         return receipt
 

@@ -7,16 +7,16 @@ of what is disclosed. Sums of private members go when those go, since a sum of a
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
+from zlib import crc32
 
 from divault.errors import BadRequest
-from divault.messages import canonical
+from divault.messages import canonical_again
 
 PRIVATE = ("request", "request_signature", "input_salt", "output_salt")
 """The members that only the user who signed gets; the unsalted hash of the body in `request` would undo the salts."""
-_NOTHING = f"{zlib.crc32(b'null'):08x}"
+_NOTHING = f"{crc32(b'null'):08x}"
 _GROUPS = ("domain", "receipt", "request")
 _SINGLE = (
     "receipt_hash",
@@ -36,7 +36,10 @@ _SINGLE = (
 
 def checksums(envelope: Mapping[str, Any]) -> dict[str, str]:
     """One sum per member: 8 hex digits by name, the struct's fields by their bare names. Raises BadRequest."""
-    return {name: _sum(value) for name, value in _leaves(envelope)}
+    sums = {}
+    for name, value in _leaves(envelope):
+        sums[name] = f"{crc32(value.encode()):08x}" if type(value) is str and value.isascii() else _sum(value)
+    return sums
 
 
 def checksums_without(members: Container[str], sums: Mapping[str, str]) -> dict[str, str]:
@@ -60,15 +63,17 @@ def _leaves(envelope: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         members = envelope.get(group)
         prefix = "" if group == "receipt" else f"{group}."
         if isinstance(members, dict):
-            yield from ((f"{prefix}{name}", value) for name, value in members.items())
-    yield from ((name, envelope.get(name)) for name in _SINGLE)
+            for name, value in members.items():
+                yield prefix + name, value
+    for name in _SINGLE:
+        yield name, envelope.get(name)
 
 
 def _sum(value: Any) -> str:
     if value is None:
         return _NOTHING
     try:
-        raw = value.encode() if isinstance(value, str) else canonical(value)
+        raw = value.encode() if isinstance(value, str) else canonical_again(value)
     except UnicodeEncodeError as err:
         raise BadRequest("a member is not valid Unicode") from err
-    return f"{zlib.crc32(raw):08x}"
+    return f"{crc32(raw):08x}"
