@@ -63,7 +63,7 @@ class Hostile:
         return {"kind": "problem", "code": code, "detail": detail, "data": data}
 
     def load(self, asked: dict[str, Any]) -> None:
-        described: Any = json.dumps(DESCRIPTION).encode()
+        described: Any = json.dumps(DESCRIPTION | {"together": 16 if self.behaviour == "tagged" else 1}).encode()
         if self.behaviour == "load_undescribed":
             described = b'{"format": "x"}'
         if self.behaviour == "load_uncanonical":
@@ -104,6 +104,46 @@ class Hostile:
         self.seen = getattr(self, "seen", 0) + 1
         time.sleep(0.1)
         self.send(self.answers(asked, self.success(str(self.seen).encode())))
+
+    def tagged(self, asked: dict[str, Any]) -> None:
+        """Gives each caller his own tag back, with the number of callers in the pass; dies or hangs where one asks."""
+        time.sleep(0.02)
+        told = [json.loads(item["data"]) for item in asked["items"]]
+        if any(one.get("act") == "die" for one in told):
+            os._exit(1)
+        if any(one.get("act") == "hang" for one in told):
+            time.sleep(600)
+        answers = [
+            self.problem("input_invalid", one["tag"])
+            if one.get("act") == "refuse"
+            else self.success(json.dumps({"tag": one["tag"], "callers": len(told)}).encode())
+            for one in told
+        ]
+        self.send(self.answers(asked, *answers))
+
+    def pieces(self, asked: dict[str, Any]) -> None:
+        """Ten pieces in a second, then all of it; less when it is told to stop."""
+        self.connection.settimeout(0.1)
+        made = 0
+        for number in range(10):
+            if asked["pieces"]:
+                self.send({"kind": "part", "id": asked["id"], "v": 1, "text": str(number), "index": 0})
+            made += 1
+            try:
+                self.frame()
+                break
+            except TimeoutError:
+                continue
+        self.connection.settimeout(None)
+        self.send(self.answers(asked, self.success(str(made).encode())))
+
+    def endless_pieces(self, asked: dict[str, Any]) -> None:
+        while True:
+            self.send({"kind": "part", "id": asked["id"], "v": 1, "text": "x" * 60_000, "index": 0})
+
+    def unwanted_piece(self, asked: dict[str, Any]) -> None:
+        self.send({"kind": "part", "id": asked["id"], "v": 1, "text": "x", "index": 0})
+        time.sleep(600)
 
     def hang(self, asked: dict[str, Any]) -> None:
         time.sleep(600)

@@ -37,7 +37,7 @@ async def make_pool() -> AsyncIterator[MakePool]:
 
 PROTOCOL = [
     "giant", "large", "forged", "short_id", "garbage", "trailing", "twice", "wrong_kind", "nobody", "two", "nan",
-    "not_json", "deep", "negative_rows", "forbidden", "problem_data",
+    "not_json", "deep", "negative_rows", "forbidden", "problem_data", "unwanted_piece",
 ]  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import os
 import subprocess
@@ -12,9 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP
-from typing import Any
 
-import joblib
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -34,7 +31,7 @@ from divault.values import OpenedModel
 from divault.workers.child import ENVIRONMENT
 from divault.workers.pool import WorkerPool
 from divault.workers.worker import Tuning
-from tests.worker_models import alive, answer, call, children, hold, hostile, opened, output
+from tests.worker_models import alive, answer, call, children, dumped, hold, hostile, opened, output
 
 MakePool = Callable[..., WorkerPool]
 ROW = {"features": [5.1, 3.5]}
@@ -44,12 +41,6 @@ def fitted() -> LogisticRegression:
     random = np.random.default_rng(20)
     rows = random.normal(size=(60, 2))
     return LogisticRegression().fit(rows, rows[:, 0] > 0)
-
-
-def dumped(estimator: Any) -> bytes:
-    out = io.BytesIO()
-    joblib.dump(estimator, out)
-    return out.getvalue()
 
 
 def endless() -> bytes:

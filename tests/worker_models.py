@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import joblib
 
 from divault.values import (
     BodySignature,
@@ -38,6 +41,13 @@ def opened(content: bytes | Mapping[str, bytes], name: str = "m", cid: str = "ba
     digest = hashlib.sha256(cid.encode()).digest()
     size = sum(file.size for file in files)
     return OpenedModel(ModelId.parse(name), Cid(cid, 1, 0x55, 0x12, digest), Digest(digest), size, files)
+
+
+def dumped(estimator: Any) -> bytes:
+    """The estimator's joblib file."""
+    out = io.BytesIO()
+    joblib.dump(estimator, out)
+    return out.getvalue()
 
 
 def hold(model: OpenedModel) -> Hold:

@@ -12,15 +12,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from divault.api.guard import Guard
-from divault.api.problems import problem_response
-from divault.api.routes import Node, routes
+from divault.api.hot import HotRoutes
+from divault.api.presence import Presence
+from divault.api.problems import failure_response, problem_response
+from divault.api.routes import Node, hot_handlers, routes
 from divault.errors import BadRequest, DivaultError, MethodNotAllowed, RouteUnknown
 from divault.limits import PeerLimits
-from divault.telemetry import log, new_request_id
+from divault.telemetry import new_request_id
 
 __all__ = ["ApiLimits", "Node", "create_api"]
 
-_log = log("api")
 _ABOUT = (
     "Runs sealed models for wallets that may: gated by tokens, paid to their owners, answered with signed receipts."
 )
@@ -44,7 +45,8 @@ def create_api(node: Node, limits: ApiLimits) -> ASGIApp:
     app.add_exception_handler(DivaultError, _refused)
     app.add_exception_handler(HTTPException, _unrouted)
     app.add_exception_handler(Exception, _failed)
-    guarded: ASGIApp = Guard(app, limits=limits.peers, max_body_bytes=limits.max_body_bytes)
+    hot = HotRoutes(app, hot_handlers(node), Presence())
+    guarded: ASGIApp = Guard(hot, limits=limits.peers, max_body_bytes=limits.max_body_bytes)
     if limits.cors_origins:
         guarded = CORSMiddleware(
             guarded,
@@ -75,6 +77,4 @@ async def _unrouted(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    request_id = new_request_id()
-    _log.error("internal error", request_id=request_id, path=request.url.path, exc_info=error)
-    return problem_response(DivaultError("the node made a mistake; its log has this request id"), request_id)
+    return failure_response(error, request.url.path)

@@ -14,6 +14,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +39,13 @@ from divault.values import (
 MAX_SELF_SIGNED_BYTES = 64 * 1024
 """Canonicalising costs 1.4 us per float; a larger body signs headers, over its raw bytes."""
 _MAX_KEY_TEXT = 4096  # an age identity has 74 characters, a Kavach key 64; the rest is passphrases
+TIMEOUT = "divault-timeout"
+"""Header with the seconds that a caller waits for a run, its turn included; the node's own limit stays."""
+_SIGNATURE = re.compile(r"0x[0-9a-fA-F]{130}", re.ASCII)
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}", re.ASCII)
+_NONCE = re.compile(r"0x[0-9a-f]{64}", re.ASCII)
+_LATEST = 2**53 - 1  # largest integer that every JSON reader keeps
+_SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,3})?", re.ASCII)
 _SIGNED_HEADERS = frozenset({"signature", "signature-input", "content-digest", "divault-max-price", "host"})
 
 
@@ -52,6 +60,10 @@ class Incoming:
     headers: Sequence[tuple[str, str]]
     """Names in lower case, in order, duplicates kept."""
     peer: str
+
+    def header(self, name: str, default: str = "") -> str:
+        """Value of the first header of this name (in lower case)."""
+        return next((value for have, value in self.headers if have == name), default)
 
 
 class _Members(msgspec.Struct, frozen=True):
@@ -104,7 +116,8 @@ class Envelopes:
         if incoming.query:
             raise BadRequest("no signature covers a query string here: leave it out", field="query")
         body = strict_object(incoming.raw)
-        self._authenticator.require_complete(body, method=incoming.method, path=incoming.path)
+        if not _complete(body):
+            self._authenticator.require_complete(body, method=incoming.method, path=incoming.path)
         proof = BodySignature(
             signature=body["user_signature"],
             nonce=Nonce.parse(body["nonce"]),
@@ -136,6 +149,20 @@ class Envelopes:
         return _call(incoming, small, proof, user, limit)
 
 
+def _complete(body: Mapping[str, Any]) -> bool:
+    """Whether a signature's members are there and of their kinds, so that each will be judged by itself."""
+    return (
+        type(body.get("user_signature")) is str
+        and _SIGNATURE.fullmatch(body["user_signature"]) is not None
+        and type(body.get("user_address")) is str
+        and _ADDRESS.fullmatch(body["user_address"]) is not None
+        and type(body.get("nonce")) is str
+        and _NONCE.fullmatch(body["nonce"]) is not None
+        and all(type(body.get(name)) is int and 0 <= body[name] <= _LATEST for name in ("issued_at", "expires_at"))
+        and ("max_price" not in body or (type(body["max_price"]) is str and body["max_price"].isdecimal()))
+    )
+
+
 def _call(
     incoming: Incoming, body: Mapping[str, Any], proof: BodySignature | HeaderSignature, user: Address, limit: Usdc
 ) -> SignedCall:
@@ -164,7 +191,16 @@ def _call(
         lighthouse_authorization=None if authorization is None else Secret.of_text(authorization),
         cid=_member(body, "cid", str),
         peer=incoming.peer,
+        limit_s=_limit(incoming.header(TIMEOUT)),
     )
+
+
+def _limit(text: str) -> float | None:
+    if not text:
+        return None
+    if not _SECONDS.fullmatch(text) or not float(text):
+        raise BadRequest(f"{TIMEOUT} is a number of seconds above 0, at most 99999, such as 2.5", field=TIMEOUT)
+    return float(text)
 
 
 def _payment(value: Any) -> TransferClaim | None:

@@ -9,9 +9,9 @@ silent connections that promise large bodies would keep everybody else out.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from contextlib import ExitStack
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from divault.api.problems import problem_response
@@ -44,7 +44,7 @@ class Guard:
         with ExitStack() as held:
             try:
                 self._limits.knock(scope["client"][0] if scope.get("client") else "")
-                self._check_head(Headers(scope=scope))
+                self._check_head(scope["headers"])
                 body = await self._read(receive, held)
             except DivaultError as err:
                 await problem_response(err, new_request_id())(scope, receive, send)
@@ -57,14 +57,15 @@ class Guard:
                 return
             await self._app(scope, _replay(body, receive), send)
 
-    def _check_head(self, headers: Headers) -> None:
-        if headers.get("content-encoding", "identity") != "identity":
-            raise BadRequest("send the body without content-encoding", field="content-encoding")
-        declared = headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max:
-            raise self._too_large(int(declared))
+    def _check_head(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        for name, value in headers:
+            if name == b"content-encoding" and value != b"identity":
+                raise BadRequest("send the body without content-encoding", field="content-encoding")
+            if name == b"content-length" and value.isdigit() and int(value) > self._max:
+                raise self._too_large(int(value))
 
     async def _read(self, receive: Receive, held: ExitStack) -> bytes:
+        """The whole body. Raises TimeoutError, BadRequest, TooLarge, Overloaded."""
         began = asyncio.get_running_loop().time()
         body, counted, more = bytearray(), 0, True
         async with asyncio.timeout(self._patience_s) as patience:

@@ -14,7 +14,9 @@ import orjson
 from starlette.responses import Response
 
 from divault.errors import DivaultError, error_classes
+from divault.telemetry import log, new_request_id
 
+_log = log("api")
 MEDIA_TYPE = "application/problem+json"
 _TYPE_BASE = "urn:divault:error:"
 
@@ -101,6 +103,13 @@ def problem_response(error: DivaultError, request_id: str) -> Response:
     if error.code == "payment_required":
         headers["payment-required"] = _payment_header(body)
     return Response(orjson.dumps(body), body["status"], headers, MEDIA_TYPE)
+
+
+def failure_response(error: Exception, path: str) -> Response:
+    """Build the response to a fault of the node itself, which goes into its log."""
+    request_id = new_request_id()
+    _log.error("internal error", request_id=request_id, path=path, exc_info=error)
+    return problem_response(DivaultError("the node made a mistake; its log has this request id"), request_id)
 
 
 def _payment_header(body: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from divault.api import schemas, views
 from divault.api.envelope import Envelopes, Incoming
+from divault.api.hot import Handler, incoming_of
 from divault.chain.gates import Gates
 from divault.errors import BadRequest
 from divault.health import Health
@@ -25,6 +26,7 @@ from divault.values import Answer, Digest, ModelId, SignedCall
 from divault.workers.pool import WorkerPool
 
 JSON = "application/json"
+_INFERENCE, _RUN = "/api/v1/inference", "/api/v1/inference/run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +136,17 @@ def _add_inference(router: APIRouter, node: Node) -> None:
         "responses": _documented(schemas.InferenceAnswer, 400, 401, 402, 403, 404, 409, 413, 422, 429, 502, 503, 504),
     }
 
-    @router.post("/api/v1/inference", **documented)
+    hot = hot_handlers(node)
+
+    @router.post(_INFERENCE, **documented)
     async def inference(request: Request) -> Response:
         """Run a loaded model. Signed, gated, paid for if it has a price; answers with a signed receipt."""
-        return _answer(await node.service.infer(await _call(node, request), load=False))
+        return await hot[_INFERENCE](await _incoming(request))
 
-    @router.post("/api/v1/inference/run", **documented)
+    @router.post(_RUN, **documented)
     async def run(request: Request) -> Response:
         """Load the model if need be, and run it."""
-        return _answer(await node.service.infer(await _call(node, request), load=True))
+        return await hot[_RUN](await _incoming(request))
 
     @router.get(
         "/api/v1/results/{request_id}", tags=["inference"], responses=_documented(schemas.InferenceAnswer, 401, 404)
@@ -153,18 +157,30 @@ def _add_inference(router: APIRouter, node: Node) -> None:
         return _answer(await node.service.result(call, Digest.parse(request_id)))
 
 
-async def _call(node: Node, request: Request, model: ModelId | None = None) -> SignedCall:
-    if request.method == "POST" and not request.headers.get("content-type", JSON).startswith(JSON):
+def hot_handlers(node: Node) -> dict[str, Handler]:
+    """What answers POST on each path where models are run."""
+
+    async def inference(incoming: Incoming) -> Response:
+        return _answer(await node.service.infer(_parsed(node, incoming), load=False))
+
+    async def run(incoming: Incoming) -> Response:
+        return _answer(await node.service.infer(_parsed(node, incoming), load=True))
+
+    return {_INFERENCE: inference, _RUN: run}
+
+
+def _parsed(node: Node, incoming: Incoming, model: ModelId | None = None) -> SignedCall:
+    if incoming.method == "POST" and not incoming.header("content-type", JSON).startswith(JSON):
         raise BadRequest(f"send the body as {JSON}", field="content-type")
-    incoming = Incoming(
-        raw=await request.body(),
-        method=request.method,
-        path=request.scope["raw_path"].decode("latin-1"),
-        query=request.scope["query_string"].decode("latin-1"),
-        headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw],
-        peer=request.client.host if request.client else "",
-    )
     return node.envelopes.parse(incoming, model)
+
+
+async def _call(node: Node, request: Request, model: ModelId | None = None) -> SignedCall:
+    return _parsed(node, await _incoming(request), model)
+
+
+async def _incoming(request: Request) -> Incoming:
+    return await incoming_of(request.scope, request.receive)
 
 
 def _answer(answer: Answer) -> Response:

@@ -6,6 +6,7 @@ import asyncio
 from typing import Annotated
 
 import typer
+import uvloop
 
 from divault import app as node_app
 from divault.cli.console import say, show
@@ -31,7 +32,8 @@ def serve(
     """
     settings = Settings.load()
     chosen = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-    asyncio.run(node_app.serve(settings.model_copy(update=chosen), until_eof=until_eof))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(node_app.serve(settings.model_copy(update=chosen), until_eof=until_eof))
 
 
 @app.command()

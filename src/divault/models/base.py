@@ -31,6 +31,8 @@ class Description:
     """adapter, arch, determinism, device, dtype, libraries, threads: what could change an answer."""
     code: bool = False
     """Whether the file brings code that runs here: such a model can do whatever its confinement lets it do."""
+    together: int = 1
+    """Most callers that one pass takes; 1 where what one sends may change the answer, or the time, of another."""
     tolerance: float = 0.0
     """Most that a number of an answer differs, relative to its size or to 1, when the same input stands in a batch."""
 

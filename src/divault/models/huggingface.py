@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 TOKENS_PER_PASS = 16_384
 """Padding included; bounds working memory whatever a caller sends."""
+_TOGETHER = 32
+"""Callers of one pass; their texts are sorted by length and run in parts of so many tokens."""
+_TOLERANCE = 1e-4
+"""Padding and other sizes of products: float32 adds in another order."""
 _INPUT = TextSpec()
 _HEAD = "ForSequenceClassification"
 _UNUSED = ("pooler.", "cls.", "lm_head.", "classifier.", "embeddings.position_ids")
@@ -230,6 +234,8 @@ class LoadedText:
             output_schema=head.output_schema,
             example=_INPUT.example(),
             runtime=runtime("huggingface", device, ("transformers", "tokenizers", "safetensors")),
+            together=_TOGETHER,
+            tolerance=_TOLERANCE,
         )
         self.predict([Inputs(_INPUT.example(), {})])
 

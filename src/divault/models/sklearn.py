@@ -26,6 +26,8 @@ _NOT_ROWWISE = frozenset(
     }
 )
 """Their answer for a row may depend on the rows beside it, or on chance: callers never share a pass."""
+_TOGETHER = 64
+"""Callers of one pass."""
 _TOLERANCE = 1e-9
 """Products of matrices of other sizes add in another order."""
 _LIBRARIES = ("scipy", "scikit-learn")
@@ -75,6 +77,7 @@ class Estimator:
             output_schema=self._output_schema(),
             example=self._spec.example(),
             runtime=runtime_object(self._adapter, "cpu", "float64", libraries, {}),
+            together=_TOGETHER if self._rowwise else 1,
             tolerance=_TOLERANCE,
         )
 

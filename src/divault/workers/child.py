@@ -15,14 +15,15 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import orjson
 
 from divault import models
 from divault.errors import DivaultError, ModelFailed
-from divault.models.base import Inputs, LoadedModel
+from divault.models.base import Answer, Inputs, LoadedModel, StreamingModel
 from divault.values import MemoryFile
 from divault.workers import strict_json, wire
 from divault.workers.sandbox import Policy, confine
@@ -99,15 +100,62 @@ def _serve(connection: socket.socket, model: LoadedModel | None) -> None:
         if isinstance(request, wire.Ping):
             wire.send(connection, wire.Pong(id=request.id))
         elif isinstance(request, wire.Run) and model is not None:
-            items = [_answer(model, item) for item in request.items]
+            items = [_streamed(connection, model, request)] if request.pieces else _answers(model, request.items)
             wire.send(connection, wire.Answers(id=request.id, items=items))
 
 
-def _answer(model: LoadedModel, item: wire.Item) -> wire.Success | wire.Problem:
+def _answers(model: LoadedModel, items: Sequence[wire.Item]) -> list[wire.Success | wire.Problem]:
+    """Each caller's answer. All go through the model together; if that raises, each by himself."""
+    read = [_attempt("the model", partial(_inputs, item)) for item in items]
+    callers = [inputs for inputs in read if isinstance(inputs, Inputs)]
+    if len(callers) > 1:
+        found = _attempt("the model", lambda: _results(model, callers))
+        if not isinstance(found, wire.Problem):
+            return _in_order(read, found)
+    return _in_order(read, [_attempt("the model", partial(_result, model, inputs)) for inputs in callers])
+
+
+def _in_order(
+    read: Sequence[Inputs | wire.Problem], found: Sequence[wire.Success | wire.Problem]
+) -> list[wire.Success | wire.Problem]:
+    """What was found for the callers whose input could be read, among what there is to say to the others."""
+    answers = iter(found)
+    return [inputs if isinstance(inputs, wire.Problem) else next(answers) for inputs in read]
+
+
+def _inputs(item: wire.Item) -> Inputs:
+    return Inputs(strict_json.parse(item.data, "input_data"), _parameters(item.parameters))
+
+
+def _result(model: LoadedModel, inputs: Inputs) -> wire.Success:
+    return _results(model, [inputs])[0]
+
+
+def _results(model: LoadedModel, callers: Sequence[Inputs]) -> list[wire.Success]:
+    answers = model.predict(callers)
+    if len(answers) != len(callers):
+        raise ModelFailed("the model gave another number of answers than there were callers", kind="answer_count")
+    return [_success(answer) for answer in answers]
+
+
+def _success(answer: Answer) -> wire.Success:
+    return wire.Success(strict_json.dump(answer.result, wire.MAX_RESULT_BYTES), answer.rows)
+
+
+def _streamed(connection: socket.socket, model: LoadedModel, request: wire.Run) -> wire.Success | wire.Problem:
+    """The one caller's answer, after its pieces. A model that can't give pieces gives its answer whole."""
+    if not hasattr(model, "stream") or len(request.items) != 1:
+        return _answers(model, request.items)[0]
+    streaming = cast("StreamingModel", model)
+
     def work() -> wire.Success:
-        inputs = Inputs(strict_json.parse(item.data, "input_data"), _parameters(item.parameters))
-        answer = model.predict([inputs])[0]
-        return wire.Success(strict_json.dump(answer.result, wire.MAX_RESULT_BYTES), answer.rows)
+        for part in streaming.stream(_inputs(request.items[0])):
+            if isinstance(part, Answer):
+                return _success(part)
+            wire.send(connection, wire.Part(id=request.id, text=part.text, index=part.index))
+            if wire.stop_comes(connection):
+                raise ModelFailed("the caller went away", kind="stopped")
+        raise ModelFailed("the model ended without an answer", kind="answer_count")
 
     return _attempt("the model", work)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
+from typing import cast
 
 from divault.errors import ModelFailed
-from divault.workers.wire import HEAD, MAX_ANSWER_BYTES, Reply, Request, broken, decode_reply, encode
+from divault.workers.wire import HEAD, MAX_ANSWER_BYTES, Part, Reply, Request, Stop, broken, decode_reply, encode
 
 
 class Line(asyncio.Protocol):
@@ -17,7 +18,10 @@ class Line(asyncio.Protocol):
         self._on_loss = on_loss
         self._max = max_answer_bytes
         self._buffer = bytearray()
-        self._waiting: asyncio.Future[bytes] | None = None
+        self._question: bytes | None = None
+        """Id of the request that is under way."""
+        self._answered: Callable[[Reply | ModelFailed], None] | None = None
+        self._on_part: Callable[[Part], None] | None = None
         self._transport: asyncio.Transport | None = None
         self._end: ModelFailed | None = None
 
@@ -31,19 +35,41 @@ class Line(asyncio.Protocol):
 
         Raises ModelFailed, kind `protocol` or `crashed`. After that, and after a cancelled call, the line is of no use.
         """
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+        def answered(reply: Reply | ModelFailed) -> None:
+            if answer.done():
+                return
+            if isinstance(reply, ModelFailed):
+                answer.set_exception(reply)
+            else:
+                answer.set_result(reply)
+
+        self.post(request, answered)
+        return await answer
+
+    def post(
+        self,
+        request: Request,
+        answered: Callable[[Reply | ModelFailed], None],
+        on_part: Callable[[Part], None] | None = None,
+    ) -> None:
+        """Send the request; `answered` is called once, with its answer or why there is none.
+
+        `on_part` gets the pieces before it; without one a piece breaks the rules. Raises ModelFailed when the line is
+        of no use.
+        """
         if self._end is not None or self._transport is None:
             raise self._end or broken("it is not connected")
-        if self._waiting is not None:
+        if self._answered is not None:
             raise RuntimeError("one request at a time")
-        self._waiting = asyncio.get_running_loop().create_future()
+        self._question, self._answered, self._on_part = request.id, answered, on_part
         self._transport.write(encode(request))
-        try:
-            reply = decode_reply(await self._waiting)
-        finally:
-            self._waiting = None
-        if not secrets.compare_digest(reply.id, request.id):
-            raise broken("its answer belongs to no question")
-        return reply
+
+    def stop(self) -> None:
+        """Ask for the end of the run that is under way; its answer comes all the same."""
+        if self._transport is not None and self._question is not None and self._end is None:
+            self._transport.write(encode(Stop(id=self._question)))
 
     def close(self) -> None:
         """Hang up at once."""
@@ -51,8 +77,7 @@ class Line(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Part of asyncio.Protocol."""
-        if isinstance(transport, asyncio.Transport):
-            self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # of any event loop
 
     def data_received(self, data: bytes) -> None:
         """Part of asyncio.Protocol."""
@@ -71,24 +96,46 @@ class Line(asyncio.Protocol):
         self._buffer = bytearray()
         if self._transport is not None:
             self._transport.abort()
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_exception(end)
+        answered, self._answered, self._on_part = self._answered, None, None
+        if answered is not None:
+            answered(end)
         self._on_loss()
 
     def _take(self, data: bytes) -> None:
-        if self._waiting is None or self._waiting.done():
+        if self._answered is None:
             self._finish(broken("it spoke unasked"))
             return
         self._buffer += data
-        if len(self._buffer) < HEAD:
+        while self._end is None and len(self._buffer) >= HEAD:
+            length = int.from_bytes(self._buffer[:HEAD], "big")
+            if length > self._max:
+                self._finish(broken(f"its answer has {length} bytes, {self._max} are allowed"))
+            if len(self._buffer) < HEAD + length:
+                return
+            if self._answered is None:
+                self._finish(broken("it sent more than one answer"))
+                return
+            body = bytes(memoryview(self._buffer)[HEAD : HEAD + length])
+            del self._buffer[: HEAD + length]
+            self._read(body)
+
+    def _read(self, body: bytes) -> None:
+        try:
+            reply = decode_reply(body)
+            if self._question is None or not secrets.compare_digest(reply.id, self._question):
+                raise broken("its answer belongs to no question")
+            if isinstance(reply, Part) and self._on_part is None:
+                raise broken("it sent a piece of an answer that was asked for whole")
+        except ModelFailed as err:
+            self._finish(err)
             return
-        length = int.from_bytes(self._buffer[:HEAD], "big")
-        have = len(self._buffer) - HEAD
-        if length > self._max:
-            self._finish(broken(f"its answer has {length} bytes, {self._max} are allowed"))
-        elif have > length:
+        if isinstance(reply, Part):
+            if self._on_part is not None:
+                self._on_part(reply)
+            return
+        if self._buffer:
             self._finish(broken("it sent more than one answer"))
-        elif have == length:
-            body = bytes(memoryview(self._buffer)[HEAD:])
-            self._buffer = bytearray()
-            self._waiting.set_result(body)
+            return
+        answered, self._answered, self._on_part, self._question = self._answered, None, None, None
+        if answered is not None:
+            answered(reply)

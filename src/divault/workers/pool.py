@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from divault.errors import CidMismatch, DeadlineExceeded, InputInvalid, ModelFailed, ModelNotLoaded, NotReady
-from divault.models.base import Description
+from divault.models.base import Description, Piece
 from divault.values import Cid, Digest, Hold, ModelId, OpenedModel, Output, SignedCall
 from divault.workers import wire
 from divault.workers.confinement import Confinement
@@ -23,8 +24,10 @@ from divault.workers.worker import Deadlines, Tuning, Worker
 class Executor(Protocol):
     """Where loaded models run: this pool's processes here; other machines' the same way."""
 
-    async def run(self, opened: OpenedModel, hold: Hold, call: SignedCall) -> Output:
-        """Run the call's input on the model, once. Raises as `WorkerPool.run`."""
+    async def run(
+        self, opened: OpenedModel, hold: Hold, call: SignedCall, on_piece: Callable[[Piece], None] | None = None
+    ) -> Output:
+        """Run the call's input on the model. Raises as `WorkerPool.run`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +152,14 @@ class WorkerPool:
         """All loaded models, in the order of their loads."""
         return [_view(entry) for entry in self._entries.values()]
 
-    async def run(self, opened: OpenedModel, hold: Hold, call: SignedCall) -> Output:
-        """Run the call's input on the model, once: it is stopped at its deadline and never tried again by itself.
+    async def run(
+        self, opened: OpenedModel, hold: Hold, call: SignedCall, on_piece: Callable[[Piece], None] | None = None
+    ) -> Output:
+        """Run the call's input on the model: it is stopped at its deadline; only in company is it ever tried again.
 
-        A cancelled caller is dropped from the queue unrun. Raises CidMismatch, InputInvalid, ModelFailed,
+        `on_piece` gets the pieces of a streamed answer. A cancelled caller is dropped from the queue unrun.
+
+        Raises CidMismatch, InputInvalid, ModelFailed,
         DeadlineExceeded, ModelNotLoaded, Overloaded, NotReady.
         """
         granted = hold.grant.model
@@ -162,7 +169,9 @@ class WorkerPool:
         if call.input_data is None:
             example = dict(entry.worker.description.example)
             raise InputInvalid("the call has no input_data", field="input_data", expected="an object", example=example)
-        answer = await entry.worker.run(wire.Item(call.input_data, call.parameters))
+        answer = await entry.worker.run(
+            wire.Item(call.input_data, call.parameters), call.user.raw, limit_s=call.limit_s, on_piece=on_piece
+        )
         return Output(
             result=answer.result,
             runtime=dict(entry.worker.description.runtime),

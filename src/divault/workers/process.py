@@ -19,7 +19,7 @@ from pathlib import Path
 from signal import SIGKILL
 
 import divault
-from divault.errors import NotReady
+from divault.errors import ModelFailed, NotReady
 from divault.values import MemoryFile
 from divault.workers import wire
 from divault.workers.landlock import library_paths
@@ -144,6 +144,19 @@ class Process:
     async def ask(self, request: wire.Request) -> wire.Reply:
         """Give the answer to one request. Raises ModelFailed; after that, and when cancelled, kill it."""
         return await self._line.ask(request)
+
+    def post(
+        self,
+        request: wire.Request,
+        answered: Callable[[wire.Reply | ModelFailed], None],
+        on_part: Callable[[wire.Part], None] | None = None,
+    ) -> None:
+        """As `Line.post`."""
+        self._line.post(request, answered, on_part)
+
+    def stop_run(self) -> None:
+        """Ask for the end of a run whose pieces nobody wants any more."""
+        self._line.stop()
 
     def words(self) -> str:
         """The end of what it wrote to stderr, escaped: for the log of the node alone."""

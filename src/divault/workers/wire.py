@@ -5,7 +5,8 @@ Rules:
 1. A frame is 4 bytes of big-endian length and that many bytes of MessagePack. The length is compared with the limit
    before anything is allocated for it.
 2. Every request carries 16 random bytes; the answer must carry the same.
-3. One request at a time; whatever a worker sends unasked breaks the rules.
+3. One request at a time; whatever a worker sends unasked breaks the rules. Only a run that asks for pieces is answered
+   by any number of them before its answer, and only such a run can be told to stop.
 4. The gateway takes every byte of a worker as hostile: typed decode, bounded texts, JSON checked again.
 5. Who breaks a rule is killed with its process group, by the gateway; the callers get `ModelFailed`.
 """
@@ -13,6 +14,7 @@ Rules:
 from __future__ import annotations
 
 import secrets
+import select
 import socket
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -37,6 +39,8 @@ MAX_REQUEST_BYTES = 64 << 20
 """What a worker takes; the gateway's limit on bodies is lower and comes first."""
 MAX_DESCRIPTION_BYTES = 256 << 10
 MAX_TEXT = 1000
+MAX_PIECE = 1 << 16
+"""Characters of a piece of an answer."""
 
 Id = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
@@ -85,6 +89,12 @@ class Run(Frame, frozen=True, tag="run"):
     """Answer these callers. Answered by Answers, as many as there are items."""
 
     items: list[Item]
+    pieces: bool = False
+    """Send the one caller's answer in pieces first."""
+
+
+class Stop(Frame, frozen=True, tag="stop"):
+    """Nobody wants the rest of the run of this id: answer with what there is."""
 
 
 class Ping(Frame, frozen=True, tag="ping"):
@@ -127,12 +137,19 @@ class Answers(Frame, frozen=True, tag="answers"):
     items: list[Success | Problem]
 
 
+class Part(Frame, frozen=True, tag="part"):
+    """A piece of the answer that is being made."""
+
+    text: Annotated[str, msgspec.Meta(max_length=MAX_PIECE)]
+    index: Annotated[int, msgspec.Meta(ge=0, le=MAX_PIECE)] = 0
+
+
 class Pong(Frame, frozen=True, tag="pong"):
     """Here."""
 
 
-Request = Load | Run | Ping
-Reply = Ready | Failed | Answers | Pong
+Request = Load | Run | Stop | Ping
+Reply = Ready | Failed | Answers | Part | Pong
 R = TypeVar("R", Ready, Failed, Answers, Pong)
 
 _requests = msgspec.msgpack.Decoder(Request)
@@ -203,6 +220,13 @@ def check_json(raw: bytes) -> None:
 def send(connection: socket.socket, reply: Reply) -> None:
     """Send one reply whole, from the worker's end."""
     connection.sendall(encode(reply))
+
+
+def stop_comes(connection: socket.socket) -> bool:
+    """Whether the gateway has told the run under way to stop, or hung up; reads that order. At the worker's end."""
+    if not select.select([connection], [], [], 0)[0]:
+        return False
+    return not isinstance(receive(connection), Run | Load | Ping)
 
 
 def receive(connection: socket.socket) -> Request | None:

@@ -1,14 +1,19 @@
-"""One loaded model: its queue, its process, and how that comes back after it died.
+"""One loaded model: who waits for it, its process, and how that comes back after it died.
 
 | state | what | requests |
 |---|---|---|
-| `ready` | the process answers | run in the order in which they came, one at a time |
+| `ready` | the process answers | run as they come, several in one pass where the format lets them share one |
 | `restarting` | the process died or was stopped at a deadline; the next one loads from the same memory files | wait |
 | `failed` | five deaths within a minute | NotReady, until a new attempt after another minute |
 | `closed` | unloaded | NotReady |
 
-A request waits at most one predict deadline in the queue and runs at most one. A process that dies takes the request
-in flight along and no other. A caller who went away is dropped from the queue unrun.
+Rules:
+
+1. No timer: an idle process gets a request at once; what comes while it works goes together in the next pass.
+2. A request waits at most one predict deadline and runs at most one; its caller's own deadline counts for both.
+3. A process that dies, or is stopped at a deadline, with several callers in flight: each of them runs again, once and
+   alone, so that only the one who brings it down hears of it. Who was alone is not run again.
+4. A caller who went away is taken out of the queue unrun; the end of a run that gives pieces is asked for.
 """
 
 from __future__ import annotations
@@ -18,24 +23,24 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import msgspec
 
 from divault.errors import BadRequest, DeadlineExceeded, DivaultError, ModelFailed, NotReady, Overloaded
 from divault.messages import canonical
-from divault.models.base import Description
+from divault.models.base import Description, Piece
 from divault.telemetry import log
 from divault.values import OpenedModel
 from divault.workers import wire
 from divault.workers.confinement import Confinement
 from divault.workers.process import COMMAND, Process
+from divault.workers.queue import Job, Queue
 from divault.workers.sandbox import level_of
 
 _log = log("workers")
-T = TypeVar("T")
 State = Literal["ready", "restarting", "failed", "closed"]
 
 
@@ -46,8 +51,12 @@ class Tuning:
     command: tuple[str, ...] = COMMAND
     threads: int = field(default_factory=lambda: min(4, len(os.sched_getaffinity(0))))
     """Of numerical libraries in one worker: more than four gain little for one request at a time."""
-    max_queue: int = 64
-    """Requests that may wait for one model; beyond it they are told to come back."""
+    max_queue: int | None = None
+    """Requests that may wait for one model, whatever it takes; without it see `places`."""
+    longest_wait_s: float = 0.8
+    """So long the last in the queue should wait: what comes beyond it is told to come back instead."""
+    pass_share: float = 0.25
+    """Of the shortest deadline in a pass, that the pass should take at most."""
     ping_s: float = 2.0
     first_pause_s: float = 0.1
     longest_pause_s: float = 5.0
@@ -65,14 +74,31 @@ class Deadlines:
     predict_s: float
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    request: wire.Request
-    limit_s: float
-    read: Callable[[wire.Reply], Any]
-    """What the caller gets out of the reply; raises ModelFailed where the reply breaks the rules."""
-    done: asyncio.Future[Any]
-    expiry: asyncio.TimerHandle | None = None
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+"""Upper bounds of the sizes of passes that are counted."""
+_FEWEST_PLACES, _PASSES_WAITING = 8, 8
+_NOBODY = b""
+
+
+@dataclass(slots=True)
+class Figures:
+    """What a model's worker did, and how fast it is."""
+
+    passes: list[int] = field(default_factory=lambda: [0] * (len(SIZES) + 1))
+    """How many passes had at most so many callers as `SIZES` says; the last: more."""
+    callers: int = 0
+    busy_s: float = 0.0
+    restarts: int = 0
+    mean_s: float = 0.0
+    """Recent mean of what a caller costs."""
+
+    def count(self, callers: int, seconds: float) -> None:
+        """Note a pass."""
+        self.passes[sum(callers > bound for bound in SIZES)] += 1
+        self.callers += callers
+        self.busy_s += seconds
+        share = min(1.0, 0.1 * callers) if self.mean_s else 1.0
+        self.mean_s += share * (seconds / callers - self.mean_s)
 
 
 class Worker:
@@ -87,17 +113,21 @@ class Worker:
         self._device = device
         self._deadlines = deadlines
         self._tuning = tuning
-        self._queue: deque[_Job] = deque()
-        self._wake = asyncio.Event()
+        self._queue = Queue()
+        self._flight: list[Job] = []
+        """In the pass that is under way."""
+        self._began = 0.0
+        self._overrun: asyncio.TimerHandle | None = None
         self._process: Process | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._reviving: asyncio.Task[None] | None = None
         self._state: State = "restarting"
         self._deaths: deque[float] = deque()
         self._failed_at = 0.0
-        self._mean_s = 0.0
         self._excused = False
-        self._busy = False
         self._description: Description | None = None
+        self.figures = Figures()
+        self.used_at = time.monotonic()
+        """When a caller was last answered, or the model was loaded."""
 
     @property
     def state(self) -> State:
@@ -117,7 +147,18 @@ class Worker:
     @property
     def idle(self) -> bool:
         """True when it is ready and nothing waits or runs."""
-        return self._state == "ready" and not self._queue and not self._busy
+        return self._state == "ready" and not self._queue and not self._flight
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    @property
+    def oldest_s(self) -> float:
+        """How long the one who waits longest has waited; 0 where nobody waits."""
+        oldest = self._queue.oldest()
+        return 0.0 if oldest is None else max(0.0, asyncio.get_running_loop().time() - oldest)
 
     @property
     def description(self) -> Description:
@@ -137,19 +178,25 @@ class Worker:
         finally:
             if self._state != "ready":
                 await self.close()
-        self._task = asyncio.create_task(self._serve(), name=f"worker of {self.opened.model.text}")
+        self._pump()
 
-    async def run(self, item: wire.Item) -> wire.Success:
-        """Answer one caller. Raises what the model said, ModelFailed, DeadlineExceeded, Overloaded, NotReady."""
-        request = wire.Run(id=wire.new_id(), items=[item])
-        outcome = await self._queued(request, self._deadlines.predict_s, _outcome)
-        if isinstance(outcome, DivaultError):
-            raise outcome
-        return outcome
+    async def run(
+        self,
+        item: wire.Item,
+        owner: bytes = _NOBODY,
+        *,
+        limit_s: float | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
+    ) -> wire.Success:
+        """Answer one caller. `limit_s`: his own deadline for all of it; `on_piece`: gets the pieces of the answer.
+
+        Raises what the model said, ModelFailed, DeadlineExceeded, Overloaded, NotReady.
+        """
+        return await self._queued(owner, item, self._deadlines.predict_s, limit_s, on_piece)
 
     async def ping(self) -> None:
         """Return when the process itself answered. Raises ModelFailed, DeadlineExceeded, NotReady."""
-        await self._queued(wire.Ping(id=wire.new_id()), self._tuning.ping_s, _pong)
+        await self._queued(_NOBODY, None, self._tuning.ping_s)
 
     async def close(self) -> None:
         """End the process, close the model's files, and tell whoever waits. Does nothing the second time."""
@@ -157,10 +204,11 @@ class Worker:
             return
         self._state = "closed"
         try:
-            if self._task is not None:
-                self._task.cancel()
-                await asyncio.wait([self._task])
-            self._refuse_waiting(self._not_ready())
+            self._refuse(self._queue.take_all(), self._not_ready())
+            self._refuse(self._landed(), self._not_ready())
+            if self._reviving is not None:
+                self._reviving.cancel()
+                await asyncio.wait([self._reviving])
             if self._process is not None:
                 await self._process.kill()
         finally:
@@ -171,40 +219,69 @@ class Worker:
 
     # --- requests ---
 
-    async def _queued(self, request: wire.Request, limit_s: float, read: Callable[[wire.Reply], T]) -> T:
+    async def _queued(
+        self,
+        owner: bytes,
+        item: wire.Item | None,
+        run_s: float,
+        limit_s: float | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
+    ) -> wire.Success:
         if self._state in ("failed", "closed"):
             raise self._not_ready()
-        if len(self._queue) >= self._tuning.max_queue:
-            raise Overloaded(
-                f"{len(self._queue)} requests wait for {self.opened.model} already: come back",
-                retry_after=max(1, math.ceil(self._mean_s * len(self._queue))),
-            )
         loop = asyncio.get_running_loop()
-        job = _Job(request, limit_s, read, loop.create_future())
-        job.expiry = loop.call_later(limit_s, self._expire, job)
-        self._queue.append(job)
-        self._wake.set()
+        now = loop.time()
+        deadline = None if limit_s is None else now + limit_s
+        job = Job(owner, item, loop.create_future(), now, run_s, deadline, on_piece)
+        self._queue.put(job, self.places, self._overloaded)
+        if self._flight or self._state != "ready":
+            job.expiry = loop.call_at(min(now + run_s, deadline or math.inf), self._expire, job)
+        self._pump()
         try:
-            answer: T = await job.done
-            return answer
+            return await job.done
+        except asyncio.CancelledError:
+            if job.on_piece is not None and job in self._flight and self._process is not None:
+                self._process.stop_run()
+            raise
         finally:
-            job.expiry.cancel()
-            if job in self._queue:
-                self._queue.remove(job)
+            if job.expiry is not None:
+                job.expiry.cancel()
+            self._queue.drop(job)
 
-    def _expire(self, job: _Job) -> None:
-        """Drop a request that waited for as long as it might have run."""
-        if job in self._queue and not job.done.done():
-            limit = f"{job.limit_s:g}"
+    @property
+    def places(self) -> int:
+        """How many may wait: as many as are answered in 0.8 s, between 8 and eight passes (at least 64)."""
+        if self._tuning.max_queue is not None:
+            return self._tuning.max_queue
+        most = max(64, _PASSES_WAITING * self._together)
+        if not self.figures.mean_s:
+            return most
+        return max(_FEWEST_PLACES, min(most, int(self._tuning.longest_wait_s / self.figures.mean_s)))
+
+    @property
+    def _together(self) -> int:
+        return self._description.together if self._description is not None else 1
+
+    def _overloaded(self) -> Overloaded:
+        waiting = len(self._queue)
+        return Overloaded(
+            f"{waiting} requests wait for {self.opened.model} already: come back",
+            retry_after=max(1, math.ceil(self.figures.mean_s * waiting)),
+        )
+
+    def _expire(self, job: Job) -> None:
+        """Give up a request that waited for as long as it might have run, or that its caller gives up."""
+        self._queue.drop(job)
+        limit = f"{(job.deadline or job.arrived + job.run_s) - job.arrived:g}"
+        if not job.done.done():
             job.done.set_exception(
                 DeadlineExceeded(f"the request waited {limit} s for its turn and was not run", limit_s=limit)
             )
 
-    def _refuse_waiting(self, error: DivaultError) -> None:
-        for job in self._queue:
+    def _refuse(self, jobs: Sequence[Job], error: DivaultError) -> None:
+        for job in jobs:
             if not job.done.done():
                 job.done.set_exception(type(error)(error.detail, **error.data))
-        self._queue.clear()
 
     def _not_ready(self) -> NotReady:
         if self._state == "closed":
@@ -215,6 +292,116 @@ class Worker:
             f"{self._tuning.window_s:g} s; it is tried again later",
             retry_after=max(1, math.ceil(left)),
         )
+
+    # --- passes ---
+
+    def _pump(self) -> None:
+        """Send the next pass, if the process is there and idle."""
+        if self._flight or self._state != "ready" or self._process is None or self._process.lost:
+            return
+        jobs = [job for job in self._queue.take(self._most()) if not job.done.done()]
+        if not jobs:
+            if self._queue:
+                self._pump()
+            return
+        loop = asyncio.get_running_loop()
+        self._flight, self._began = jobs, loop.time()
+        ends = [min(self._began + job.run_s, job.deadline or math.inf) for job in jobs]
+        for job, end in zip(jobs, ends, strict=True):
+            self._set_expiry(job, end if end < max(ends) else None)
+        self._overrun = loop.call_at(max(ends), self._overran)
+        try:
+            self._process.post(_request(jobs), self._replied, self._on_part(jobs[0]))
+        except ModelFailed as err:
+            self._went_wrong(err)
+
+    def _most(self) -> int:
+        """How many may share the next pass, by what a caller costs and has time for."""
+        together, mean = self._together, self.figures.mean_s
+        if together == 1 or not mean:
+            return together
+        return max(1, min(together, int(self._tuning.pass_share * self._deadlines.predict_s / mean)))
+
+    def _set_expiry(self, job: Job, at: float | None) -> None:
+        if job.expiry is not None:
+            job.expiry.cancel()
+            job.expiry = None
+        if at is not None:
+            job.expiry = asyncio.get_running_loop().call_at(at, self._give_up, job)
+
+    def _give_up(self, job: Job) -> None:
+        """The caller's own deadline passed while others of his pass still have time."""
+        limit = f"{(job.deadline or 0) - job.arrived:g}"
+        if not job.done.done():
+            job.done.set_exception(DeadlineExceeded(f"no answer came within {limit} s", limit_s=limit))
+
+    def _on_part(self, job: Job) -> Callable[[wire.Part], None] | None:
+        if job.on_piece is None:
+            return None
+        told, on_piece = 0, job.on_piece
+
+        def part(part: wire.Part) -> None:
+            nonlocal told
+            told += len(part.text) + 16
+            if told > wire.MAX_RESULT_BYTES:
+                self._went_wrong(wire.broken("its pieces are longer than an answer may be"))
+            elif not job.done.done():
+                on_piece(Piece(part.text, part.index))
+
+        return part
+
+    def _landed(self) -> list[Job]:
+        """The pass is over."""
+        jobs, self._flight = self._flight, []
+        if self._overrun is not None:
+            self._overrun.cancel()
+            self._overrun = None
+        return jobs
+
+    def _replied(self, reply: wire.Reply | ModelFailed) -> None:
+        if not self._flight:  # it was given up before
+            return
+        try:
+            if isinstance(reply, ModelFailed):
+                raise reply
+            answers = _answers(reply, self._flight)
+        except ModelFailed as err:
+            self._went_wrong(err)
+            return
+        jobs = self._landed()
+        self.used_at = time.monotonic()
+        if jobs[0].item is not None:
+            self.figures.count(len(jobs), asyncio.get_running_loop().time() - self._began)
+        for job, answer in zip(jobs, answers, strict=True):
+            if job.done.done():
+                continue
+            if isinstance(answer, DivaultError):
+                job.done.set_exception(answer)
+            else:
+                job.done.set_result(answer)
+        self._pump()
+
+    def _overran(self) -> None:
+        """The worker did what it was asked to: this is the model's slowness and no death to be counted."""
+        self._excused = True
+        job = self._flight[0]
+        limit = f"{min(self._began + job.run_s, job.deadline or math.inf) - self._began:.3g}"
+        self._went_wrong(DeadlineExceeded(f"the model was stopped after {limit} s", limit_s=limit))
+
+    def _went_wrong(self, error: DivaultError) -> None:
+        """The process is of no use any more: rule 3."""
+        jobs = [job for job in self._landed() if not job.done.done()]
+        if len(jobs) > 1 and self._state == "ready":
+            for job in jobs:
+                job.alone = True
+                self._set_expiry(job, job.deadline)
+            self._queue.put_back(jobs)
+            jobs = []
+        if self._state == "ready" and self._process is not None:
+            self._process.stop()
+            self._revive_soon(jobs, error)
+        else:
+            self._refuse(jobs, error)
 
     # --- the process ---
 
@@ -243,68 +430,32 @@ class Worker:
         return _described(ready.description)
 
     def _lost(self) -> None:
-        self._wake.set()
+        if self._flight:  # told by `_replied`, which comes first
+            return
+        self._revive_soon()
 
-    async def _serve(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while True:
-                if self._process is None or self._process.lost:
-                    await self._revive()
-                job = self._next()
-                if job is None:
-                    break
-                await self._answer(job)
+    def _revive_soon(self, jobs: Sequence[Job] = (), error: DivaultError | None = None) -> None:
+        """Have the process started anew, unless that is under way or nobody wants it.
 
-    def _next(self) -> _Job | None:
-        while self._queue:
-            job = self._queue.popleft()
-            if not job.done.done():
-                return job
-        return None
+        Who is refused because of it hears of it when the work has really ended.
+        """
+        if self._state != "ready":
+            return
+        self._state = "restarting"
 
-    async def _answer(self, job: _Job) -> None:
-        if job.expiry is not None:
-            job.expiry.cancel()
-        began = time.monotonic()
-        self._busy = True
-        try:
-            answer = await self._ask(job)
-        except DivaultError as err:
-            if not job.done.done():
-                job.done.set_exception(err)
-        except asyncio.CancelledError:
-            if not job.done.done():
-                job.done.set_exception(self._not_ready())
-            raise
-        else:
-            self._mean_s += 0.1 * (time.monotonic() - began - self._mean_s)
-            if not job.done.done():
-                job.done.set_result(answer)
-        finally:
-            self._busy = False
+        async def work() -> None:
+            try:
+                if self._process is not None:
+                    await self._process.kill()
+            finally:
+                self._refuse(jobs, error or self._not_ready())
+            await self._revive()
 
-    async def _ask(self, job: _Job) -> Any:
-        process = self._process
-        if process is None:
-            raise self._not_ready()
-        try:
-            async with asyncio.timeout(job.limit_s):
-                return job.read(await process.ask(job.request))
-        except TimeoutError:
-            # The worker did what it was asked to: this is the model's slowness and no death to be counted.
-            self._excused = True
-            await process.kill()
-            limit = f"{job.limit_s:g}"
-            raise DeadlineExceeded(f"the model was stopped after {limit} s", limit_s=limit) from None
-        except ModelFailed:
-            await process.kill()
-            raise
+        self._reviving = asyncio.create_task(work(), name=f"restart of {self.opened.model.text}")
 
     async def _revive(self) -> None:
         """Start the process anew, after a pause that grows with the deaths; returns only when the model is loaded."""
-        self._state = "restarting"
+        self.figures.restarts += 1
         if self._process is not None:
             await self._process.kill()
             if not self._excused:
@@ -322,6 +473,7 @@ class Worker:
                     await self._process.kill()
             else:
                 self._state = "ready"
+                self._pump()
                 return
 
     def _count_death(self) -> None:
@@ -335,7 +487,7 @@ class Worker:
             self._state = "failed"
             self._failed_at = time.monotonic()
             _log.error("model failed", model_id=self.opened.model.text, deaths=len(self._deaths))
-            self._refuse_waiting(self._not_ready())
+            self._refuse(self._queue.take_all(), self._not_ready())
             await asyncio.sleep(self._tuning.window_s)
             self._deaths.clear()
             self._state = "restarting"
@@ -344,19 +496,29 @@ class Worker:
             await asyncio.sleep(min(pause, self._tuning.longest_pause_s))
 
 
-def _outcome(reply: wire.Reply) -> wire.Success | DivaultError:
-    """One caller's answer, or what the worker said against it. Raises ModelFailed."""
+def _request(jobs: Sequence[Job]) -> wire.Request:
+    items = [job.item for job in jobs if job.item is not None]
+    if not items:
+        return wire.Ping(id=wire.new_id())
+    return wire.Run(id=wire.new_id(), items=items, pieces=jobs[0].on_piece is not None)
+
+
+def _answers(reply: wire.Reply, jobs: Sequence[Job]) -> list[wire.Success | DivaultError]:
+    """What the worker said to each of these callers. Raises ModelFailed."""
+    if jobs[0].item is None:
+        wire.expect(reply, wire.Pong)
+        return [wire.Success(b"null", 0)]
     items = wire.expect(reply, wire.Answers).items
-    if len(items) != 1:
+    if len(items) != len(jobs):
         raise wire.broken("it answered another number of callers than it was asked for")
-    if isinstance(items[0], wire.Problem):
-        return wire.reported(items[0], wire.RUN_ERRORS)
-    wire.check_json(items[0].result)
-    return items[0]
+    return [_outcome(item) for item in items]
 
 
-def _pong(reply: wire.Reply) -> None:
-    wire.expect(reply, wire.Pong)
+def _outcome(item: wire.Success | wire.Problem) -> wire.Success | DivaultError:
+    if isinstance(item, wire.Problem):
+        return wire.reported(item, wire.RUN_ERRORS)
+    wire.check_json(item.result)
+    return item
 
 
 def _described(raw: bytes) -> Description:

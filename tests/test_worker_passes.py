@@ -1,0 +1,289 @@
+"""Several callers in one pass: what they share and what they never share, whoever of them brings the process down."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+
+from divault.errors import DeadlineExceeded, DivaultError, InputInvalid, ModelFailed, Overloaded
+from divault.models.base import Piece
+from divault.values import Address, OpenedModel
+from divault.workers.pool import WorkerPool
+from divault.workers.queue import Job, Queue
+from divault.workers.wire import Item
+from divault.workers.worker import Tuning
+from tests.worker_models import call, dumped, hold, hostile, opened
+
+MakePool = Callable[..., WorkerPool]
+
+
+@pytest.fixture
+async def make_pool() -> AsyncIterator[MakePool]:
+    pools: list[WorkerPool] = []
+
+    def make(tuning: Tuning | None = None, predict_s: float = 10) -> WorkerPool:
+        pools.append(WorkerPool(predict_timeout_s=predict_s, load_timeout_s=60, tuning=tuning))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        await pool.close()
+
+
+async def said(pool: WorkerPool, model: OpenedModel, data: Any, wallet: int = 1, **more: Any) -> Any:
+    asked = replace(call(model, data, more.pop("parameters", None)), user=Address(bytes([wallet]) * 20), **more)
+    return json.loads((await pool.run(model, hold(model), asked)).result)
+
+
+async def together(pool: WorkerPool, model: OpenedModel, asked: list[dict[str, Any]]) -> list[Any]:
+    """One busy caller first, so that the others gather; gives an answer or error for each of the others."""
+    first = asyncio.create_task(said(pool, model, {"tag": "first"}))
+    await asyncio.sleep(0.005)
+    found = await asyncio.gather(
+        *(said(pool, model, one, wallet=1 + number % 7) for number, one in enumerate(asked)), return_exceptions=True
+    )
+    assert (await first)["tag"] == "first"
+    return found
+
+
+async def test_who_waits_goes_together_in_the_next_pass(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("tagged")), opened(b"any")
+    await pool.load(model)
+    found = await together(pool, model, [{"tag": str(n)} for n in range(12)])
+
+    assert [one["tag"] for one in found] == [str(n) for n in range(12)]
+    assert {one["callers"] for one in found} == {12}
+
+
+async def test_a_single_caller_is_not_kept_waiting_for_others(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("tagged")), opened(b"any")
+    await pool.load(model)
+
+    assert [await said(pool, model, {"tag": "a"}) for _ in range(3)] == [{"tag": "a", "callers": 1}] * 3
+
+
+async def test_other_parameters_are_another_pass(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("tagged")), opened(b"any")
+    await pool.load(model)
+    first = asyncio.create_task(said(pool, model, {"tag": "first"}))
+    await asyncio.sleep(0.005)
+    asked = [said(pool, model, {"tag": str(n)}, parameters={"k": n % 3}, wallet=1 + n) for n in range(9)]
+    found = await asyncio.gather(*asked)
+    await first
+
+    assert [one["tag"] for one in found] == [str(n) for n in range(9)]
+    assert {one["callers"] for one in found} == {3}
+
+
+async def test_a_refusal_in_a_pass_is_its_callers_alone(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("tagged")), opened(b"any")
+    await pool.load(model)
+    found = await together(pool, model, [{"tag": "a"}, {"tag": "b", "act": "refuse"}, {"tag": "c"}])
+
+    assert (found[0]["tag"], found[2]["tag"]) == ("a", "c")
+    assert isinstance(found[1], InputInvalid)
+    assert found[1].detail == "b"
+
+
+async def test_only_who_brings_the_process_down_hears_of_it(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("tagged")), opened(b"any")
+    await pool.load(model)
+    asked = [{"tag": str(n)} for n in range(6)]
+    asked[3]["act"] = "die"
+    found = await together(pool, model, asked)
+
+    assert isinstance(found[3], ModelFailed)
+    assert found[3].data["kind"] == "crashed"
+    del found[3]
+    assert [one["tag"] for one in found] == ["0", "1", "2", "4", "5"]
+    assert {one["callers"] for one in found} == {1}, "each ran again alone"
+
+
+async def test_who_hangs_a_pass_is_stopped_and_the_others_are_answered(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("tagged"), predict_s=0.5), opened(b"any")
+    await pool.load(model)
+    found = await together(pool, model, [{"tag": "a"}, {"tag": "b", "act": "hang"}, {"tag": "c"}])
+
+    assert isinstance(found[1], DeadlineExceeded)
+    answered = [one for one in (found[0], found[2]) if not isinstance(one, DeadlineExceeded)]
+    assert all(one["callers"] == 1 for one in answered)
+
+
+async def test_a_callers_own_deadline_ends_his_wait_and_nobody_elses(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("slow")), opened(b"any")
+    await pool.load(model)
+    patient = asyncio.create_task(said(pool, model, {}))
+    await asyncio.sleep(0.02)
+    with pytest.raises(DeadlineExceeded) as waiting:
+        await said(pool, model, {}, limit_s=0.05)
+    assert await patient == {"predictions": [1]}
+    pid = pool.loaded()[0].pid
+    with pytest.raises(DeadlineExceeded) as running:
+        await said(pool, model, {}, limit_s=0.05)
+
+    assert "was not run" in waiting.value.detail
+    assert "was stopped after 0.05 s" in running.value.detail
+    assert await said(pool, model, {}) == {"predictions": [1]}
+    assert pool.loaded()[0].pid != pid, "what ran for him alone was really stopped"
+
+
+async def test_a_wallet_that_floods_takes_nobody_elses_turn(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("count", max_queue=40)), opened(b"any")
+    await pool.load(model)
+    flood = [asyncio.create_task(said(pool, model, {}, wallet=9)) for _ in range(40)]
+    await asyncio.sleep(0.02)
+    others = await asyncio.gather(*(said(pool, model, {}, wallet=n) for n in range(1, 6)))
+    for task in flood:
+        task.cancel()
+
+    assert max(others) <= 12, "five wallets share turns with the flood: each is among the first"
+
+
+async def test_when_all_places_are_taken_who_has_most_gives_way() -> None:
+    queue, loop = Queue(), asyncio.get_running_loop()
+
+    def job(owner: bytes) -> Job:
+        return Job(owner, Item(b"{}"), loop.create_future(), loop.time(), 1.0)
+
+    def refusal() -> Overloaded:
+        return Overloaded("full", retry_after=1)
+
+    many = [job(b"many") for _ in range(4)]
+    for one in many:
+        queue.put(one, 4, refusal)
+    few = [job(b"few") for _ in range(3)]
+    queue.put(few[0], 4, refusal)
+    queue.put(few[1], 4, refusal)
+    with pytest.raises(Overloaded):
+        queue.put(few[2], 4, refusal)
+
+    assert [one.done.done() for one in many] == [False, False, True, True], "the newest of his"
+    assert [one.owner for one in queue.take(1) + queue.take(1) + queue.take(1)] == [b"many", b"few", b"many"]
+    for one in many:
+        if one.done.done():
+            one.done.exception()
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=40), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_every_job_comes_once_in_the_order_of_its_owner(asked: list[tuple[int, int]], most: int) -> None:
+    async def run() -> None:
+        queue, loop = Queue(), asyncio.get_running_loop()
+        jobs = [
+            Job(bytes([owner]), Item(str(number).encode(), str(kind).encode()), loop.create_future(), 0.0, 1.0)
+            for number, (owner, kind) in enumerate(asked)
+        ]
+        for job in jobs:
+            queue.put(job, 1000, lambda: Overloaded("full", retry_after=1))
+        taken: list[Job] = []
+        while queue:
+            part = queue.take(most)
+            assert 0 < len(part) <= most
+            assert len({job.item.parameters for job in part if job.item}) == 1
+            taken += part
+        assert sorted(map(id, taken)) == sorted(map(id, jobs))
+        for owner in {job.owner for job in jobs}:
+            assert [j for j in taken if j.owner == owner] == [j for j in jobs if j.owner == owner]
+
+    asyncio.run(run())
+
+
+acts = st.sampled_from([None, None, None, None, "refuse", "die"])
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), acts), min_size=1, max_size=20))
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_answer_ever_reaches_another_caller(asked: list[tuple[int, str | None]]) -> None:
+    """Through passes, refusals, crashes and second attempts each caller has his own tag back, or his own error."""
+
+    async def run() -> None:
+        tuning = hostile("tagged", deaths=1000)
+        pool, model = WorkerPool(predict_timeout_s=10, load_timeout_s=60, tuning=tuning), opened(b"any")
+        try:
+            await pool.load(model)
+            sent = [{"tag": f"{wallet}-{n}", "act": act} for n, (wallet, act) in enumerate(asked)]
+            found = await asyncio.gather(
+                *(said(pool, model, one, wallet) for one, (wallet, _) in zip(sent, asked, strict=True)),
+                return_exceptions=True,
+            )
+        finally:
+            await pool.close()
+        for one, answer in zip(sent, found, strict=True):
+            if one["act"] == "refuse":
+                assert isinstance(answer, InputInvalid)
+                assert answer.detail == one["tag"]
+            elif one["act"] == "die":
+                assert isinstance(answer, ModelFailed)
+            else:
+                assert not isinstance(answer, DivaultError), answer
+                assert answer["tag"] == one["tag"]
+
+    asyncio.run(run())
+
+
+async def test_rows_of_many_wallets_equal_their_own_answers_alone(make_pool: MakePool) -> None:
+    random = np.random.default_rng(3)
+    rows = random.normal(size=(300, 4))
+    estimator = LogisticRegression().fit(rows, rows[:, 0] > 0)
+    pool, model = make_pool(), opened(dumped(estimator))
+    await pool.load(model)
+    found = await asyncio.gather(
+        *(said(pool, model, {"features": row.tolist()}, 1 + n % 9) for n, row in enumerate(rows))
+    )
+    worker = pool._entries[model.model.key].worker
+
+    alone = [estimator.predict_proba([row])[0] for row in rows]
+    assert np.allclose([one["probabilities"][0] for one in found], alone, rtol=1e-9)
+    assert sum(worker.figures.passes[1:]) > 0, "passes were shared"
+    assert worker.figures.callers == 300
+
+
+# --- pieces -------------------------------------------------------------------------------------------------------
+
+
+async def test_pieces_come_before_their_answer(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("pieces")), opened(b"any")
+    await pool.load(model)
+    got: list[Piece] = []
+    whole = await pool.run(model, hold(model), call(model, {}), got.append)
+
+    assert [piece.text for piece in got] == [str(n) for n in range(10)]
+    assert whole.result == b"10"
+    assert (await pool.run(model, hold(model), call(model, {}))).result == b"10", "and without them, whole"
+
+
+async def test_who_leaves_in_the_middle_ends_the_work(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("pieces")), opened(b"any")
+    pid = (await pool.load(model)).pid
+    got: list[Piece] = []
+    task = asyncio.create_task(pool.run(model, hold(model), call(model, {}), got.append))
+    while len(got) < 2:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.wait([task])
+    began = asyncio.get_running_loop().time()
+    async with asyncio.timeout(5):
+        while not pool._entries[model.model.key].worker.idle:
+            await asyncio.sleep(0.01)
+
+    assert asyncio.get_running_loop().time() - began < 0.5
+    assert len(got) < 6
+    assert pool.loaded()[0].pid == pid
+
+
+async def test_pieces_without_end_are_stopped(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("endless_pieces")), opened(b"any")
+    await pool.load(model)
+    with pytest.raises(ModelFailed) as caught:
+        await pool.run(model, hold(model), call(model, {}), lambda _: None)
+
+    assert caught.value.data["kind"] == "protocol"
