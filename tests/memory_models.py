@@ -108,3 +108,34 @@ def tiny_classifier(folder: Path, **config: Any) -> dict[str, bytes]:
 def json_of(data: bytes) -> Any:
     """The value of a JSON file."""
     return json.loads(data)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_language_model(folder: Path, kind: str = "llama", **told: Any) -> dict[str, bytes]:
+    """A causal language model with random weights over single bytes, saved as transformers saves it."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<end>": 0} | {letter: number for number, letter in enumerate(alphabet, 1)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+    if kind != "gpt2":
+        sizes |= {"intermediate_size": 64, "num_key_value_heads": 2}
+    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(kind, vocab_size=len(vocabulary), **sizes, **ids)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<end>", "chat_template": CHAT_TEMPLATE} | told
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder_content(folder)

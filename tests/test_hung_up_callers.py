@@ -63,7 +63,7 @@ async def server() -> AsyncIterator[Server]:
     async def nobody(scope, receive, send) -> None:
         raise AssertionError("another route")
 
-    app = HotRoutes(nobody, {"/run": made.run}, Presence())
+    app = HotRoutes(nobody, {"/run": made.run}.get, Presence())
     config = uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_level="error")
     http = uvicorn.Server(config)
     serving = asyncio.create_task(http.serve())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -20,12 +20,25 @@ from divault.chain.gates import Gates
 from divault.errors import CidMismatch, DivaultError, ModelNotLoaded, NotOperator
 from divault.ipfs.cid import parse_cid
 from divault.limits import RefusalBudget, WalletLimits, WrongKeys
-from divault.payments import Ledger, Payments
+from divault.models.base import Description, Piece
+from divault.payments import Ledger, Payments, Wording
+from divault.receipts import answer_body
 from divault.storage.cache import CiphertextCache, Freed
 from divault.storage.fetcher import Fetcher
 from divault.storage.kavach import KeyAccess
 from divault.telemetry import log
-from divault.values import Address, Answer, Digest, Grant, ModelId, ModelInfo, OpenedModel, Principal, SignedCall
+from divault.values import (
+    Address,
+    Answer,
+    Digest,
+    Grant,
+    ModelId,
+    ModelInfo,
+    OpenedModel,
+    Output,
+    Principal,
+    SignedCall,
+)
 from divault.vault.keys import CallerKey, KeySearch, KeySource, NodeIdentity
 from divault.workers.opening import Opener
 from divault.workers.pool import Loaded, WorkerPool
@@ -61,6 +74,23 @@ class LoadResult:
     loaded: Loaded
 
 
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How an interface puts a question to a model and words its answer. What it raises is the caller's refusal."""
+
+    ask: Callable[[SignedCall, Description], SignedCall] = lambda call, _: call
+    """The call with the input and parameters that this model takes. Raises InputInvalid."""
+    tell: Callable[[Output], Output] = lambda output: output
+    """The output with the result that stands in the answer, and that its receipt covers. Raises ModelFailed."""
+    wording: Wording = answer_body
+    on_piece: Callable[[Piece], None] | None = None
+    """Gets the pieces of an answer as they are made, where the caller wants them."""
+
+
+NATIVE = Dialect()
+"""The routes of this project: nothing is translated."""
+
+
 class Service:
     """One node's answers to signed calls. All methods are safe to call concurrently on one event loop."""
 
@@ -81,10 +111,11 @@ class Service:
         self._operators = parts.operators
         self._loading: defaultdict[Digest, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    async def infer(self, call: SignedCall, *, load: bool) -> Answer:
+    async def infer(self, call: SignedCall, *, load: bool, dialect: Dialect = NATIVE) -> Answer:
         """Run the model on the call's input, once, and answer with a signed receipt.
 
         `load` fetches and opens a model that is not loaded yet; without it such a model is `model_not_loaded`.
+        `dialect` is the interface that the caller speaks.
         Every error after the signature that concerns money or access carries a receipt as its `evidence`.
         """
         principal = await self._authenticator.authenticate(call)
@@ -98,11 +129,10 @@ class Service:
                     self._require_loaded(grant)
                 async with self._payments.hold(grant, call) as hold:
                     opened = await self._open(hold.grant, call)
-                    self._ledger.opened(
-                        hold, opened.plaintext_sha256, self._workers.describe(opened).description.runtime
-                    )
-                    output = await self._workers.run(opened, hold, call)
-                    return await self._ledger.charge(hold, call, output)
+                    description = self._workers.describe(opened).description
+                    self._ledger.opened(hold, opened.plaintext_sha256, description.runtime)
+                    output = await self._workers.run(opened, hold, dialect.ask(call, description), dialect.on_piece)
+                    return await self._ledger.charge(hold, call, dialect.tell(output), dialect.wording)
 
     async def load(self, call: SignedCall) -> LoadResult:
         """Fetch, verify, open and load the model, unless it is loaded already."""

@@ -330,6 +330,8 @@ class SignedCall:
     """The caller's Kavach signature or `jwt:` token, with which this node may fetch the key in his name."""
     cid: str | None = None
     peer: str = ""
+    covered: bytes | None = None
+    """What the receipt's input hash covers where that is not `input_data`: a whole body of another interface."""
     limit_s: float | None = None
     """How long the caller waits for the run, its turn included; no signature covers it."""
     """Network address of the caller, for the limits that come before and beside identity."""

@@ -13,9 +13,10 @@ from starlette.types import ASGIApp
 
 from divault.api.guard import Guard
 from divault.api.hot import HotRoutes
+from divault.api.node import Node
 from divault.api.presence import Presence
 from divault.api.problems import failure_response, problem_response
-from divault.api.routes import Node, hot_handlers, routes
+from divault.api.routes import hot_handlers, routes
 from divault.errors import BadRequest, DivaultError, MethodNotAllowed, RouteUnknown
 from divault.limits import PeerLimits
 from divault.telemetry import new_request_id
@@ -58,10 +59,10 @@ def create_api(node: Node, limits: ApiLimits) -> ASGIApp:
     return guarded
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     if not isinstance(error, DivaultError):
         raise error
-    return problem_response(error, error.request_id or new_request_id())
+    return problem_response(error, error.request_id or new_request_id(), request.url.path)
 
 
 async def _unrouted(request: Request, error: Exception) -> Response:

@@ -106,6 +106,27 @@ class Envelopes:
             raise self._authenticator.headers_missing(method=incoming.method, path=incoming.path)
         return self._self_signed(incoming)
 
+    def foreign(self, incoming: Incoming, model: ModelId) -> SignedCall:
+        """Parse a call of another interface, whose signature stands in its headers and covers the raw body.
+
+        Raises SignatureIncomplete, BadRequest and what header signatures raise.
+        """
+        headers = _unique(incoming.headers)
+        if "signature-input" not in headers:
+            raise self._authenticator.headers_missing(method=incoming.method, path=incoming.path)
+        return SignedCall(
+            claimed_user(headers),
+            incoming.method,
+            incoming.path,
+            incoming.raw,
+            HeaderSignature(headers, incoming.query or None),
+            model,
+            Usdc.parse_atomic(headers.get("divault-max-price", "0")),
+            covered=incoming.raw,
+            peer=incoming.peer,
+            limit_s=_limit(incoming.header(TIMEOUT)),
+        )
+
     def _self_signed(self, incoming: Incoming) -> SignedCall:
         if len(incoming.raw) > MAX_SELF_SIGNED_BYTES:
             raise SignHeaders(

@@ -6,7 +6,7 @@ the same problem documents on both ways.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -22,16 +22,16 @@ Handler = Callable[[Incoming], Awaitable[Response]]
 
 
 class HotRoutes:
-    """Answers POST requests on the paths of `handlers` by itself, and hands all others on to `app`."""
+    """Answers POST requests on paths that `find` knows by itself, and hands all others on to `app`."""
 
-    def __init__(self, app: ASGIApp, handlers: Mapping[str, Handler], presence: Presence) -> None:
+    def __init__(self, app: ASGIApp, find: Callable[[str], Handler | None], presence: Presence) -> None:
         self._app = app
-        self._handlers = dict(handlers)
+        self._find = find
         self._presence = presence
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        handler = self._handlers.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        handler = self._find(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if handler is None:
             await self._app(scope, receive, send)
             return
@@ -61,6 +61,6 @@ async def _answered(handler: Handler, incoming: Incoming) -> Response:
     try:
         return await handler(incoming)
     except DivaultError as err:
-        return problem_response(err, err.request_id or new_request_id())
+        return problem_response(err, err.request_id or new_request_id(), incoming.path)
     except Exception as err:  # noqa: BLE001 - a fault of ours ends here: it is logged, and told without its text
         return failure_response(err, incoming.path)

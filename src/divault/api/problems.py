@@ -18,6 +18,8 @@ from divault.telemetry import log, new_request_id
 
 _log = log("api")
 MEDIA_TYPE = "application/problem+json"
+_OPENAI = "/v1/"
+"""Where the routes of OpenAI's interface begin."""
 _TYPE_BASE = "urn:divault:error:"
 
 STATUS: dict[str, int] = {
@@ -90,9 +92,11 @@ def problem(error: DivaultError, request_id: str) -> dict[str, Any]:
     return body
 
 
-def problem_response(error: DivaultError, request_id: str) -> Response:
-    """Build the response, with the headers that its status demands."""
+def problem_response(error: DivaultError, request_id: str, path: str = "") -> Response:
+    """Build the response, with the headers that its status demands, in the form of the interface under `path`."""
     body = problem(error, request_id)
+    if path.startswith(_OPENAI):
+        body["error"] = openai_error(body)
     headers = {"x-request-id": request_id, "cache-control": "no-store"}
     if body["status"] == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = AUTHENTICATE
@@ -103,6 +107,11 @@ def problem_response(error: DivaultError, request_id: str) -> Response:
     if error.code == "payment_required":
         headers["payment-required"] = _payment_header(body)
     return Response(orjson.dumps(body), body["status"], headers, MEDIA_TYPE)
+
+
+def openai_error(body: dict[str, Any]) -> dict[str, Any]:
+    """Build the object that clients of OpenAI's interface read; everything else stands beside it."""
+    return {"message": body["detail"], "type": body["title"], "code": body["code"], "param": body.get("field")}
 
 
 def failure_response(error: Exception, path: str) -> Response:

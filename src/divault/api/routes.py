@@ -6,43 +6,23 @@ Authentication has no list of protected paths: a route that touches a model or c
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from divault.api import schemas, views
-from divault.api.envelope import Envelopes, Incoming
+from divault.api.describing import JSON, documented, json_response
+from divault.api.envelope import Incoming
 from divault.api.hot import Handler, incoming_of
-from divault.chain.gates import Gates
+from divault.api.node import Node
+from divault.api.openai_routes import add_openai, openai_handlers
+from divault.api.protocol_routes import add_protocol, protocol_handler
 from divault.errors import BadRequest
-from divault.health import Health
-from divault.payments import Ledger
-from divault.service import Service
 from divault.values import Answer, Digest, ModelId, SignedCall
-from divault.workers.pool import WorkerPool
 
-JSON = "application/json"
 _INFERENCE, _RUN = "/api/v1/inference", "/api/v1/inference/run"
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """What the routes show and call."""
-
-    service: Service
-    envelopes: Envelopes
-    health: Health
-    gates: Gates
-    ledger: Ledger
-    workers: WorkerPool
-    describe: Callable[[], Awaitable[dict[str, Any]]]
-    """Body of `GET /api/v1/node`."""
-    sandbox: Callable[[], dict[str, Any]]
-    version: str
 
 
 def routes(node: Node) -> APIRouter:
@@ -51,33 +31,35 @@ def routes(node: Node) -> APIRouter:
     _add_public(router, node)
     _add_models(router, node)
     _add_inference(router, node)
+    add_protocol(router, node)
+    add_openai(router, node)
     return router
 
 
 def _add_public(router: APIRouter, node: Node) -> None:
-    @router.get("/health", tags=["node"], responses=_documented(schemas.HealthOut, 503))
+    @router.get("/health", tags=["node"], responses=documented(schemas.HealthOut, 503))
     async def health() -> Response:
         """Every part of the node, really probed within the last 5 seconds."""
         checks = await node.health.checks()
         body = views.health_view(checks, node.sandbox(), node.version)
-        return _json(body, 200 if body["status"] == "healthy" else 503)
+        return json_response(body, 200 if body["status"] == "healthy" else 503)
 
     @router.get("/health/live", tags=["node"])
     async def live() -> Response:
         """Answer as long as the process serves at all."""
-        return _json({"status": "alive"})
+        return json_response({"status": "alive"})
 
-    @router.get("/health/ready", tags=["node"], responses=_documented(schemas.HealthOut, 503))
+    @router.get("/health/ready", tags=["node"], responses=documented(schemas.HealthOut, 503))
     async def ready() -> Response:
         """Whether calls can be served now."""
         checks = await node.health.checks()
         ok = all(check.ok for check in checks)
-        return _json({"status": "ready" if ok else "not ready"}, 200 if ok else 503)
+        return json_response({"status": "ready" if ok else "not ready"}, 200 if ok else 503)
 
     @router.get("/api/v1/node", tags=["node"])
     async def node_route() -> Response:
         """Who this node is: address, age recipient, chain, vault, rails, limits, and its signed descriptor."""
-        return _json(await node.describe())
+        return json_response(await node.describe())
 
 
 def _add_models(router: APIRouter, node: Node) -> None:
@@ -85,21 +67,21 @@ def _add_models(router: APIRouter, node: Node) -> None:
         "/api/v1/models/load",
         tags=["models"],
         openapi_extra=_body(schemas.LoadBody),
-        responses=_documented(schemas.LoadAnswer, 400, 401, 403, 404, 409, 413, 429, 502, 503, 504),
+        responses=documented(schemas.LoadAnswer, 400, 401, 403, 404, 409, 413, 429, 502, 503, 504),
     )
     async def load(request: Request) -> Response:
         """Fetch, verify, open and load a model. Signed; the gate must be open for the wallet."""
         result = await node.service.load(await _call(node, request))
-        return _json(views.load_view(result, await node.ledger.successes(result.model.model)))
+        return json_response(views.load_view(result, await node.ledger.successes(result.model.model)))
 
-    @router.get("/api/v1/models", tags=["models"], responses=_documented(schemas.ModelsAnswer))
+    @router.get("/api/v1/models", tags=["models"], responses=documented(schemas.ModelsAnswer))
     async def models() -> Response:
         """What is loaded."""
         rows = [views.worker_view(loaded) for loaded in node.workers.loaded()]
         ids = [row["model_id"] for row in rows]
-        return _json({"status": "success", "loaded_models": ids, "count": len(ids), "models": rows})
+        return json_response({"status": "success", "loaded_models": ids, "count": len(ids), "models": rows})
 
-    @router.get("/api/v1/models/{model_id}", tags=["models"], responses=_documented(schemas.ModelAnswer, 404, 503))
+    @router.get("/api/v1/models/{model_id}", tags=["models"], responses=documented(schemas.ModelAnswer, 404, 503))
     async def model(model_id: str) -> Response:
         """What the vault says of a model, and what its worker says if it is loaded."""
         parsed = ModelId.parse(model_id)
@@ -109,15 +91,15 @@ def _add_models(router: APIRouter, node: Node) -> None:
         for loaded in node.workers.loaded():
             if loaded.model.key == parsed.key:
                 view |= views.worker_view(loaded)
-        return _json({"status": "success", "model_info": view})
+        return json_response({"status": "success", "model_info": view})
 
-    @router.delete("/api/v1/models/{model_id}", tags=["models"], responses=_documented(schemas.Answer, 401, 403, 404))
+    @router.delete("/api/v1/models/{model_id}", tags=["models"], responses=documented(schemas.Answer, 401, 403, 404))
     async def unload(request: Request, model_id: str) -> Response:
         """End the model's worker. ERC-8128 headers of an operator or of the model's owner."""
         parsed = await node.service.unload(await _call(node, request, ModelId.parse(model_id)))
-        return _json({"status": "success", "message": f"{parsed} is unloaded"})
+        return json_response({"status": "success", "message": f"{parsed} is unloaded"})
 
-    @router.delete("/api/v1/cache", tags=["models"], responses=_documented(schemas.Answer, 401, 403))
+    @router.delete("/api/v1/cache", tags=["models"], responses=documented(schemas.Answer, 401, 403))
     async def clear(request: Request) -> Response:
         """Unload all models and drop cached ciphertext. ERC-8128 headers of an operator."""
         models, freed = await node.service.clear_caches(await _call(node, request))
@@ -126,30 +108,30 @@ def _add_models(router: APIRouter, node: Node) -> None:
             f"{freed.in_use} in use kept"
         )
         told = {"models_unloaded": models, "entries_freed": freed.entries, "bytes_freed": freed.bytes}
-        return _json({"status": "success", "message": message, **told, "entries_in_use": freed.in_use})
+        return json_response({"status": "success", "message": message, **told, "entries_in_use": freed.in_use})
 
 
 def _add_inference(router: APIRouter, node: Node) -> None:
-    documented: Any = {
+    told: Any = {
         "tags": ["inference"],
         "openapi_extra": _body(schemas.InferenceBody),
-        "responses": _documented(schemas.InferenceAnswer, 400, 401, 402, 403, 404, 409, 413, 422, 429, 502, 503, 504),
+        "responses": documented(schemas.InferenceAnswer, 400, 401, 402, 403, 404, 409, 413, 422, 429, 502, 503, 504),
     }
 
-    hot = hot_handlers(node)
+    hot = _own_handlers(node)
 
-    @router.post(_INFERENCE, **documented)
+    @router.post(_INFERENCE, **told)
     async def inference(request: Request) -> Response:
         """Run a loaded model. Signed, gated, paid for if it has a price; answers with a signed receipt."""
         return await hot[_INFERENCE](await _incoming(request))
 
-    @router.post(_RUN, **documented)
+    @router.post(_RUN, **told)
     async def run(request: Request) -> Response:
         """Load the model if need be, and run it."""
         return await hot[_RUN](await _incoming(request))
 
     @router.get(
-        "/api/v1/results/{request_id}", tags=["inference"], responses=_documented(schemas.InferenceAnswer, 401, 404)
+        "/api/v1/results/{request_id}", tags=["inference"], responses=documented(schemas.InferenceAnswer, 401, 404)
     )
     async def result(request: Request, request_id: str) -> Response:
         """Give the stored answer and receipt of a request, to the wallet that signed it. ERC-8128 headers."""
@@ -157,8 +139,13 @@ def _add_inference(router: APIRouter, node: Node) -> None:
         return _answer(await node.service.result(call, Digest.parse(request_id)))
 
 
-def hot_handlers(node: Node) -> dict[str, Handler]:
-    """What answers POST on each path where models are run."""
+def hot_handlers(node: Node) -> Callable[[str], Handler | None]:
+    """What answers POST on a path, where that is one on which models are run."""
+    own = _own_handlers(node) | openai_handlers(node)
+    return lambda path: own.get(path) or protocol_handler(node, path)
+
+
+def _own_handlers(node: Node) -> dict[str, Handler]:
 
     async def inference(incoming: Incoming) -> Response:
         return _answer(await node.service.infer(_parsed(node, incoming), load=False))
@@ -187,16 +174,5 @@ def _answer(answer: Answer) -> Response:
     return Response(answer.body, 200, {"cache-control": "no-store"}, JSON)
 
 
-def _json(body: Mapping[str, Any], status: int = 200) -> Response:
-    return Response(orjson.dumps(body), status, {"cache-control": "no-store"}, JSON)
-
-
 def _body(schema: type[schemas.SignedBody]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {JSON: {"schema": schema.model_json_schema()}}}}
-
-
-def _documented(success: Any, *problems: int) -> dict[int | str, dict[str, Any]]:
-    found: dict[int | str, dict[str, Any]] = {200: {"model": success}}
-    for status in problems:
-        found[status] = {"model": schemas.Problem, "content": {"application/problem+json": {}}}
-    return found

@@ -136,6 +136,80 @@ class Problem(_Body):
     request_id: str
 
 
+class Nothing(_Body):
+    """Done."""
+
+
+class Tensors(_Body):
+    """What the Open Inference Protocol, version 2, says of a model or of its answer."""
+
+    outputs: list[dict[str, Any]] = Field(description="tensors: name, datatype, shape, data")
+
+
+TENSORS_IN: dict[str, Any] = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "id": {"type": "string"},
+        "inputs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name", "datatype", "shape"],
+                "properties": {
+                    "name": {"type": "string"},
+                    "datatype": {"type": "string"},
+                    "shape": {"type": "array", "items": {"type": "integer"}},
+                    "data": {},
+                },
+            },
+        },
+        "outputs": {"type": "array", "items": {"type": "object"}},
+        "parameters": {"type": "object"},
+    },
+    "example": {"inputs": [{"name": "features", "datatype": "FP64", "shape": [1, 4], "data": [5.1, 3.5, 1.4, 0.2]}]},
+}
+"""An inference request of that protocol."""
+
+
+class OpenAiAnswer(_Body):
+    """As OpenAI's interface has it, with the receipt beside it."""
+
+    object: str
+    model: str
+    usage: dict[str, int]
+    receipt: dict[str, Any] = Field(description="signed InferenceReceipt; check it with `divault verify`")
+
+
+_TEXTS: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_SAMPLING: dict[str, Any] = {
+    "max_tokens": {"type": "integer", "minimum": 1},
+    "temperature": {"type": "number", "minimum": 0, "maximum": 2},
+    "top_p": {"type": "number"},
+    "stop": _TEXTS,
+    "seed": {"type": "integer", "description": "without it 0: the same request has the same answer"},
+    "stream": {"type": "boolean"},
+}
+
+
+def _asked(name: str, schema: dict[str, Any], more: dict[str, Any], example: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": ["model", name],
+        "properties": {"model": {"type": "string"}, name: schema, **more},
+        "example": {"model": "my-model", name: example},
+    }
+
+
+_MESSAGES: dict[str, Any] = {"type": "array", "items": {"type": "object", "required": ["role", "content"]}}
+OPENAI: dict[str, dict[str, Any]] = {
+    "embeddings": _asked("input", _TEXTS, {"encoding_format": {"enum": ["float", "base64"]}}, "A text."),
+    "completions": _asked("prompt", _TEXTS, _SAMPLING, "Once upon a time"),
+    "chat": _asked("messages", _MESSAGES, _SAMPLING, [{"role": "user", "content": "Good morning"}]),
+}
+"""Requests of that interface, by kind."""
+
+
 class HealthOut(_Body):
     """What was tested just now."""
 

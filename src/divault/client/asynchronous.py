@@ -206,6 +206,13 @@ class AsyncClient:
         raw = await self._transport.send(signer.bare("GET", f"/api/v1/results/{request_id}").exchange)
         return self._verified(await self.node(), raw, request_id)
 
+    async def headers(self, method: str, path: str, body: bytes = b"", *, max_price: str = "0") -> dict[str, str]:
+        """The headers that sign one request of another program to this node: of an OpenAI client, for example.
+
+        They cover method, path and raw body, count once, and for a minute. `max_price` as for `run`.
+        """
+        return (await self._signer()).headers(method, path, body, Usdc.parse(max_price))
+
     # --- one signed exchange, its payment and its proof -----------------------------------------------------------
 
     async def _run(self, model: ModelId, body: dict[str, Any], limit: Usdc) -> Result:

@@ -74,6 +74,11 @@ class Signer:
         exchange, request, expires_at = self._in_headers(method, path, b"", Usdc(0))
         return Signed(exchange, request, expires_at, None)
 
+    def headers(self, method: str, path: str, raw: bytes, limit: Usdc) -> dict[str, str]:
+        """The headers that sign a request of any interface, over its raw body (ERC-8128)."""
+        exchange, _, _ = self._in_headers(method, path, raw, limit)
+        return dict(exchange.headers or {})
+
     def _in_body(self, path: str, model: ModelId, raw: bytes, limit: Usdc) -> tuple[Exchange, Digest, int]:
         members = strict_object(raw)
         issued_at = int(time.time()) - _ISSUED_AGO_S

@@ -104,5 +104,9 @@ class Client:
         """See `AsyncClient.stored`."""
         return self._wait(self._client.stored(request_id))
 
+    def headers(self, method: str, path: str, body: bytes = b"", *, max_price: str = "0") -> dict[str, str]:
+        """See `AsyncClient.headers`."""
+        return self._wait(self._client.headers(method, path, body, max_price=max_price))
+
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

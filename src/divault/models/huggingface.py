@@ -1,9 +1,10 @@
-"""Hugging Face folders: text classification, and sentence embeddings. From memory files, without a folder on disk.
+"""Hugging Face folders, from memory files, without a folder on disk: which task, and those that give numbers of texts.
 
 | folder with | task | `result` |
 |---|---|---|
-| `...ForSequenceClassification` | text-classification | `{"predictions": [{"label", "score", "scores"}]}` |
-| `modules.json` of sentence-transformers | embeddings | `{"embeddings": [[...]]}` |
+| `...ForSequenceClassification` | text-classification | `{"predictions": [{"label", "score", "scores"}], "tokens"}` |
+| `modules.json` of sentence-transformers | embeddings | `{"embeddings": [[...]], "tokens"}` |
+| `...ForCausalLM`, `...LMHeadModel` | text-generation | see `text_generation` |
 
 One entry per text, in order. Scores are a softmax over the labels, or a sigmoid of each where the model has one label
 or is a multi-label one.
@@ -16,12 +17,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
-from divault.models.base import Answer, Description, Inputs
+from divault.models.base import Answer, Description, Inputs, LoadedModel
+from divault.models.chat_template import ChatTemplate
 from divault.models.files import Folder
 from divault.models.huggingface_files import (
     SUPPORTED,
+    TYPES_BY_HEAD,
     config_of,
     is_one,
+    max_tokens,
     model_type_of,
     raw_config,
     tokenizer_of,
@@ -29,7 +33,9 @@ from divault.models.huggingface_files import (
 )
 from divault.models.pooling import Pooling, pooling_of
 from divault.models.rows import MAX_TEXTS, TextSpec
+from divault.models.text_generation import Language, LoadedGenerator
 from divault.models.torch_runtime import device_name, prepare, runtime
+from divault.models.transformer_modules import network
 from divault.models.weights import read_weights
 from divault.values import MemoryFile
 
@@ -44,17 +50,15 @@ _TOGETHER = 32
 """Callers of one pass; their texts are sorted by length and run in parts of so many tokens."""
 _TOLERANCE = 1e-4
 """Padding and other sizes of products: float32 adds in another order."""
+_TOKENS = {"type": "array", "items": {"type": "integer"}}
+"""How many the tokenizer made of each text, its special ones included."""
 _INPUT = TextSpec()
-_HEAD = "ForSequenceClassification"
-_UNUSED = ("pooler.", "cls.", "lm_head.", "classifier.", "embeddings.position_ids")
-"""Tensors that an encoder without a head does not use; checkpoints come with and without them."""
-
-
-_MISFITS = (
-    *(RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError, ZeroDivisionError),
-    OverflowError,
-)
-"""What constructors and loaders of the library raise for sizes and names that don't go together."""
+_CLASSES = {
+    "": "AutoModel",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForCausalLM": "AutoModelForCausalLM",
+}
+"""The library's class for each end of an architecture's name; without one it is an encoder for embeddings."""
 
 
 class HuggingFace:
@@ -64,20 +68,28 @@ class HuggingFace:
         """Whether a configuration with a model type is among the files."""
         return is_one(Folder(files))
 
-    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedText:
+    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:
         """The model in memory. Raises UnsupportedModel, SealedFileDamaged; SettingsInvalid for the device."""
         folder = Folder(files)
-        model_type_of(folder)
         pooling = pooling_of(folder)
-        if pooling is None and not _is_classifier(folder):
-            raise _other_task(folder)
+        head = "" if pooling is not None else _head_of(folder)
+        model_type_of(folder, TYPES_BY_HEAD[head])
         place = prepare(device)
         weights = read_weights(weights_of(folder))
         config = config_of(folder, len(weights))
-        tokenizer = tokenizer_of(folder, config)
-        module = _module(config, weights, classifies=pooling is None).to(place)
-        encoder = _Encoder(module, tokenizer, config.pad_token_id or 0, place)
+        module = network(_CLASSES[head], config, weights).to(place)
+        if head == "ForCausalLM":
+            return LoadedGenerator(module, _language(folder, config), place)
+        encoder = _Encoder(module, tokenizer_of(folder, config), config.pad_token_id or 0, place)
         return LoadedText(encoder, _embedding_head(pooling) if pooling else _classifier_head(config), place)
+
+
+def _language(folder: Folder, config: PretrainedConfig) -> Language:
+    tokenizer = tokenizer_of(folder, config)
+    tokenizer.no_truncation()
+    told = folder.json_object("generation_config.json").get("eos_token_id", config.eos_token_id)
+    ends = [one for one in (told if isinstance(told, list) else [told]) if type(one) is int]
+    return Language(tokenizer, ChatTemplate.of(folder), frozenset(ends), max_tokens(folder, config))
 
 
 def _architectures(folder: Folder) -> list[str]:
@@ -86,73 +98,19 @@ def _architectures(folder: Folder) -> list[str]:
     return [name.encode("ascii", "backslashreplace").decode() for name in names if name.isprintable()]
 
 
-def _is_classifier(folder: Folder) -> bool:
-    return any(name.endswith(_HEAD) for name in _architectures(folder))
-
-
-def _other_task(folder: Folder) -> UnsupportedModel:
+def _head_of(folder: Folder) -> str:
+    """The end of the architecture's name. Raises UnsupportedModel for a task that is not run here."""
+    for name in _architectures(folder):
+        for head in _CLASSES:
+            if head and (name.endswith(head) or (head == "ForCausalLM" and name.endswith("LMHeadModel"))):
+                return head
     seen = f"a Hugging Face folder of {', '.join(_architectures(folder)) or 'no stated architecture'}"
-    return UnsupportedModel(
+    raise UnsupportedModel(
         f"{seen}: this node runs {SUPPORTED}. Embeddings need modules.json and 1_Pooling/config.json as "
-        f"sentence-transformers writes them; a classifier needs an architecture {_HEAD}",
+        f"sentence-transformers writes them; the others an architecture ending in {', '.join(filter(None, _CLASSES))}",
         seen=seen,
         supported=SUPPORTED,
     )
-
-
-def _module(config: PretrainedConfig, weights: Mapping[str, torch.Tensor], *, classifies: bool) -> torch.nn.Module:
-    """The network with exactly these weights. Raises SealedFileDamaged where one is missing or has another shape."""
-    import torch
-    from transformers import AutoModel, AutoModelForSequenceClassification
-
-    _silence()
-    auto: Any = AutoModelForSequenceClassification if classifies else AutoModel
-    try:
-        with torch.device("meta"):
-            plan = auto.from_config(config)
-        _check_size(plan, weights)
-        module, report = type(plan).from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(weights),
-            dtype=torch.float32,
-            attn_implementation="eager" if not plan._supports_sdpa else "sdpa",  # noqa: SLF001 - its only name
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except _MISFITS as err:
-        raise SealedFileDamaged(f"config.json and weights don't fit: {str(err)[:200]}", stage="payload") from None
-    _check_report(report, classifies=classifies)
-    module.requires_grad_(requires_grad=False)
-    loaded: torch.nn.Module = module.eval()
-    return loaded
-
-
-def _silence() -> None:
-    """No progress bars and no advice on stderr, which nobody reads here."""
-    from transformers.utils import logging
-
-    switches: Any = logging
-    switches.disable_progress_bar()
-    switches.set_verbosity_error()
-
-
-def _check_size(plan: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """The network without memory may not be much larger than the weights; a pooler may be missing in them."""
-    planned = sum(parameter.numel() for parameter in plan.parameters())
-    stored = sum(tensor.numel() for tensor in weights.values())
-    if planned > 2 * stored + (1 << 20):
-        raise SealedFileDamaged(
-            f"config.json describes {planned} parameters, the weights have {stored}", stage="payload"
-        )
-
-
-def _check_report(report: Mapping[str, Any], *, classifies: bool) -> None:
-    """No weight of an answer may be made up: a missing one would be random."""
-    missing = sorted(name for name in report["missing_keys"] if classifies or not name.startswith(_UNUSED))
-    if missing or report["mismatched_keys"] or report["error_msgs"]:
-        odd = [*missing, *(str(entry)[:80] for entry in report["mismatched_keys"])]
-        raise SealedFileDamaged(f"the weights lack, or have in another shape: {', '.join(odd[:4])}", stage="payload")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +135,8 @@ class _Encoder:
         self._padding = padding
         self._device = device
 
-    def rows(self, texts: Sequence[str], head: _Head) -> list[list[float]]:
-        """One row for each text, in order. Raises InputInvalid, ModelFailed."""
+    def rows(self, texts: Sequence[str], head: _Head) -> tuple[list[list[float]], list[int]]:
+        """One row for each text, in order, and its number of tokens. Raises InputInvalid, ModelFailed."""
         encodings = self._tokenizer.encode_batch(list(texts))
         if not all(encoding.ids for encoding in encodings):
             raise InputInvalid(
@@ -192,7 +150,7 @@ class _Encoder:
         for part in _passes(order, encodings):
             for index, row in zip(part, self._pass([encodings[index].ids for index in part], head), strict=True):
                 rows[index] = row
-        return rows
+        return rows, [len(encoding.ids) for encoding in encodings]
 
     def _pass(self, ids: list[list[int]], head: _Head) -> list[list[float]]:
         import torch
@@ -247,8 +205,13 @@ class LoadedText:
     def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
         """One answer per caller; texts of all callers share passes. Raises InputInvalid, ModelFailed."""
         callers = [_texts(inputs) for inputs in batch]
-        rows = iter(self._encoder.rows([self._prepared(text) for texts in callers for text in texts], self._head))
-        return [Answer(self._head.result([next(rows) for _ in texts]), len(texts)) for texts in callers]
+        prepared = [self._prepared(text) for texts in callers for text in texts]
+        found = iter(zip(*self._encoder.rows(prepared, self._head), strict=True))
+        answers = []
+        for texts in callers:
+            rows, tokens = zip(*(next(found) for _ in texts), strict=True)
+            answers.append(Answer(self._head.result(list(rows)) | {"tokens": list(tokens)}, len(texts)))
+        return answers
 
     def _prepared(self, text: str) -> str:
         text = self._head.prompt + text
@@ -270,8 +233,11 @@ def _embedding_head(pooling: Pooling) -> _Head:
         result=lambda rows: {"embeddings": rows},
         output_schema={
             "type": "object",
-            "required": ["embeddings"],
-            "properties": {"embeddings": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}},
+            "required": ["embeddings", "tokens"],
+            "properties": {
+                "embeddings": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
+                "tokens": _TOKENS,
+            },
         },
         prompt=pooling.prompt,
         lower_case=pooling.lower_case,
@@ -290,8 +256,11 @@ def _classifier_head(config: PretrainedConfig) -> _Head:
         result=lambda rows: {"predictions": [_prediction(labels, row) for row in rows]},
         output_schema={
             "type": "object",
-            "required": ["predictions"],
-            "properties": {"predictions": {"type": "array", "items": _prediction_schema(labels)}},
+            "required": ["predictions", "tokens"],
+            "properties": {
+                "predictions": {"type": "array", "items": _prediction_schema(labels)},
+                "tokens": _TOKENS,
+            },
         },
     )
 

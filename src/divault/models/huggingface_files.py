@@ -28,12 +28,26 @@ _TYPE_NAMES = """
     albert bert camembert deberta deberta-v2 distilbert electra ernie mobilebert modernbert mpnet roberta rembert
     squeezebert convbert megatron-bert roformer xlm-roberta
 """
-TYPES = frozenset(_TYPE_NAMES.split())
+_DECODER_NAMES = """
+    bloom cohere cohere2 falcon gemma gemma2 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite helium llama mistral olmo
+    olmo2 opt phi phi3 qwen2 qwen3 smollm3 stablelm starcoder2
+"""
+ENCODERS = frozenset(_TYPE_NAMES.split())
 """Encoders of text whose classes live in transformers itself."""
-SUPPORTED = "text classification and sentence embeddings with " + ", ".join(sorted(TYPES))
+DECODERS = frozenset(_DECODER_NAMES.split())
+"""Causal language models of the same kind."""
+TYPES_BY_HEAD = {"": ENCODERS, "ForSequenceClassification": ENCODERS, "ForCausalLM": DECODERS}
+"""Model types by the end of the architecture's name; without an end: an encoder for embeddings."""
+TYPES = ENCODERS | DECODERS
+SUPPORTED = (
+    f"text classification and sentence embeddings with {', '.join(sorted(ENCODERS))}; text generation with "
+    f"{', '.join(sorted(DECODERS))}"
+)
 
 MAX_NUMBER = 1 << 20
 """Of any number in a configuration: vocabularies have up to 500,000 words."""
+_BOUND_BY_NOTHING = frozenset({"rope_theta"})
+"""A base of angles, which takes no memory; long contexts have millions."""
 MAX_LAYERS = 256
 MAX_LABELS = 4096
 MAX_TOKENIZER_BYTES = 64 << 20
@@ -83,10 +97,10 @@ def weights_of(folder: Folder) -> list[MemoryFile]:
     )
 
 
-def model_type_of(folder: Folder) -> str:
-    """The model type. Raises UnsupportedModel for one that isn't in `TYPES`."""
+def model_type_of(folder: Folder, types: frozenset[str] = TYPES) -> str:
+    """The model type. Raises UnsupportedModel for one that isn't in `types`."""
     kind = str(raw_config(folder).get("model_type"))[:60]
-    if kind in TYPES:
+    if kind in types:
         return kind
     own_code = sorted(name for name in folder.names if name.endswith(".py"))
     code = f" that brings its own code ({own_code[0]}), which is never run" if own_code else ""
@@ -122,8 +136,10 @@ def _check_numbers(value: Any) -> None:
     if isinstance(value, Mapping | list):
         if len(value) > MAX_LABELS:
             raise ValueError(f"a list of over {MAX_LABELS}")
-        for item in value.values() if isinstance(value, Mapping) else value:
-            _check_numbers(item)
+        named = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, item in named:
+            if name not in _BOUND_BY_NOTHING:
+                _check_numbers(item)
     elif isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
         raise ValueError(f"a number over {MAX_NUMBER}")
 

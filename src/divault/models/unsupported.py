@@ -15,7 +15,7 @@ SUPPORTED = (
     "scikit-learn estimator (skops, pickle or joblib)",
     "PyTorch state dict or safetensors with an architecture in divault.json",
     "ONNX with its data inside the file",
-    "Hugging Face directory in a tar, for text classification or embeddings",
+    "Hugging Face directory in a tar, for text classification, embeddings or text generation",
 )
 SUPPORTED_TEXT = "; ".join(SUPPORTED)
 

@@ -10,7 +10,7 @@
 """
 
 from divault.payments.books import Account
-from divault.payments.ledger import Ledger
+from divault.payments.ledger import Ledger, Wording
 from divault.payments.methods import FreeRun, PaymentMethod, Payments, TransferCredit
 from divault.payments.transfer import Terms, TransferSource, binding_of
 
@@ -23,5 +23,6 @@ __all__ = [
     "Terms",
     "TransferCredit",
     "TransferSource",
+    "Wording",
     "binding_of",
 ]

@@ -65,6 +65,8 @@ from divault.values import (
     Usdc,
 )
 
+Wording = Callable[[str, bytes, dict[str, Any]], bytes]
+"""The body of an answer from model id, result and receipt; the result stands in it byte for byte."""
 _RETRY_S = 1
 _PURGE_EVERY_S = 60
 _FOREVER = 2**62
@@ -302,8 +304,8 @@ class Ledger:
         trail = self._trail(hold.grant)
         trail.plaintext, trail.runtime = plaintext, dict(runtime)
 
-    async def charge(self, hold: Hold, call: SignedCall, output: Output) -> Answer:
-        """The answer, with everything that it implies on disk (rule 3).
+    async def charge(self, hold: Hold, call: SignedCall, output: Output, wording: Wording = answer_body) -> Answer:
+        """The answer, with everything that it implies on disk (rule 3); `wording` makes its body.
 
         Raises DeadlineExceeded when the reservation is gone (rule 4), NotReady when the ledger can't be written.
         """
@@ -317,7 +319,7 @@ class Ledger:
             if not self._holds(row, trail):
                 raise DeadlineExceeded("the run outlasted its reservation; nothing was charged", limit_s=self._lease_s)
             receipt = self._issue(db, draft, trail)
-            body = answer_body(grant.model.model.text, output.result, receipt.envelope, "inference completed")
+            body = wording(grant.model.model.text, output.result, receipt.envelope)
             if row is not None:
                 books.draw(db, principal, row, grant.model.model.key, receipt.hash, now)
             books.finish(db, principal, row, Stage.DONE)
@@ -488,8 +490,8 @@ def _success(call: SignedCall, hold: Hold, output: Output, now: int) -> ReceiptD
         now,
         hold.grant,
         output,
-        input_data=call.input_data,
-        parameters=call.parameters,
+        input_data=call.input_data if call.covered is None else call.covered,
+        parameters=call.parameters if call.covered is None else None,
         price=hold.price,
         token=model.payment_token if hold.payment_key is not None else Address.ZERO,
         payer=hold.payer,
@@ -511,8 +513,8 @@ def _failure(trail: _Trail, err: DivaultError, now: int) -> ReceiptDraft:
         grant,
         plaintext=trail.plaintext,
         runtime=trail.runtime,
-        input_data=call.input_data,
-        parameters=call.parameters,
+        input_data=call.input_data if call.covered is None else call.covered,
+        parameters=call.parameters if call.covered is None else None,
         token=grant.model.payment_token if grant is not None and paying else Address.ZERO,
         payer=trail.principal.user if paying else Address.ZERO,
         payment_key=key,

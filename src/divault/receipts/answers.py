@@ -17,7 +17,7 @@ from divault.messages import raw_members, strict_object
 from divault.receipts.checksums import PRIVATE, checksums_without
 
 
-def answer_body(model_id: str, result: bytes, envelope: dict[str, Any], message: str) -> bytes:
+def answer_body(model_id: str, result: bytes, envelope: dict[str, Any], message: str = "inference completed") -> bytes:
     """The body of a successful answer; `result` is JSON and stands in it byte for byte."""
     return msgspec.json.encode(
         {

@@ -1,0 +1,26 @@
+"""JSON responses, and how a route's answers stand in OpenAPI."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from divault.api import schemas
+
+JSON = "application/json"
+
+
+def json_response(body: Mapping[str, Any], status: int = 200) -> Response:
+    """Build a response that nobody keeps."""
+    return Response(orjson.dumps(body), status, {"cache-control": "no-store"}, JSON)
+
+
+def documented(success: Any, *problems: int) -> dict[int | str, dict[str, Any]]:
+    """Name the answers of a route: its body for 200, and a problem document for each of the other statuses."""
+    found: dict[int | str, dict[str, Any]] = {200: {"model": success}}
+    for status in problems:
+        found[status] = {"model": schemas.Problem, "content": {"application/problem+json": {}}}
+    return found

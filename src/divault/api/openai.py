@@ -1,0 +1,204 @@
+"""OpenAI's embeddings, completions and chat completions, for its own clients: what is translated, and how.
+
+Supported: `input`, `prompt` and `messages` as texts; `max_tokens`, `max_completion_tokens`, `temperature`, `top_p`,
+`stop`, `seed`, `stream`, `stream_options.include_usage`, `encoding_format`, `user`. Members with another meaning are
+refused by name unless they have the value that changes nothing; nothing is silently left out. Without `seed` it is 0:
+the same request has the same answer.
+
+The receipt is the member `receipt` of the answer, or of the last chunk of a stream. Its input hash covers the whole
+body of the request, its output hash the value of `data` or `choices` as it stands in the answer; of a stream, what
+would have stood there (`covered_choices`).
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import msgspec
+import orjson
+
+from divault.errors import BadRequest, InputInvalid, UnsupportedModel
+from divault.messages import strict_object
+from divault.models.base import Description
+from divault.service import Dialect
+from divault.values import ModelId, Output, SignedCall
+
+Kind = Literal["embeddings", "completions", "chat"]
+TASKS: Mapping[Kind, str] = {"embeddings": "embeddings", "completions": "text-generation", "chat": "text-generation"}
+_PASSED = ("temperature", "top_p", "seed", "stop")
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "top_logprobs": (0,), "suffix": ("",),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "tools": ([],),
+    "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "store": (False,), "dimensions": (),
+    "functions": ([],), "modalities": (["text"],), "parallel_tool_calls": (True, False),
+}  # fmt: skip
+"""Members that are taken only with a value that changes nothing; null is one everywhere."""
+_KNOWN: Mapping[Kind, frozenset[str]] = {
+    "embeddings": frozenset({"model", "input", "encoding_format", "user"}),
+    "completions": frozenset({"model", "prompt", "max_tokens", "stream", "stream_options", "user", *_PASSED}),
+    "chat": frozenset(
+        {"model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options", "user", *_PASSED}
+    ),
+}
+_COMPLETION_TOKENS = 16
+"""Default of `max_tokens` where the interface has always had it."""
+
+
+class Asked:
+    """A request of one of the three kinds, taken apart. Raises BadRequest, InputInvalid."""
+
+    def __init__(self, kind: Kind, raw: bytes) -> None:
+        self.kind = kind
+        self.members = {name: value for name, value in strict_object(raw).items() if value is not None}
+        for name, value in self.members.items():
+            if name in _KNOWN[kind]:
+                continue
+            if name not in _NEUTRAL:
+                raise BadRequest(f"{name[:80]} is no member that this route knows", field=name[:80])
+            if value not in _NEUTRAL[name]:
+                raise InputInvalid(f"{name} is not supported here: leave it out", field=name)
+        self.model = ModelId.parse(self._member("model", str, ""))
+        self.stream = self._member("stream", bool, default=False)
+        self.usage_in_stream = bool(self._member("stream_options", dict, {}).get("include_usage"))
+        self.base64 = self._member("encoding_format", str, "float") == "base64"
+        if self.members.get("encoding_format", "float") not in ("float", "base64"):
+            raise InputInvalid("encoding_format is float or base64", field="encoding_format")
+
+    def input_data(self, description: Description) -> dict[str, Any]:
+        """What the model is asked. Raises InputInvalid."""
+        if self.kind == "embeddings":
+            return {"text": self._texts("input")}
+        if self.kind == "completions":
+            return {"prompt": self._texts("prompt")}
+        if "messages" not in description.input_schema.get("properties", {}):
+            raise InputInvalid("this model has no chat template: use /v1/completions", field="messages")
+        return {"messages": _messages(self.members.get("messages"))}
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of the run."""
+        if self.kind == "embeddings":
+            return {}
+        found = {name: self.members[name] for name in _PASSED if name in self.members}
+        found.setdefault("temperature", 1.0)
+        limit = self.members.get("max_completion_tokens", self.members.get("max_tokens"))
+        if limit is not None:
+            found["max_tokens"] = limit
+        elif self.kind == "completions":
+            found["max_tokens"] = _COMPLETION_TOKENS
+        return found
+
+    def _texts(self, name: str) -> Any:
+        value = self.members.get(name)
+        texts = value if isinstance(value, list) else [value]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise InputInvalid(f"{name} is a text or a list of texts; token ids are not read here", field=name)
+        return value
+
+    def _member(self, name: str, kind: type[Any], default: Any) -> Any:
+        value = self.members.get(name, default)
+        if type(value) is not kind:
+            raise BadRequest(f"{name} is not of the type that it must have", field=name)
+        return value
+
+
+def dialect(asked: Asked, request_id: str, created: int, on_piece: Callable[..., None] | None = None) -> Dialect:
+    """How the request is put to a model, and its answer worded."""
+    usage: dict[str, int] = {}
+
+    def ask(call: SignedCall, description: Description) -> SignedCall:
+        need = TASKS[asked.kind]
+        if description.task != need:
+            raise UnsupportedModel(
+                f"this route is for models of the task {need}; this one does {description.task}",
+                seen=f"a model for {description.task}",
+                supported=need,
+            )
+        parameters = asked.parameters()
+        data = orjson.dumps(asked.input_data(description))
+        return replace(call, input_data=data, parameters=orjson.dumps(parameters) if parameters else None)
+
+    def tell(output: Output) -> Output:
+        result = orjson.loads(output.result)
+        if asked.kind == "embeddings":
+            usage.update(_usage(sum(result["tokens"]), None))
+            return replace(output, result=orjson.dumps(_embedded(result["embeddings"], as_base64=asked.base64)))
+        texts = result["texts"]
+        told, made = (sum(text[name] for text in texts) for name in ("prompt_tokens", "completion_tokens"))
+        usage.update(_usage(told, made))
+        return replace(output, result=covered_choices(asked.kind, [(t["text"], t["finish_reason"]) for t in texts]))
+
+    def wording(model_id: str, result: bytes, envelope: dict[str, Any]) -> bytes:
+        if asked.kind == "embeddings":
+            body: dict[str, Any] = {"object": "list", "data": msgspec.Raw(result)}
+        else:
+            body = _head(asked, request_id, created) | {"choices": msgspec.Raw(result)}
+        return msgspec.json.encode(body | {"model": model_id, "usage": usage, "receipt": envelope})
+
+    return Dialect(ask, tell, wording, on_piece)
+
+
+def covered_choices(kind: Kind, texts: list[tuple[str, str]]) -> bytes:
+    """The bytes of `choices` of an answer with these texts and reasons for their end: what its receipt covers."""
+    choices: list[dict[str, Any]] = []
+    for index, (text, reason) in enumerate(texts):
+        said = {"text": text} if kind == "completions" else {"message": {"role": "assistant", "content": text}}
+        choices.append({"index": index, **said, "logprobs": None, "finish_reason": reason})
+    return orjson.dumps(choices)
+
+
+def chunk(asked: Asked, request_id: str, created: int, choices: list[dict[str, Any]], **more: Any) -> bytes:
+    """One event of a stream."""
+    head = _head(asked, request_id, created, stream=True) | {"model": asked.model.text}
+    return b"data: " + orjson.dumps(head | {"choices": choices} | more) + b"\n\n"
+
+
+def delta(asked: Asked, index: int, text: str, finish: str | None = None) -> dict[str, Any]:
+    """A choice of a chunk."""
+    part = {"content": text} if text else {}
+    said: dict[str, Any] = {"text": text} if asked.kind == "completions" else {"delta": part}
+    return {"index": index, **said, "logprobs": None, "finish_reason": finish}
+
+
+def _head(asked: Asked, request_id: str, created: int, *, stream: bool = False) -> dict[str, Any]:
+    chat = asked.kind == "chat"
+    kind = ("chat.completion.chunk" if stream else "chat.completion") if chat else "text_completion"
+    return {"id": ("chatcmpl-" if chat else "cmpl-") + request_id, "object": kind, "created": created}
+
+
+def _usage(prompt: int, completion: int | None) -> dict[str, int]:
+    usage = {"prompt_tokens": prompt, "total_tokens": prompt + (completion or 0)}
+    return usage if completion is None else usage | {"completion_tokens": completion}
+
+
+def _embedded(rows: list[list[float]], *, as_base64: bool) -> list[dict[str, Any]]:
+    return [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode() if as_base64 else row,
+        }
+        for index, row in enumerate(rows)
+    ]
+
+
+def _messages(told: Any) -> list[dict[str, str]]:
+    if not isinstance(told, list) or not told or not all(isinstance(message, dict) for message in told):
+        raise InputInvalid("messages is a list of objects with role and content", field="messages")
+    return [_message(place, message) for place, message in enumerate(told)]
+
+
+def _message(place: int, told: dict[str, Any]) -> dict[str, str]:
+    content = told.get("content")
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        whole = len(parts) == len(content) and all(isinstance(part, str) for part in parts)
+        content = "".join(map(str, parts)) if whole else None
+    if not isinstance(content, str) or not isinstance(told.get("role"), str):
+        raise InputInvalid(
+            f"messages[{place}] has a role and a content of text; other parts are not supported here", field="messages"
+        )
+    return {"role": told["role"], "content": content}

@@ -1,0 +1,169 @@
+"""The routes of OpenAI's interface. What is translated, and how, is in `openai`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from divault.api import schemas
+from divault.api.describing import JSON, documented, json_response
+from divault.api.envelope import Incoming
+from divault.api.hot import Handler, incoming_of
+from divault.api.node import Node
+from divault.api.openai import TASKS, Asked, Kind, chunk, delta, dialect
+from divault.api.problems import openai_error, problem
+from divault.errors import DivaultError, ModelNotLoaded
+from divault.models.base import Piece
+from divault.telemetry import new_request_id
+from divault.values import Answer, ModelId
+from divault.workers.pool import Loaded
+
+_PATHS: dict[str, Kind] = {
+    "/v1/embeddings": "embeddings",
+    "/v1/completions": "completions",
+    "/v1/chat/completions": "chat",
+}
+_DONE = b"data: [DONE]\n\n"
+
+
+def openai_handlers(node: Node) -> dict[str, Handler]:
+    """What answers POST on each path of the interface."""
+    return {path: _handler(node, kind) for path, kind in _PATHS.items()}
+
+
+def add_openai(router: APIRouter, node: Node) -> None:
+    """Add the routes of the interface to a router."""
+    handlers = openai_handlers(node)
+    for path, kind in _PATHS.items():
+        router.add_api_route(
+            path,
+            _described(handlers[path], kind),
+            methods=["POST"],
+            name=kind,
+            tags=["openai"],
+            openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": schemas.OPENAI[kind]}}}},
+            responses=documented(schemas.OpenAiAnswer, 400, 401, 402, 403, 404, 409, 413, 422, 429, 502, 503, 504),
+        )
+
+    @router.get("/v1/models", tags=["openai"])
+    async def models() -> Response:
+        """What is loaded."""
+        return json_response({"object": "list", "data": [_model(loaded) for loaded in node.workers.loaded()]})
+
+    @router.get("/v1/models/{model_id}", tags=["openai"])
+    async def model(model_id: str) -> Response:
+        """One loaded model."""
+        key = ModelId.parse(model_id).key
+        for loaded in node.workers.loaded():
+            if loaded.model.key == key:
+                return json_response(_model(loaded))
+        raise ModelNotLoaded("this model is not loaded here: the first call loads it", model_id=model_id)
+
+
+def _described(handler: Handler, kind: Kind) -> Any:
+    async def route(request: Request) -> Response:
+        return await handler(await incoming_of(request.scope, request.receive))
+
+    route.__doc__ = (
+        f"Run a model of the task {TASKS[kind]}, loading it if need be. Signed in headers (ERC-8128), gated, paid from "
+        "credit; with a receipt."
+    )
+    return route
+
+
+def _model(loaded: Loaded) -> dict[str, Any]:
+    about = {"id": loaded.model.text, "object": "model", "created": loaded.loaded_at, "owned_by": "its publisher"}
+    return about | {"task": loaded.description.task}
+
+
+def _handler(node: Node, kind: Kind) -> Handler:
+    async def run(incoming: Incoming) -> Response:
+        asked = Asked(kind, incoming.raw)
+        call = node.envelopes.foreign(incoming, asked.model)
+        name, created = secrets.token_hex(12), int(time.time())
+        if not asked.stream:
+            answer = await node.service.infer(call, load=True, dialect=dialect(asked, name, created))
+            return Response(answer.body, 200, {"cache-control": "no-store"}, JSON)
+        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+        how = dialect(asked, name, created, pieces.put_nowait)
+        running = asyncio.create_task(node.service.infer(call, load=True, dialect=how))
+        running.add_done_callback(lambda _: pieces.put_nowait(None))
+        return await _Stream(asked, name, created, running, pieces).begun()
+
+    return run
+
+
+class _Stream(Response):
+    """Server-sent events of an answer that is being made. It ends its run when nobody reads it any more."""
+
+    def __init__(
+        self, asked: Asked, name: str, created: int, running: asyncio.Task[Answer], pieces: asyncio.Queue[Piece | None]
+    ) -> None:
+        super().__init__(None, 200, {"cache-control": "no-store"}, "text/event-stream")
+        del self.headers["content-length"]
+        self._asked, self._name, self._created = asked, name, created
+        self._running = running
+        self._pieces = pieces
+        self._first: Piece | None = None
+
+    async def begun(self) -> _Stream:
+        """Wait for the first piece or the end. Raises what the run raised before it gave anything."""
+        try:
+            self._first = await self._pieces.get()
+            if self._first is None:
+                await self._running
+        except asyncio.CancelledError:
+            await _ended(self._running)
+            raise
+        return self
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        """Send all of it."""
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for event in self._events():
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await _ended(self._running)
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        shown = False
+        piece = self._first
+        while piece is not None:
+            shown = True
+            yield self._chunk([delta(self._asked, piece.index, piece.text)])
+            piece = await self._pieces.get()
+        try:
+            body = orjson.loads((await self._running).body)
+        except DivaultError as err:
+            told = problem(err, err.request_id or new_request_id())
+            yield b"data: " + orjson.dumps(told | {"error": openai_error(told)}) + b"\n\n"
+            return
+        for choice in body["choices"]:
+            text = "" if shown else choice.get("text", choice.get("message", {}).get("content", ""))
+            if text:
+                yield self._chunk([delta(self._asked, choice["index"], text)])
+        ends = [delta(self._asked, choice["index"], "", choice["finish_reason"]) for choice in body["choices"]]
+        yield self._chunk(ends, receipt=body["receipt"])
+        if self._asked.usage_in_stream:
+            yield self._chunk([], usage=body["usage"])
+        yield _DONE
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return chunk(self._asked, self._name, self._created, choices, **more)
+
+
+async def _ended(running: asyncio.Task[Answer]) -> None:
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError, DivaultError):
+        await running

@@ -1,0 +1,149 @@
+"""The routes of the Open Inference Protocol, version 2. What is translated, and how, is in `inference_protocol`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from divault.api import schemas
+from divault.api.describing import JSON, documented, json_response
+from divault.api.envelope import Incoming
+from divault.api.hot import Handler, incoming_of
+from divault.api.inference_protocol import BINARY_HEADER, EXTENSIONS, dialect, metadata
+from divault.api.node import Node
+from divault.errors import ModelNotLoaded, RouteUnknown
+from divault.values import ModelId
+from divault.workers.pool import Loaded
+
+_MODELS, _INFER = "/v2/models/", "/infer"
+_VERSION = "1"
+"""The only version of a model that a node has: what the vault names now."""
+
+
+def protocol_handler(node: Node, path: str) -> Handler | None:
+    """What answers POST on this path, if it is one where a model is run."""
+    if not path.startswith(_MODELS) or not path.endswith(_INFER):
+        return None
+    name, _, version = path[len(_MODELS) : -len(_INFER)].partition("/versions/")
+
+    async def infer(incoming: Incoming) -> Response:
+        _require_version(version)
+        call = node.envelopes.foreign(incoming, ModelId.parse(name))
+        how = dialect(incoming.raw, incoming.header(BINARY_HEADER))
+        answer = await node.service.infer(call, load=False, dialect=how)
+        return Response(answer.body, 200, {"cache-control": "no-store"}, JSON)
+
+    return infer
+
+
+def add_protocol(router: APIRouter, node: Node) -> None:
+    """Add the routes of the protocol to a router."""
+    _add_server(router, node)
+    _add_models(router, node)
+    _add_repository(router, node)
+
+
+def _add_server(router: APIRouter, node: Node) -> None:
+    @router.get("/v2", tags=["open inference protocol"])
+    async def server() -> Response:
+        """Name and version of the server."""
+        return json_response({"name": "divault", "version": node.version, "extensions": list(EXTENSIONS)})
+
+    @router.get("/v2/health/live", tags=["open inference protocol"])
+    async def live() -> Response:
+        """Answer as long as the process serves at all."""
+        return json_response({"live": True})
+
+    @router.get("/v2/health/ready", tags=["open inference protocol"])
+    async def ready() -> Response:
+        """Whether calls can be served now."""
+        ok = all(check.ok for check in await node.health.checks())
+        return json_response({"ready": ok}, 200 if ok else 503)
+
+
+def _add_models(router: APIRouter, node: Node) -> None:
+    async def about(model_id: str, version: str = _VERSION) -> Response:
+        """What a loaded model takes and gives."""
+        _require_version(version)
+        loaded = _loaded(node, model_id)
+        return json_response(metadata(loaded.model.text, loaded.description))
+
+    async def model_ready(model_id: str, version: str = _VERSION) -> Response:
+        """Whether a model answers now."""
+        _require_version(version)
+        ok = _loaded(node, model_id).state == "ready"
+        return json_response({"name": model_id, "ready": ok}, 200 if ok else 503)
+
+    for path in (_MODELS + "{model_id}", _MODELS + "{model_id}/versions/{version}"):
+        tags: list[Any] = ["open inference protocol"]
+        router.get(path, tags=tags, responses=documented(schemas.Tensors, 404))(about)
+        router.get(path + "/ready", tags=tags)(model_ready)
+
+        @router.post(
+            path + _INFER,
+            tags=tags,
+            openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": schemas.TENSORS_IN}}}},
+            responses=documented(schemas.Tensors, 400, 401, 402, 403, 404, 409, 413, 422, 429, 502, 503, 504),
+        )
+        async def infer(request: Request, model_id: str) -> Response:
+            """Run a loaded model. Signed in headers (ERC-8128), gated, paid from credit; with a receipt."""
+            handler = protocol_handler(node, request.scope["path"])
+            if handler is None:
+                raise RouteUnknown(f"no model is called {model_id[:80]}")
+            return await handler(await incoming_of(request.scope, request.receive))
+
+
+def _add_repository(router: APIRouter, node: Node) -> None:
+    tags: list[Any] = ["open inference protocol"]
+
+    @router.post("/v2/repository/index", tags=tags)
+    async def index() -> Response:
+        """What is loaded."""
+        rows = [
+            {
+                "name": loaded.model.text,
+                "version": _VERSION,
+                "state": "READY" if loaded.state == "ready" else "UNAVAILABLE",
+                "reason": "" if loaded.state == "ready" else loaded.state,
+            }
+            for loaded in node.workers.loaded()
+        ]
+        return Response(orjson.dumps(rows), 200, {"cache-control": "no-store"}, JSON)
+
+    @router.post(
+        "/v2/repository/models/{model_id}/load",
+        tags=tags,
+        responses=documented(schemas.Nothing, 400, 401, 403, 404, 409, 413, 429, 502, 503, 504),
+    )
+    async def load(request: Request, model_id: str) -> Response:
+        """Fetch, verify, open and load a model. Signed in headers; the gate must be open for the wallet."""
+        incoming = await incoming_of(request.scope, request.receive)
+        await node.service.load(node.envelopes.foreign(incoming, ModelId.parse(model_id)))
+        return json_response({})
+
+    @router.post(
+        "/v2/repository/models/{model_id}/unload", tags=tags, responses=documented(schemas.Nothing, 401, 403, 404)
+    )
+    async def unload(request: Request, model_id: str) -> Response:
+        """End the model's worker. Signed in headers by an operator or the model's owner."""
+        incoming = await incoming_of(request.scope, request.receive)
+        await node.service.unload(node.envelopes.foreign(incoming, ModelId.parse(model_id)))
+        return json_response({})
+
+
+def _loaded(node: Node, model_id: str) -> Loaded:
+    model = ModelId.parse(model_id)
+    for loaded in node.workers.loaded():
+        if loaded.model.key == model.key:
+            return loaded
+    raise ModelNotLoaded(
+        f"{model} is not loaded here: POST /v2/repository/models/{model}/load first", model_id=model.text
+    )
+
+
+def _require_version(version: str) -> None:
+    if version not in ("", _VERSION):
+        raise RouteUnknown(f"a model has the version {_VERSION} and no other here")

@@ -1,0 +1,107 @@
+"""Tensors of the Open Inference Protocol: read exactly, written exactly, and never more than a typed refusal."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from divault.api.inference_protocol import read_request
+from divault.api.tensors import DATATYPES, read_tensor, written_tensor
+from divault.errors import DivaultError, InputInvalid
+
+NUMPY = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "BOOL": "?"} | {
+    f"{kind}INT{8 * size}": f"<{code}{size}" for kind, code in (("", "i"), ("U", "u")) for size in (1, 2, 4, 8)
+}
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("datatype", [name for name in DATATYPES if name != "BYTES"])
+def test_numbers_come_as_bytes_and_as_json_alike(datatype: str) -> None:
+    values = np.arange(12).reshape(3, 4).astype(NUMPY[datatype])
+    told: dict[str, Any] = {"name": "x", "datatype": datatype, "shape": [3, 4]}
+
+    assert read_tensor(told, values.tobytes()) == values.tolist()
+    assert read_tensor(told | {"data": values.ravel().tolist()}, None) == values.tolist()
+    assert read_tensor(told | {"data": values.tolist()}, None) == values.tolist(), "nested as well"
+
+
+def test_texts_are_bytes_with_their_lengths() -> None:
+    raw = b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in ("a", "", "世界"))
+    told = {"name": "x", "datatype": "BYTES", "shape": [3]}
+
+    assert read_tensor(told, raw) == ["a", "", "世界"]
+    for broken in (raw[:-1], raw + b"\1", b"\xff\xff\xff\xffx", struct.pack("<I", 1) + b"\xff"):
+        with pytest.raises(InputInvalid):
+            read_tensor(told, broken)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shape": [4]}, {"shape": []}, {"shape": [-1, 3]}, {"shape": [1.0]}, {"shape": "3"}, {"datatype": "FP80"},
+        {"data": [1, 2, "3"]}, {"data": [True, 1, 2]}, {"data": [1, None, 2]}, {"data": 3}, {"shape": [2**30, 2**30]},
+        {"shape": [1] * 17}, {"data": [[1, 2], 3, 4]},
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_by_name(wrong: dict[str, Any]) -> None:
+    right = {"name": "rows", "datatype": "INT32", "shape": [3], "data": [1, 2, 3]}
+    assert read_tensor(right, None) == [1, 2, 3]
+    with pytest.raises(InputInvalid) as caught:
+        read_tensor(right | wrong, None)
+    assert caught.value.data["field"] == "rows"
+
+
+@given(st.dictionaries(st.sampled_from(["name", "datatype", "shape", "data"]), json_values), st.none() | st.binary())
+@settings(max_examples=200, deadline=None)
+def test_any_tensor_is_read_or_refused(told: dict[str, Any], raw: bytes | None) -> None:
+    try:
+        read_tensor(told, raw)
+    except InputInvalid:
+        return
+
+
+@given(json_values, st.binary(max_size=20), st.text("0123456789-x", max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_any_body_is_a_request_or_refused(value: Any, tail: bytes, length: str) -> None:
+    for body in (value, {"inputs": value}, {"inputs": [{"name": "x"}], "parameters": value, "outputs": value}):
+        try:
+            read_request(json.dumps(body).encode() + tail, length)
+        except DivaultError:
+            continue
+
+
+@given(st.lists(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=2, max_size=2), min_size=1))
+@settings(max_examples=50, deadline=None)
+def test_what_is_written_is_read_again(rows: list[list[float]]) -> None:
+    assert read_tensor(written_tensor("y", rows), None) == rows
+
+
+def test_what_is_no_tensor_becomes_texts() -> None:
+    assert written_tensor("y", [{"label": "a"}, {"label": "b"}])["data"] == ['{"label":"a"}', '{"label":"b"}']
+    assert written_tensor("y", [[1, 2], [3]]) == {
+        "name": "y", "datatype": "BYTES", "shape": [2], "data": ["[1,2]", "[3]"]
+    }  # fmt: skip
+    assert written_tensor("y", ["a", "b"])["datatype"] == "BYTES"
+    assert written_tensor("y", 3) == {"name": "y", "datatype": "INT64", "shape": [1], "data": [3]}
+    assert written_tensor("y", [True])["datatype"] == "BOOL"
+    assert written_tensor("y", [])["shape"] == [0]
+
+
+def test_bytes_that_belong_to_nobody_are_refused() -> None:
+    tensor = {"name": "x", "datatype": "INT8", "shape": [2], "parameters": {"binary_data_size": 2}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+
+    assert read_request(head + b"\1\2", str(len(head))).inputs == (("x", [1, 2]),)
+    for body, size in ((head + b"\1\2\3", len(head)), (head + b"\1", len(head)), (head, len(head) + 1)):
+        with pytest.raises(DivaultError):
+            read_request(body, str(size))
