@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,7 @@ from divault.errors import SettingsInvalid, StorageFailed
 from divault.health import Health, Probe
 from divault.limits import PeerLimits, RefusalBudget, WalletLimits, WrongKeys
 from divault.messages import NodeDescriptor, authority_of
+from divault.metrics import Metrics, Sources
 from divault.payments import Ledger, Payments, Terms, TransferCredit
 from divault.receipts import ReceiptIssuer
 from divault.service import Parts, Service
@@ -54,6 +55,7 @@ from divault.workers.pool import WorkerPool
 _log = log("app")
 LEDGER_FILE = "ledger.sqlite3"
 _BODIES_IN_FLIGHT = 16  # full-size bodies that may be held at once; beyond it 503
+_USAGE_KEPT_S = 5.0
 RAILS = ("transfer",)
 
 
@@ -91,14 +93,25 @@ async def running(settings: Settings, url: str | None = None) -> AsyncIterator[A
         contracts = await _contracts(settings, stack)
         identities = Identities.of(settings)
         public_url = settings.divault_public_url or url or f"http://127.0.0.1:{settings.port}"
-        node = await _node(settings, contracts, identities, public_url, stack)
+        metrics = Metrics()
+        node = await _node(settings, contracts, identities, metrics, public_url, stack)
         peers = PeerLimits(
             settings.divault_rate_limit_per_ip_per_minute, _BODIES_IN_FLIGHT * settings.divault_max_body_bytes
         )
         # Also so that the first fetch knows which gateways are trustless; nobody waits for one that is slow.
         probing = asyncio.create_task(node.health.checks())
         stack.callback(probing.cancel)
-        yield create_api(node, ApiLimits(peers, settings.divault_max_body_bytes, settings.divault_cors_origins))
+        yield create_api(
+            node,
+            ApiLimits(
+                peers,
+                settings.divault_max_body_bytes,
+                metrics,
+                metrics_for=settings.divault_metrics,
+                log_successes=settings.debug,
+                cors_origins=settings.divault_cors_origins,
+            ),
+        )
 
 
 async def serve(settings: Settings, *, until_eof: bool = False) -> None:
@@ -193,7 +206,12 @@ async def require_contracts(chain: Chain, vault: Address, tokens: tuple[Address,
 
 
 async def _node(
-    settings: Settings, contracts: Contracts, identities: Identities, url: str, stack: AsyncExitStack
+    settings: Settings,
+    contracts: Contracts,
+    identities: Identities,
+    metrics: Metrics,
+    url: str,
+    stack: AsyncExitStack,
 ) -> Node:
     chain, vault = contracts.chain, contracts.vault
     state = State(settings.divault_state_dir / LEDGER_FILE)
@@ -211,6 +229,7 @@ async def _node(
     opener = Opener(max_model_bytes=settings.max_model_bytes, timeout_s=settings.divault_load_timeout_seconds)
     stack.callback(opener.close)
     cache = CiphertextCache(settings.model_cache_dir, settings.divault_cache_max_mb * MB)
+    metrics.sources = Sources(workers.figures, _usage_of(cache), lambda: _head_of(chain))
     gateways = [GatewayStorage(gateway) for gateway in settings.gateway_urls]
     for gateway in gateways:
         stack.callback(gateway.close)
@@ -238,6 +257,7 @@ async def _node(
             workers=workers,
             limits=WalletLimits(settings.rate_limit_per_minute, settings.max_concurrent_inferences),
             refusals=RefusalBudget(),
+            metrics=metrics,
             operators=frozenset(settings.divault_operators),
         )
     )
@@ -255,6 +275,25 @@ async def _node(
         sandbox=workers.sandbox_report,
         version=divault.__version__,
     )
+
+
+def _usage_of(cache: CiphertextCache) -> Callable[[], tuple[int, int]]:
+    """Bytes and entries of the cache, looked at once in five seconds."""
+    known: tuple[float, tuple[int, int]] = (-_USAGE_KEPT_S, (0, 0))
+
+    def usage() -> tuple[int, int]:
+        nonlocal known
+        if time.monotonic() - known[0] >= _USAGE_KEPT_S:
+            found = cache.usage()
+            known = (time.monotonic(), (found.bytes, found.entries))
+        return known[1]
+
+    return usage
+
+
+def _head_of(chain: Chain) -> tuple[int, float] | None:
+    head = chain.last_head
+    return None if head is None else (head.number, float(head.timestamp))
 
 
 async def require_sandbox(settings: Settings, workers: WorkerPool) -> None:

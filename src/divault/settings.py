@@ -136,6 +136,10 @@ class Settings(BaseModel):
     )
     divault_device: Literal["auto", "cpu"] = Field("auto", description="where models run")
 
+    divault_metrics: Literal["off", "local", "on"] = Field(
+        "local", description="who may read /metrics: nobody, this machine without a proxy, or everybody"
+    )
+
     # --- development ---
     divault_anvil: Path | None = Field(None, description="the anvil executable that `divault demo --anvil` runs")
 

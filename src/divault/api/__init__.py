@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -13,12 +13,15 @@ from starlette.types import ASGIApp
 
 from divault.api.guard import Guard
 from divault.api.hot import HotRoutes
+from divault.api.measured import Measured, Routes
+from divault.api.metrics_route import MetricsFor, add_metrics
 from divault.api.node import Node
 from divault.api.presence import Presence
 from divault.api.problems import failure_response, problem_response
 from divault.api.routes import hot_handlers, routes
 from divault.errors import BadRequest, DivaultError, MethodNotAllowed, RouteUnknown
 from divault.limits import PeerLimits
+from divault.metrics import Metrics
 from divault.telemetry import new_request_id
 
 __all__ = ["ApiLimits", "Node", "create_api"]
@@ -34,6 +37,10 @@ class ApiLimits:
 
     peers: PeerLimits
     max_body_bytes: int
+    metrics: Metrics = field(default_factory=Metrics)
+    metrics_for: MetricsFor = "off"
+    """Who may read `/metrics`: nobody, this machine alone, everybody."""
+    log_successes: bool = False
     cors_origins: Sequence[str] = ()
     """Browser origins that may call; none by default."""
 
@@ -42,19 +49,23 @@ def create_api(node: Node, limits: ApiLimits) -> ASGIApp:
     """Build the ASGI application of a node."""
     # No redirects: a signature is for one path, and their target would be whatever the Host header says.
     app = FastAPI(title="DIV Inference Backend", version=node.version, description=_ABOUT, redirect_slashes=False)
-    app.include_router(routes(node))
+    router = routes(node)
+    add_metrics(router, limits.metrics, limits.metrics_for)
+    app.include_router(router)
     app.add_exception_handler(DivaultError, _refused)
     app.add_exception_handler(HTTPException, _unrouted)
     app.add_exception_handler(Exception, _failed)
     hot = HotRoutes(app, hot_handlers(node), Presence())
     guarded: ASGIApp = Guard(hot, limits=limits.peers, max_body_bytes=limits.max_body_bytes)
+    templates = [getattr(route, "path", "") for route in (*router.routes, *app.routes)]
+    guarded = Measured(guarded, limits.metrics, Routes(templates), verbose=limits.log_successes)
     if limits.cors_origins:
         guarded = CORSMiddleware(
             guarded,
             allow_origins=list(limits.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["payment-required", "payment-response", "retry-after", "x-request-id"],
+            expose_headers=["divault-code", "payment-required", "payment-response", "retry-after", "x-request-id"],
         )
     return guarded
 

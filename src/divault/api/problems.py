@@ -97,7 +97,7 @@ def problem_response(error: DivaultError, request_id: str, path: str = "") -> Re
     body = problem(error, request_id)
     if path.startswith(_OPENAI):
         body["error"] = openai_error(body)
-    headers = {"x-request-id": request_id, "cache-control": "no-store"}
+    headers = {"x-request-id": request_id, "divault-code": error.code, "cache-control": "no-store"}
     if body["status"] == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = AUTHENTICATE
     if "retry_after" in error.data:

@@ -91,6 +91,11 @@ class Chain:
         known = self._known_head(now if fresh else now - self.head_ttl_s)
         return known or await self._read_head(now if fresh else now - self.head_ttl_s)
 
+    @property
+    def last_head(self) -> BlockRef | None:
+        """The newest block that was seen, however long ago."""
+        return self._head
+
     def _known_head(self, not_before: float) -> BlockRef | None:
         if self._head is None or self._head_asked_at < not_before:
             return None

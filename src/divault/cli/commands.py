@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import divault
-from divault.cli import cache, consumer, demo, development, files, keys, nodes, operator, publisher
+from divault.cli import cache, consumer, demo, development, files, keys, nodes, operator, publisher, top
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,7 +16,7 @@ app = typer.Typer(
     help="Decentralized Inference Vault: sealed models, wallet gates, direct payment, signed receipts. "
     "Start with: divault demo",
 )
-for part in (operator, demo, publisher, files, consumer, development):
+for part in (operator, demo, publisher, files, consumer, development, top):
     app.registered_commands += part.app.registered_commands
 app.add_typer(keys.app, name="keys")
 app.add_typer(nodes.app, name="nodes")

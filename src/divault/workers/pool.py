@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from divault.errors import CidMismatch, DeadlineExceeded, InputInvalid, ModelFailed, ModelNotLoaded, NotReady
+from divault.metrics import ModelFigures
 from divault.models.base import Description, Piece
 from divault.values import Cid, Digest, Hold, ModelId, OpenedModel, Output, SignedCall
 from divault.workers import wire
 from divault.workers.confinement import Confinement
 from divault.workers.process import Process
-from divault.workers.worker import Deadlines, Tuning, Worker
+from divault.workers.worker import SIZES, Deadlines, Tuning, Worker
 
 
 class Executor(Protocol):
@@ -139,6 +140,10 @@ class WorkerPool:
             await replaced.worker.close()
         return _view(entry)
 
+    def figures(self) -> list[ModelFigures]:
+        """What each loaded model's worker does and did; measures memory, in about 0.1 ms each."""
+        return [_figures(entry.worker) for entry in list(self._entries.values())]
+
     def find(self, model: ModelId, cid: Cid) -> OpenedModel | None:
         """The loaded model, if it came from this CID."""
         entry = self._entries.get(model.key)
@@ -234,6 +239,22 @@ class WorkerPool:
             await process.kill()
         self._confinement.checks = dict(ready.checks)
         return "no model is loaded; a worker starts and answers"
+
+
+def _figures(worker: Worker) -> ModelFigures:
+    figures = worker.figures
+    return ModelFigures(
+        model=worker.opened.model.text,
+        waiting=worker.waiting,
+        oldest_s=worker.oldest_s,
+        ready=worker.state == "ready",
+        restarts=figures.restarts,
+        bounds=SIZES,
+        passes=tuple(figures.passes),
+        callers=figures.callers,
+        busy_s=figures.busy_s,
+        memory_bytes=worker.memory_bytes,
+    )
 
 
 def _view(entry: _Entry) -> Loaded:

@@ -36,6 +36,7 @@ from divault.telemetry import log
 from divault.values import OpenedModel
 from divault.workers import wire
 from divault.workers.confinement import Confinement
+from divault.workers.memory import memory_of
 from divault.workers.process import COMMAND, Process
 from divault.workers.queue import Job, Queue
 from divault.workers.sandbox import level_of
@@ -140,6 +141,12 @@ class Worker:
         return self._process.pid if self._process is not None and not self._process.lost else None
 
     @property
+    def memory_bytes(self) -> int:
+        """The process' share of memory; 0 while there is none."""
+        pid = self.pid
+        return memory_of(pid) if pid is not None else 0
+
+    @property
     def sandbox(self) -> str:
         """The level that the process of this model saw to hold."""
         return level_of(self.checks, self._confinement.level)
@@ -158,7 +165,7 @@ class Worker:
     def oldest_s(self) -> float:
         """How long the one who waits longest has waited; 0 where nobody waits."""
         oldest = self._queue.oldest()
-        return 0.0 if oldest is None else max(0.0, asyncio.get_running_loop().time() - oldest)
+        return 0.0 if oldest is None else max(0.0, time.monotonic() - oldest)
 
     @property
     def description(self) -> Description:

@@ -1,0 +1,37 @@
+"""`GET /metrics`, for whom the operator lets read it."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from typing import Literal
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from divault.errors import RouteUnknown
+from divault.metrics import CONTENT_TYPE, Metrics
+
+MetricsFor = Literal["off", "local", "on"]
+_FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
+
+
+def add_metrics(router: APIRouter, metrics: Metrics, whom: MetricsFor) -> None:
+    """Add the route to a router; to others than those who may read it, it is a route that isn't there."""
+
+    @router.get("/metrics", tags=["node"])
+    async def read(request: Request) -> Response:
+        """Read the node's figures in Prometheus' text form."""
+        if whom == "off" or (whom == "local" and not _is_local(request)):
+            raise RouteUnknown("no such route; GET /docs lists them")
+        return Response(await asyncio.to_thread(metrics.text), 200, {"cache-control": "no-store"}, CONTENT_TYPE)
+
+
+def _is_local(request: Request) -> bool:
+    """Whether it was sent from this machine, and not through a proxy on it."""
+    if any(name in request.headers for name in _FORWARDED) or request.client is None:
+        return False
+    try:
+        return ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False

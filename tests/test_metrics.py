@@ -1,0 +1,221 @@
+"""What is counted, how it is read, and that nothing of a caller is in it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.requests import Request
+
+from divault.api.measured import Measured, Routes
+from divault.api.metrics_route import _is_local
+from divault.cli.top import Reading, shown
+from divault.metrics import Histogram, Metrics, ModelFigures, Sources
+from divault.telemetry import configure_logs
+
+ROOT = Path(__file__).parent.parent
+MODEL = ModelFigures("m1", 3, 0.25, True, 2, (1, 2, 4), (5, 1, 0, 2), 40, 1.5, 12_000_000)
+
+
+def full() -> Metrics:
+    metrics = Metrics(Sources(lambda: [MODEL], lambda: (1000, 2), lambda: (77, 1.0)))
+    metrics.request("/api/v1/inference", "POST", 200, 0.003)
+    metrics.request("/api/v1/inference", "POST", 503, 0.001, "overloaded")
+    lap = metrics.lap()
+    lap("authenticate")
+    lap("gate")
+    metrics.receipt("ok", 20_000, "0x00")
+    metrics.receipt("refused")
+    return metrics
+
+
+def read(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(metrics.text().decode())
+        for sample in family.samples
+    }
+
+
+def test_what_was_counted_is_read() -> None:
+    found = read(full())
+
+    request = (("method", "POST"), ("route", "/api/v1/inference"))
+    assert found["divault_requests_total", (*request, ("status", "200"))] == 1
+    assert found["divault_refusals_total", (("code", "overloaded"),)] == 1
+    assert found["divault_charged_atomic_total", (("token", "0x00"),)] == 20_000
+    assert found["divault_receipts_total", (("status", "refused"),)] == 1
+    assert found["divault_step_seconds_count", (("step", "gate"),)] == 1
+    assert found["divault_request_seconds_bucket", (("le", "0.0025"), request[1])] == 1
+    assert found["divault_model_waiting", (("model", "m1"),)] == 3
+    assert found["divault_model_pass_callers_bucket", (("le", "2"), ("model", "m1"))] == 6
+    assert found["divault_model_pass_callers_bucket", (("le", "+Inf"), ("model", "m1"))] == 8
+    assert found["divault_model_pass_callers_sum", (("model", "m1"),)] == 40
+    assert (found["divault_cache_bytes", ()], found["divault_chain_head_block", ()]) == (1000, 77)
+    assert found["divault_process_resident_memory_bytes", ()] > 0
+
+
+def test_before_anything_happened_nothing_is_invented() -> None:
+    found = read(Metrics())
+
+    assert {name for name, _ in found if not name.startswith("divault_process")} == set()
+
+
+def test_a_value_on_a_bound_belongs_to_it() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 2.0, 9.0):
+        histogram.observe(value)
+
+    assert histogram.buckets() == [("1", 2.0), ("2", 4.0), ("+Inf", 5.0)]
+    assert histogram.total == 14.0
+
+
+def base(name: str) -> str:
+    return re.sub(r"_(bucket|count|sum)$", "", name)
+
+
+def test_the_page_names_exactly_what_there_is() -> None:
+    page = (ROOT / "docs/reference/metrics.md").read_text()
+    told = set(re.findall(r"^\| `(divault_\w+)`", page, re.MULTILINE)) - {"divault_process_"}
+    there = {base(name) for name, _ in read(full()) if not name.startswith("divault_process_")}
+
+    assert told == there
+    assert page.split("| name |")[1].split("\n\n")[0] in f"{__import__('divault.metrics').metrics.__doc__}"
+
+
+@pytest.mark.parametrize(
+    "path", ["deploy/grafana/divault.json", "docs/how-to/watch-a-node.md", "src/divault/cli/top.py"]
+)
+def test_what_reads_them_asks_for_nothing_else(path: str) -> None:
+    there = {name for name, _ in read(full())} | {base(name) for name, _ in read(full())}
+    asked = set(re.findall(r"\bdivault_[a-z_]+", (ROOT / path).read_text()))
+
+    assert asked
+    assert asked <= there
+
+
+def test_the_dashboard_is_whole() -> None:
+    board = json.loads((ROOT / "deploy/grafana/divault.json").read_text())
+
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"]) >= 12
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]]
+    assert len(set(places)) == len(places)
+
+
+# --- the layer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "template"),
+    [
+        ("/api/v1/node", "/api/v1/node"), ("/api/v1/models/m1", "/api/v1/models/{model_id}"),
+        ("/api/v1/models/m1/x", "other"), ("/v2/models/m/versions/1/infer", "/v2/models/{m}/versions/{v}/infer"),
+        ("/.env", "other"), ("/api/v1/models/", "other"),
+    ],
+)  # fmt: skip
+def test_paths_become_templates(path: str, template: str) -> None:
+    routes = Routes(["/api/v1/node", "/api/v1/models/{model_id}", "/v2/models/{m}/versions/{v}/infer", ""])
+
+    assert routes.template(path) == template
+
+
+async def ask(app: Any, path: str = "/x", method: str = "POST") -> list[Any]:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    await Measured(app, app.metrics, Routes(["/x"]))(
+        {"type": "http", "path": path, "method": method, "headers": []}, receive, send
+    )
+    return sent
+
+
+class Answers:
+    def __init__(self, status: int | None, *headers: tuple[bytes, bytes]) -> None:
+        self.metrics = Metrics()
+        self.status = status
+        self.headers = headers
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self.status is None:
+            return
+        await send({"type": "http.response.start", "status": self.status, "headers": list(self.headers)})
+        await send({"type": "http.response.body", "body": b"secret"})
+
+
+async def test_an_answer_without_an_id_gets_one() -> None:
+    sent = await ask(Answers(200))
+    own = await ask(Answers(200, (b"x-request-id", b"0xaa")))
+
+    assert re.fullmatch(rb"0x[0-9a-f]{32}", dict(sent[0]["headers"])[b"x-request-id"])
+    assert own[0]["headers"] == [(b"x-request-id", b"0xaa")]
+
+
+async def test_who_left_is_counted_as_such() -> None:
+    app = Answers(None)
+    await ask(app)
+
+    assert read(app.metrics)["divault_requests_total", (("method", "POST"), ("route", "/x"), ("status", "499"))] == 1
+
+
+async def test_a_strange_method_or_path_makes_no_label() -> None:
+    app = Answers(405)
+    await ask(app, "/secret/path", "BREW")
+
+    labels = [tags for name, tags in read(app.metrics) if name == "divault_requests_total"]
+    assert labels == [(("method", "other"), ("route", "other"), ("status", "405"))]
+
+
+async def test_a_line_has_the_template_and_nothing_that_was_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs(None)
+    await ask(Answers(403, (b"x-request-id", b"0xbb"), (b"divault-code", b"access_denied")), "/x")
+    await ask(Answers(404, (b"divault-code", b"route_unknown")), "/users/alice@example.org")
+    await ask(Answers(200))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    assert [(line["route"], line["status"], line["code"]) for line in lines] == [
+        ("/x", 403, "access_denied"), ("other", 404, "route_unknown")
+    ]  # fmt: skip
+    assert lines[0]["request_id"] == "0xbb"
+    assert "alice" not in json.dumps(lines)
+    assert "secret" not in json.dumps(lines)
+
+
+@pytest.mark.parametrize(
+    ("host", "headers", "local"),
+    [
+        ("127.0.0.1", [], True), ("::1", [], True), ("10.0.0.1", [], False), ("testclient", [], False),
+        ("127.0.0.1", [(b"x-forwarded-for", b"127.0.0.1")], False), ("127.0.0.1", [(b"forwarded", b"for=x")], False),
+        ("127.0.0.1", [(b"via", b"1.1 proxy")], False),
+    ],
+)  # fmt: skip
+def test_local_is_this_machine_without_a_proxy(host: str, headers: list[tuple[bytes, bytes]], local: bool) -> None:
+    assert _is_local(Request({"type": "http", "client": (host, 1), "headers": headers})) is local
+
+
+def test_the_tables_show_rates_between_two_looks() -> None:
+    from rich.console import Console
+
+    def text(now: Reading, before: Reading | None) -> str:
+        console = Console(width=140, record=True, file=io.StringIO())
+        console.print(shown(now, before))
+        return console.export_text()
+
+    first = read(full())
+    later = {key: value + 20 if key[0] == "divault_model_pass_callers_sum" else value for key, value in first.items()}
+    told = text(Reading(12.0, later), Reading(10.0, first))
+
+    assert re.search(r"m1 +ready +3 +0\.25 +7\.5 +10\.0 +2 +12", told)
+    assert re.search(r"overloaded +1", told)
+    assert re.search(r"gate +1 +0\.1 ms +0\.1 ms", told)
+    assert "block 77" in told
+    assert "m1" in text(Reading(10.0, first), None)
