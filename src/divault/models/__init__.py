@@ -19,12 +19,15 @@ from divault.values import MemoryFile
 def formats() -> list[ModelFormat]:
     """All formats, the most specific first."""
     from divault.models.huggingface import HuggingFace
+    from divault.models.lightgbm import LightgbmModelFile
     from divault.models.onnx import Onnx
     from divault.models.sklearn import SklearnPickle
     from divault.models.skops import SkopsFile
     from divault.models.torch_state import TorchState
+    from divault.models.xgboost import XgboostModelFile
 
-    return [HuggingFace(), Onnx(), TorchState(), SkopsFile(), SklearnPickle()]
+    boosters: list[ModelFormat] = [XgboostModelFile(), LightgbmModelFile()]
+    return [HuggingFace(), Onnx(), TorchState(), SkopsFile(), *boosters, SklearnPickle()]
 
 
 def code_formats() -> list[ModelFormat]:

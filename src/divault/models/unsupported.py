@@ -15,6 +15,7 @@ SUPPORTED = (
     "scikit-learn estimator (skops, pickle or joblib)",
     "PyTorch state dict or safetensors with an architecture in divault.json",
     "ONNX with its data inside the file",
+    "XGBoost (.ubj or .json) or LightGBM (text) as save_model writes them",
     "Hugging Face directory in a tar, for text classification, embeddings or text generation",
 )
 SUPPORTED_TEXT = "; ".join(SUPPORTED)
@@ -33,9 +34,9 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"%PDF", "a PDF"),
     (b"<!DOCTYPE", "an HTML page"),
     (b"<html", "an HTML page"),
-    (b"tree\nversion=", "a LightGBM model"),
-    (b'{"learner"', "an XGBoost model"),
-    (b"{L\x00\x00", "an XGBoost model"),
+    (b"tree\nversion=", "a damaged LightGBM model"),
+    (b'{"learner"', "a damaged XGBoost model"),
+    (b"{L\x00\x00", "a damaged XGBoost model, or other UBJSON"),
 )
 _PATTERNS: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (
@@ -48,6 +49,11 @@ _PATTERNS: tuple[tuple[re.Pattern[bytes], str], ...] = (
         "a pickle of protocol 0 or 1: write it with protocol 2 or later",
     ),
     (re.compile(rb"\x08[\x01-\x0f]\x12.{1,64}?(\x1a|\x22|\x3a)", re.DOTALL), "a damaged ONNX model"),
+    (
+        # Parameters of 136 bytes, then the names of objective and booster, each after its length.
+        re.compile(rb"(binf)?.{136}[\x01-\x40]\0{7}[a-z0-9:_]{1,64}[\x01-\x10]\0{7}(gbtree|gblinear|dart)", re.DOTALL),
+        "an XGBoost model in the old binary form: load it with XGBoost 1.6 to 3.0 and save_model it as .ubj or .json",
+    ),
     (re.compile(rb".{4}ORTM", re.DOTALL), "a model in onnxruntime's own format: seal the ONNX file it was made of"),
     (re.compile(rb"\Z"), "an empty file"),
 )

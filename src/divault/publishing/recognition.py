@@ -60,10 +60,12 @@ _SAFE = {
     "skops": "save it with skops",
     "safetensors": "save its state dict as safetensors with an architecture in divault.json",
     "onnx": "export it to ONNX",
+    "xgboost": "save it with its own save_model",
 }
 _INSTEAD = (
     (re.compile(r"TorchScript|torch\.export|PyTorch file|pickled object|torch\.save"), ("safetensors", "onnx")),
     (re.compile(r"HDF5|Keras|SavedModel"), ("onnx",)),
+    (re.compile(r"xgboost\.|lightgbm\."), ("xgboost",)),
     (re.compile(r"pickle|joblib"), ("skops", "onnx")),
 )
 """Formats that are plain data, for each kind of what is not."""
