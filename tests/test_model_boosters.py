@@ -40,7 +40,8 @@ def xgb(target: Any = TWO, rounds: int = 6, **params: Any) -> xgboost.Booster:
     matrix = xgboost.DMatrix(X, target)
     if str(params.get("objective", "")).startswith("rank:"):
         matrix.set_group([60, 60])
-    return xgboost.train({"max_depth": 4, "nthread": 2, **params}, matrix, rounds)
+    chosen = {"max_depth": 4, "nthread": 2, **params}
+    return xgboost.train({name: value for name, value in chosen.items() if value is not None}, matrix, rounds)
 
 
 def lgb(target: Any = TWO, rounds: int = 6, **params: Any) -> lightgbm.Booster:
@@ -104,7 +105,7 @@ XGBOOST: dict[str, tuple[str, Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", XGBOOST)
 def test_xgboost_answers_as_the_library(kind: str, form: str) -> None:
     task, target, params = XGBOOST[kind]
-    booster = xgb(target, **{name: value for name, value in ({"max_depth": 4} | params).items() if value is not None})
+    booster = xgb(target, **params)
 
     model = loaded(bytes(booster.save_raw(form)))
 
@@ -158,6 +159,25 @@ def test_names_of_features_and_line_ends_of_windows_change_nothing() -> None:
 
     assert np.array_equal(given_by(loaded(ubj(booster))), booster.predict(frame))
     assert np.array_equal(given_by(loaded(text(light).replace(b"\n", b"\r\n"))), light.predict(X))
+
+
+@pytest.mark.parametrize("version", [[1, 0, 0], [1, 7, 6], [2, 1, 0], [3, 0, 0]])
+def test_files_of_older_versions_load(version: list[int]) -> None:
+    """They lack members that came later, have one base score, and truth values where numbers are now."""
+    booster = xgb(objective="binary:logistic")
+    document = json.loads(bytes(booster.save_raw("json")))
+    learner, document["version"] = document["learner"], version
+    learner["learner_model_param"]["base_score"] = learner["learner_model_param"]["base_score"].strip("[]")
+    model = learner["gradient_booster"]["model"]
+    del model["cats"]
+    if version < [2]:
+        del learner["learner_model_param"]["num_target"], learner["learner_model_param"]["boost_from_average"]
+        del model["iteration_indptr"], model["gbtree_model_param"]["num_parallel_tree"]
+        for tree in model["trees"]:
+            tree["default_left"] = [bool(side) for side in tree["default_left"]]
+            del tree["split_type"], tree["categories"], tree["categories_nodes"]
+
+    assert np.array_equal(given_by(loaded(as_json(document))), booster.predict(xgboost.DMatrix(X)))
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -536,7 +556,7 @@ HOSTILE: dict[str, bytes] = {
     "a text that claims exabytes": BINARY + b"SL\x0f" + bytes(7),
     "an array of nothing": BINARY + b"[$Z#L\x0f" + bytes(7),
     "a list without a count": BINARY + b"[Z]}}",
-    "a million empty objects": BINARY + b"[#L" + (4_000_000).to_bytes(8, "big") + b"{}" * 4_000_000,
+    "a million empty objects": BINARY + b"[#L" + (1_000_000).to_bytes(8, "big") + b"{}" * 1_000_000,
     "a name that stands twice": BINARY + b"ZL" + bytes(7) + b"\x01xZ}}",
     "a text that is not UTF-8": BINARY + b"SL" + bytes(7) + b"\x01\xff}}",
     "more after its end": CACHED["ubj"] + b"{}",

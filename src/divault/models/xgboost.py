@@ -99,9 +99,11 @@ def _loaded(model: xgboost_file.XgboostModel) -> Booster:
     ours = tuple(int(part) for part in xgb.__version__.split(".")[:2])
     if model.version > ours:
         raise _refused(f"a model of XGBoost {'.'.join(map(str, model.version))}, newer than {xgb.__version__} here")
-    booster = xgb.Booster({"nthread": threads(), "verbosity": 0, "device": "cpu"})
+    booster = xgb.Booster({"nthread": threads(), "device": "cpu"})
     try:
-        booster.load_model(model.content)
+        # Advice about old versions, which nobody reads here.
+        with xgb.config_context(verbosity=0):
+            booster.load_model(model.content)
     except (xgb.core.XGBoostError, ValueError, TypeError) as err:
         raise SealedFileDamaged(f"XGBoost does not take the file: {_clean(err)}", stage="payload") from None
     return booster
