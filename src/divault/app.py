@@ -51,6 +51,7 @@ from divault.vault.keys import NodeIdentity
 from divault.workers.confinement import Confinement
 from divault.workers.opening import Opener
 from divault.workers.pool import WorkerPool
+from divault.workers.worker import Tuning
 
 _log = log("app")
 LEDGER_FILE = "ledger.sqlite3"
@@ -222,6 +223,9 @@ async def _node(
     workers = WorkerPool(
         predict_timeout_s=settings.inference_timeout_seconds,
         load_timeout_s=settings.divault_load_timeout_seconds,
+        device=settings.divault_device,
+        tuning=Tuning(threads=settings.divault_worker_threads) if settings.divault_worker_threads else None,
+        memory_bytes=settings.model_memory_bytes,
         confinement=Confinement(settings.divault_sandbox, allow_code=settings.divault_allow_code_models),
     )
     stack.push_async_callback(workers.close)

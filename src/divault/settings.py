@@ -134,7 +134,19 @@ class Settings(BaseModel):
     divault_allow_code_models: bool = Field(
         default=False, description="load formats that carry code too (TorchScript); needs workers at standard or strict"
     )
-    divault_device: Literal["auto", "cpu"] = Field("auto", description="where models run")
+    divault_device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,2})?)$",
+        description="where torch models run: auto (a GPU if there is one), cpu, cuda, cuda:N or mps",
+    )
+    divault_worker_threads: int = Field(
+        0, ge=0, le=64, description="threads of one worker's libraries; 0: as many as there are cores, at most 4"
+    )
+    divault_model_memory_mb: int = Field(
+        0,
+        ge=0,
+        description="memory of all loaded models, for which idle ones make room; 0: 80 % of the machine's",
+    )
 
     divault_metrics: Literal["off", "local", "on"] = Field(
         "local", description="who may read /metrics: nobody, this machine without a proxy, or everybody"
@@ -152,6 +164,11 @@ class Settings(BaseModel):
     def max_model_bytes(self) -> int:
         """`MAX_MODEL_SIZE_MB` in bytes."""
         return self.max_model_size_mb * MB
+
+    @property
+    def model_memory_bytes(self) -> int:
+        """`DIVAULT_MODEL_MEMORY_MB` in bytes, or 80 % of what this machine (or its control group) has."""
+        return self.divault_model_memory_mb * MB or _machine_memory() * 4 // 5
 
     @property
     def node_key_file(self) -> Path:
@@ -221,6 +238,14 @@ class Settings(BaseModel):
                 text = "" if value is None else str(value)
             shown[name.upper()] = text
         return shown
+
+
+def _machine_memory() -> int:
+    """Bytes of memory that this process may use, by its control group where that says less than the machine."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    told = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
+    return min(whole, int(told)) if told.isdecimal() else whole
 
 
 def _set(address: Address | None, name: str) -> Address:

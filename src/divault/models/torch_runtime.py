@@ -20,6 +20,7 @@ def prepare(device: str) -> torch.device:
     """
     import torch
 
+    device = _best() if device == "auto" else device
     # cuBLAS reads it when the first product is made, and is not deterministic without it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads())
@@ -35,6 +36,15 @@ def prepare(device: str) -> torch.device:
             f"the device {device[:40]!r} is not here: set DIVAULT_DEVICE=cpu", setting="DIVAULT_DEVICE"
         ) from err
     return found
+
+
+def _best() -> str:
+    """A GPU where torch sees one that works, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def runtime(adapter: str, device: torch.device, libraries: Sequence[str]) -> dict[str, Any]:

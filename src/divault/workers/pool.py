@@ -7,19 +7,33 @@ for deadlines, queues and restarts, `sandbox` for what a worker gives up. This m
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from divault.errors import CidMismatch, DeadlineExceeded, InputInvalid, ModelFailed, ModelNotLoaded, NotReady
+from divault.errors import (
+    CidMismatch,
+    DeadlineExceeded,
+    InputInvalid,
+    ModelFailed,
+    ModelNotLoaded,
+    NotReady,
+    SettingsInvalid,
+)
 from divault.metrics import ModelFigures
 from divault.models.base import Description, Piece
+from divault.telemetry import log
 from divault.values import Cid, Digest, Hold, ModelId, OpenedModel, Output, SignedCall
 from divault.workers import wire
 from divault.workers.confinement import Confinement
 from divault.workers.process import Process
 from divault.workers.worker import SIZES, Deadlines, Tuning, Worker
+
+_log = log("workers")
+_WORKER_BYTES = 64 << 20
+"""What a worker takes before it has a model; measured, with scikit-learn or torch imported, it is 60 to 250 MB."""
 
 
 class Executor(Protocol):
@@ -69,8 +83,11 @@ class WorkerPool:
         device: str = "cpu",
         tuning: Tuning | None = None,
         confinement: Confinement | None = None,
+        memory_bytes: int | None = None,
     ) -> None:
         """`predict_timeout_s` bounds one run and, apart from it, the wait in the queue before it.
+
+        `memory_bytes`: what all loaded models may take together; without it there is no bound.
 
         `confinement`: how far workers are confined; without one at `standard`, as far as that holds here.
         """
@@ -79,6 +96,7 @@ class WorkerPool:
         self._tuning = tuning or Tuning()
         self._entries: dict[Digest, _Entry] = {}
         self._confinement = confinement or Confinement()
+        self._memory_bytes = memory_bytes
         self._closed = False
 
     @property
@@ -127,8 +145,17 @@ class WorkerPool:
         """
         began = time.monotonic()
         worker = Worker(opened, self._device, self._deadlines, self._tuning, self._confinement)
+        try:
+            await self._make_room(2 * opened.size + _WORKER_BYTES, opened.model.key)
+        except NotReady:
+            await worker.close()
+            raise
         if not self._closed:
-            await worker.start()
+            try:
+                await worker.start()
+            except SettingsInvalid as err:
+                _log.error("the device is not there", device=self._device, why=err.detail)
+                raise NotReady("the device of this node is not there: its operator has to set DIVAULT_DEVICE") from err
         if self._closed:
             await worker.close()
             raise NotReady("the node is stopping", retry_after=5)
@@ -138,6 +165,8 @@ class WorkerPool:
         self._entries[opened.model.key] = entry
         if replaced is not None:
             await replaced.worker.close()
+        with contextlib.suppress(NotReady):  # it took more than was thought: others make room, as far as they are idle
+            await self._make_room(0, opened.model.key)
         return _view(entry)
 
     def figures(self) -> list[ModelFigures]:
@@ -211,6 +240,27 @@ class WorkerPool:
             await self.unload(key)
         self._confinement.close()
 
+    async def _make_room(self, size: int, but: Digest) -> None:
+        """Unload idle models, the least recently used first, until there is room for `size` bytes more.
+
+        Never one that has a queue, nor the model `but`. Raises NotReady when that is not enough.
+        """
+        if self._memory_bytes is None:
+            return
+        taken = {key: _taken(entry.worker) for key, entry in self._entries.items()}
+        idle = [key for key, entry in self._entries.items() if entry.worker.idle and key != but]
+        for key in sorted(idle, key=lambda one: self._entries[one].worker.used_at):
+            if sum(taken.values()) + size <= self._memory_bytes:
+                return
+            del taken[key]
+            if (entry := self._entries.get(key)) is not None and entry.worker.idle:
+                _log.info("unloaded for another model", model_id=entry.worker.opened.model.text)
+                await self.unload(key)
+        if sum(taken.values()) + size > self._memory_bytes:
+            raise NotReady(
+                "the models that are at work now leave no memory for another one: try again later", retry_after=5
+            )
+
     def _entry(self, opened: OpenedModel) -> _Entry:
         entry = self._entries.get(opened.model.key)
         if entry is None or entry.worker.opened.cid != opened.cid:
@@ -239,6 +289,11 @@ class WorkerPool:
             await process.kill()
         self._confinement.checks = dict(ready.checks)
         return "no model is loaded; a worker starts and answers"
+
+
+def _taken(worker: Worker) -> int:
+    """What a loaded model takes: its process as measured, and its memory files, which may not be mapped there."""
+    return worker.memory_bytes + worker.opened.size
 
 
 def _figures(worker: Worker) -> ModelFigures:
