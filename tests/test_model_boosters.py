@@ -402,6 +402,24 @@ def back(_: Any, tree: Any) -> None:
     tree["left_children"][first], tree["right_children"][first] = first, first + 1
 
 
+def shared(_: Any, tree: Any) -> None:
+    """The root's children have the same children."""
+    first = tree["left_children"][0]
+    assert tree["left_children"][first] > first + 1
+    for name in ("left_children", "right_children"):
+        tree[name][first + 1] = tree[name][first]
+
+
+def apart(_: Any, tree: Any) -> None:
+    """Two more nodes than the tree, each the child of the other."""
+    count = len(tree["left_children"])
+    for values in (value for value in tree.values() if isinstance(value, list) and len(value) == count):
+        values.extend([0, 0, 0, 0])
+    tree["left_children"][count:] = [count + 2, -1, count, -1]
+    tree["right_children"][count:] = [count + 3, -1, count + 1, -1]
+    tree["tree_param"]["num_nodes"] = str(count + 4)
+
+
 def told(where: str, **values: Any) -> Callable[[Any, Any], None]:
     """Other members in a part of the learner."""
 
@@ -422,6 +440,8 @@ BROKEN: dict[str, Callable[[Any, Any], None]] = {
     ),
     "children apart": put("right_children", 4),
     "a circle": back,
+    "a child of two": shared,
+    "a circle that nothing leads to": apart,
     "a feature that is not there": put("split_indices", 4),
     "a feature below zero": put("split_indices", -1),
     "a fraction of a feature": put("split_indices", 0.5),
@@ -429,7 +449,7 @@ BROKEN: dict[str, Callable[[Any, Any], None]] = {
     "a list for a number": put("split_conditions", [0.5]),
     "a huge number": put("split_indices", 10**30),
     "an array too short": lambda _, tree: tree["default_left"].pop(),
-    "an array that is missing": lambda _, tree: tree.pop("parents"),
+    "an array that is missing": lambda _, tree: tree.pop("split_conditions"),
     "another number of nodes": lambda _, tree: tree["tree_param"].update(num_nodes="999999999"),
     "no tree": lambda learner, _: learner["gradient_booster"]["model"]["trees"].__setitem__(0, 7),
     "another number of trees": told("gradient_booster.model.gbtree_model_param", num_trees="999999999"),
@@ -455,6 +475,41 @@ def test_an_xgboost_file_whose_parts_do_not_fit_is_damaged(kind: str) -> None:
         loaded(altered(BROKEN[kind]))
 
 
+def test_what_a_file_says_of_parents_and_deleted_nodes_is_not_believed() -> None:
+    """The library follows parents while it loads, wherever they lead."""
+
+    def change(_: Any, tree: Any) -> None:
+        tree["parents"] = [1 << 30] * len(tree["parents"])
+        tree["tree_param"]["num_deleted"] = "99"
+
+    booster = xgb()
+
+    assert np.array_equal(given_by(loaded(altered(change, booster))), booster.predict(xgboost.DMatrix(X)))
+
+
+def chain(levels: int) -> bytes:
+    """A model whose one tree has a leaf and a further node on each level."""
+    inner = np.arange(0, 2 * levels, 2)
+
+    def change(_: Any, tree: Any) -> None:
+        for name in ("base_weights", "loss_changes", "split_conditions", "sum_hessian", "parents", "default_left"):
+            tree[name] = [0] * (2 * levels + 1)
+        left = np.full(2 * levels + 1, -1)
+        left[inner] = inner + 1
+        tree["split_indices"] = tree["split_type"] = tree["default_left"]
+        tree["left_children"], tree["right_children"] = left.tolist(), np.where(left < 0, -1, left + 1).tolist()
+        tree["tree_param"]["num_nodes"] = str(2 * levels + 1)
+
+    return altered(change, xgb(rounds=1))
+
+
+def test_a_tree_of_very_many_levels_is_refused() -> None:
+    """The library goes down by calling itself: its stack would end at some hundred thousands."""
+    assert given_by(loaded(chain(4095))).shape == (len(X),)
+    with pytest.raises(UnsupportedModel, match="over 4096 levels"):
+        loaded(chain(400_000))
+
+
 def test_a_number_of_classes_that_the_objective_does_not_share_is_damaged() -> None:
     booster = xgb(THREE, objective="multi:softprob", num_class=3)
     change = told("objective", softmax_multiclass_param={"num_class": "999999"})
@@ -467,6 +522,7 @@ BROKEN_TEXT: dict[str, tuple[bytes, bytes]] = {
     "a child far outside": (rb"left_child=\S+", b"left_child=99"),
     "a leaf far outside": (rb"right_child=\S+", b"right_child=-99"),
     "a circle": (rb"left_child=\S+", b"left_child=0"),
+    "a child of two": (rb"left_child=.*\nright_child=(.*)\n", rb"left_child=\1\nright_child=\1\n"),
     "a feature that is not there": (rb"split_feature=\d+", b"split_feature=4"),
     "a feature below zero": (rb"split_feature=\d+", b"split_feature=-1"),
     "a fraction of a feature": (rb"split_feature=\d+", b"split_feature=0.5"),

@@ -163,11 +163,12 @@ def _splits(found: Mapping[bytes, bytes], count: int, features: int) -> list[byt
         _categorical()
     if feature.min() < 0 or feature.max() >= features or not np.isin(decision, _DECISIONS).all():
         _damaged("a tree that reads a feature which isn't there, or asks in an unknown way")
-    for name in (b"left_child", b"right_child"):
-        child = _integers(told, name, count)
-        # Nodes are numbered as they were made, leaves from -1 down: a child that comes later leads to an end.
-        if child.max() >= count or child.min() < -count - 1 or (child[child >= 0] <= np.flatnonzero(child >= 0)).any():
-            _damaged("a tree whose children point outside it or back")
+    sides = [_integers(told, name, count) for name in (b"left_child", b"right_child")]
+    # Nodes are numbered as they were made, leaves from -1 down: a child that comes later leads to an end.
+    if any((child[child >= 0] <= np.flatnonzero(child >= 0)).any() for child in sides):
+        _damaged("a tree that leads back to itself")
+    if not np.array_equal(np.sort(np.concatenate(sides)), np.r_[-count - 1 : 0, 1:count]):
+        _damaged("a tree whose nodes are not the children of one each")
     names = (b"split_feature", b"decision_type", b"left_child", b"right_child")
     return [name + b"=" + told[name] for name in names]
 

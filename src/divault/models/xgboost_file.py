@@ -28,6 +28,8 @@ from divault.models.files import head
 from divault.values import MemoryFile
 
 SUPPORTED = "XGBoost 1.0 or later as .ubj or .json: trees with numeric splits, dart or gblinear"
+MAX_LEVELS = 4096
+"""Of a tree: the library goes down by calling itself, on a stack of few MiB."""
 _JSON = re.compile(rb'\s*\{\s*("version"\s*:\s*\[[\d\s,]{1,40}\]\s*,\s*)?"learner"\s*:\s*\{')
 _UBJSON = re.compile(rb"\{L\0{7}(\x07learner\{|\x07version\[.{1,60}?\x07learner\{)", re.DOTALL)
 _WHOLE = re.compile(r"\d{1,9}")
@@ -35,6 +37,7 @@ _NUMBER = r"-?\d{1,40}(\.\d{1,40})?([eE][-+]?\d{1,3})?"
 _BASE_SCORE = re.compile(rf"\[?{_NUMBER}(,{_NUMBER})*\]?", re.ASCII)
 _PARAMETER = re.compile(r"[A-Za-z0-9_:.,+\-\[\] ]{0,65536}", re.ASCII)
 _INT32 = 2**31 - 1
+_NO_PARENT = 2**31 - 1
 T = TypeVar("T")
 
 
@@ -284,7 +287,7 @@ def _tree(found: Any, place: int, features: int) -> dict[str, Any]:
     if len(_listed(tree.get("categories_nodes", ()))):
         _categorical()
     param = {
-        "num_deleted": str(_whole(told, "num_deleted", 0, "0")),
+        "num_deleted": "0",  # nodes that nothing leads to are leaves here
         "num_feature": str(features),
         "num_nodes": str(nodes),
         "size_leaf_vector": "1",
@@ -313,29 +316,48 @@ def _nodes(tree: Mapping[str, Any], count: int, features: int) -> dict[str, NDAr
         _damaged("a tree whose children don't stand together")
     if (feature[inner] >= features).any():
         _damaged("a tree that reads a feature which isn't there")
-    if (left[inner] <= np.flatnonzero(inner)).any():
-        _check_ends(left)
+    # Children that come later lead to an end, and a tree of few nodes has few levels: most need no walk.
+    if (left[inner] <= np.flatnonzero(inner)).any() or count > 2 * MAX_LEVELS:
+        _check_walk(left)
     stats = ("base_weights", "loss_changes", "split_conditions", "sum_hessian")
     indices: dict[str, NDArray[Any]] = {
         "left_children": left,
         "right_children": right,
-        "split_indices": feature,
-        "parents": _integers(tree.get("parents"), count, "parents", (-1, _INT32)),
+        "split_indices": np.where(inner, feature, 0),
+        "parents": _parents(left, inner),
         "default_left": _integers(tree.get("default_left"), count, "default_left", (0, 1)).astype(np.uint8),
     }
     return indices | {name: _floats(tree.get(name), count, name) for name in stats}
 
 
-def _check_ends(left: NDArray[np.int32]) -> None:
-    """Raises SealedFileDamaged where a node can be reached twice. Most trees need no such walk: children come later."""
-    level, seen = np.zeros(1, np.int32), 0
+def _parents(left: NDArray[np.int32], inner: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Made here: the library follows them while it loads. Raises SealedFileDamaged for a child of two."""
+    children = np.concatenate((left[inner], left[inner] + 1))
+    if len(children) and np.bincount(children).max() > 1:
+        _damaged("a tree with a child of two nodes")
+    # Deleted nodes are nobody's children, and only the root may have no parent.
+    parents = np.zeros(len(left), np.int32)
+    parents[0] = _NO_PARENT
+    parents[children] = np.tile(np.flatnonzero(inner), 2)
+    return parents
+
+
+def _check_walk(left: NDArray[np.int32]) -> None:
+    """Raises SealedFileDamaged where a node is reached twice or never; UnsupportedModel for too many levels."""
+    level, seen, levels = np.zeros(1, np.int32), 0, 0
+    inner = np.count_nonzero(left >= 0)
     while len(level):
-        seen += len(level)
-        if seen > len(left):
-            _damaged("a tree that leads back to itself")
         children = left[level]
         children = children[children >= 0]
+        seen += len(children)
+        levels += 1
+        if seen > inner:
+            _damaged("a tree that leads back to itself")
+        if levels > MAX_LEVELS:
+            _refused(f"an XGBoost model with a tree of over {MAX_LEVELS} levels")
         level = np.concatenate((children, children + 1))
+    if seen < inner:
+        _damaged("a tree with nodes that nothing leads to")
 
 
 def _listed(values: Any) -> Any:
