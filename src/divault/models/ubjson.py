@@ -133,20 +133,24 @@ def _write(value: Any, out: bytearray) -> None:
             out += _counted(name)
             _write(member, out)
         out += b"}"
-    elif isinstance(value, list):
+        return
+    if isinstance(value, list):
         out += b"[#L" + _LENGTH.pack(len(value))
         for member in value:
             _write(member, out)
-    elif isinstance(value, np.ndarray):
-        mark = _MARKS[value.dtype.name]
-        out += b"[$" + mark + b"#L" + _LENGTH.pack(len(value))
-        out += value.astype(_DTYPES[mark], copy=False).tobytes()
-    elif isinstance(value, str):
-        out += b"S" + _counted(value)
-    elif isinstance(value, float):
-        out += b"d" + struct.pack(">f", value)
-    else:
-        out += b"L" + _LENGTH.pack(value)
+        return
+    out += _array(value) if isinstance(value, np.ndarray) else _plain(value)
+
+
+def _array(values: NDArray[Any]) -> bytes:
+    mark = _MARKS[values.dtype.name]
+    return b"[$" + mark + b"#L" + _LENGTH.pack(len(values)) + values.astype(_DTYPES[mark], copy=False).tobytes()
+
+
+def _plain(value: str | float) -> bytes:
+    if isinstance(value, str):
+        return b"S" + _counted(value)
+    return b"d" + struct.pack(">f", value) if isinstance(value, float) else b"L" + _LENGTH.pack(value)
 
 
 def _counted(text: str) -> bytes:
