@@ -296,8 +296,8 @@ def test_missing_parts_are_named(classifier_files: Content) -> None:
     assert "tokenizer.json" in refusal(without).detail
     bare = {name: data for name, data in classifier_files.items() if name != "model.safetensors"}
     assert "model.safetensors" in refusal(bare).detail
-    masked = changed(classifier_files, "config.json", architectures=["BertForMaskedLM"])
-    assert "BertForMaskedLM" in refusal(masked).detail
+    masked = changed(classifier_files, "config.json", architectures=["BertForQuestionAnswering"])
+    assert "BertForQuestionAnswering" in refusal(masked).detail
     assert "modules.json" in refusal(changed(classifier_files, "config.json", architectures=["BertModel"])).detail
     tensors = read_safetensors(classifier_files["model.safetensors"])
     headless = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}

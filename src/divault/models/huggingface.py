@@ -1,23 +1,22 @@
-"""Hugging Face folders, from memory files, without a folder on disk: which task, and those that give numbers of texts.
+"""Hugging Face folders, from memory files, without a folder on disk: which task a folder is for.
 
-| folder with | task | `result` |
+| folder with | task | module |
 |---|---|---|
-| `...ForSequenceClassification` | text-classification | `{"predictions": [{"label", "score", "scores"}], "tokens"}` |
-| `modules.json` of sentence-transformers | embeddings | `{"embeddings": [[...]], "tokens"}` |
-| `...ForCausalLM`, `...LMHeadModel` | text-generation | see `text_generation` |
-
-One entry per text, in order. Scores are a softmax over the labels, or a sigmoid of each where the model has one label
-or is a multi-label one.
+| `modules.json` of sentence-transformers | embeddings | `text_heads` |
+| `...ForSequenceClassification` | text-classification | `text_heads` |
+| `...ForTokenClassification` | token-classification | `text_heads` |
+| `...ForMaskedLM` | fill-mask | `text_heads` |
+| `...ForCausalLM`, `...LMHeadModel` | text-generation | `text_generation` |
+| `...ForImageClassification` | image-classification | `images` |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
-from divault.models.base import Answer, Description, Inputs, LoadedModel
+from divault.errors import UnsupportedModel
+from divault.models.base import LoadedModel
 from divault.models.chat_template import ChatTemplate
 from divault.models.files import Folder
 from divault.models.huggingface_files import (
@@ -31,32 +30,35 @@ from divault.models.huggingface_files import (
     tokenizer_of,
     weights_of,
 )
+from divault.models.images import LoadedImages, Preparation
 from divault.models.pooling import Pooling, pooling_of
-from divault.models.rows import MAX_TEXTS, TextSpec
+from divault.models.text_encoder import TextEncoder
 from divault.models.text_generation import Language, LoadedGenerator
-from divault.models.torch_runtime import device_name, prepare, runtime
+from divault.models.text_heads import (
+    Head,
+    LoadedText,
+    classifier_head,
+    embedding_head,
+    labels_of,
+    mask_head,
+    token_head,
+)
+from divault.models.torch_runtime import prepare
 from divault.models.transformer_modules import network
 from divault.models.weights import read_weights
 from divault.values import MemoryFile
 
 if TYPE_CHECKING:
-    import torch
-    from tokenizers import Encoding, Tokenizer
     from transformers import PretrainedConfig
 
-TOKENS_PER_PASS = 16_384
-"""Padding included; bounds working memory whatever a caller sends."""
-_TOGETHER = 32
-"""Callers of one pass; their texts are sorted by length and run in parts of so many tokens."""
-_TOLERANCE = 1e-4
-"""Padding and other sizes of products: float32 adds in another order."""
-_TOKENS = {"type": "array", "items": {"type": "integer"}}
-"""How many the tokenizer made of each text, its special ones included."""
-_INPUT = TextSpec()
+_LONGEST_TOKEN = 100
 _CLASSES = {
     "": "AutoModel",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForMaskedLM": "AutoModelForMaskedLM",
     "ForCausalLM": "AutoModelForCausalLM",
+    "ForImageClassification": "AutoModelForImageClassification",
 }
 """The library's class for each end of an architecture's name; without one it is an encoder for embeddings."""
 
@@ -80,8 +82,28 @@ class HuggingFace:
         module = network(_CLASSES[head], config, weights).to(place)
         if head == "ForCausalLM":
             return LoadedGenerator(module, _language(folder, config), place)
-        encoder = _Encoder(module, tokenizer_of(folder, config), config.pad_token_id or 0, place)
-        return LoadedText(encoder, _embedding_head(pooling) if pooling else _classifier_head(config), place)
+        if head == "ForImageClassification":
+            return LoadedImages(module, Preparation.of(folder), labels_of(config), place)
+        encoder = TextEncoder(module, tokenizer_of(folder, config), config.pad_token_id or 0, place)
+        return LoadedText(encoder, _text_head(head, pooling, folder, config, encoder), place)
+
+
+def _text_head(
+    head: str, pooling: Pooling | None, folder: Folder, config: PretrainedConfig, encoder: TextEncoder
+) -> Head:
+    if pooling is not None:
+        return embedding_head(pooling)
+    if head == "ForMaskedLM":
+        return mask_head(encoder.tokenizer, _mask_token(folder, encoder))
+    return token_head(config) if head == "ForTokenClassification" else classifier_head(config)
+
+
+def _mask_token(folder: Folder, encoder: TextEncoder) -> str:
+    told = folder.json_object("tokenizer_config.json").get("mask_token")
+    text = told.get("content") if isinstance(told, dict) else told
+    if isinstance(text, str) and len(text) <= _LONGEST_TOKEN:
+        return text
+    return next((name for name in ("[MASK]", "<mask>") if encoder.tokenizer.token_to_id(name) is not None), "[MASK]")
 
 
 def _language(folder: Folder, config: PretrainedConfig) -> Language:
@@ -111,172 +133,3 @@ def _head_of(folder: Folder) -> str:
         seen=seen,
         supported=SUPPORTED,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """What becomes of the network's output."""
-
-    task: str
-    rows: Callable[[Any, torch.Tensor], torch.Tensor]
-    """float32 [n, width] of the network's output and the attention mask."""
-    result: Callable[[list[list[float]]], dict[str, Any]]
-    output_schema: Mapping[str, Any]
-    prompt: str = ""
-    lower_case: bool = False
-
-
-class _Encoder:
-    """Texts to rows of numbers, in passes of bounded size."""
-
-    def __init__(self, module: torch.nn.Module, tokenizer: Tokenizer, padding: int, device: torch.device) -> None:
-        self._module = module
-        self._tokenizer = tokenizer
-        self._padding = padding
-        self._device = device
-
-    def rows(self, texts: Sequence[str], head: _Head) -> tuple[list[list[float]], list[int]]:
-        """One row for each text, in order, and its number of tokens. Raises InputInvalid, ModelFailed."""
-        encodings = self._tokenizer.encode_batch(list(texts))
-        if not all(encoding.ids for encoding in encodings):
-            raise InputInvalid(
-                "text: nothing is left of a text after tokenizing",
-                field="text",
-                expected=_INPUT.expected,
-                example=_INPUT.example(),
-            )
-        order = sorted(range(len(texts)), key=lambda index: len(encodings[index].ids))
-        rows: list[list[float]] = [[] for _ in texts]
-        for part in _passes(order, encodings):
-            for index, row in zip(part, self._pass([encodings[index].ids for index in part], head), strict=True):
-                rows[index] = row
-        return rows, [len(encoding.ids) for encoding in encodings]
-
-    def _pass(self, ids: list[list[int]], head: _Head) -> list[list[float]]:
-        import torch
-
-        longest = max(map(len, ids))
-        padded = torch.tensor([row + [self._padding] * (longest - len(row)) for row in ids], device=self._device)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=self._device)
-        with torch.inference_mode():
-            output = head.rows(self._module(input_ids=padded, attention_mask=mask), mask)
-        if not torch.isfinite(output).all():
-            raise ModelFailed("the model gave a number that is not finite", kind="not_finite")
-        rows: list[list[float]] = output.cpu().tolist()
-        return rows
-
-
-def _passes(order: Sequence[int], encodings: Sequence[Encoding]) -> Iterator[list[int]]:
-    """Texts of similar length together, at most TOKENS_PER_PASS in a pass with its padding."""
-    part: list[int] = []
-    for index in order:
-        # Sorted by length: the newest is the longest.
-        if part and (len(part) + 1) * len(encodings[index].ids) > TOKENS_PER_PASS:
-            yield part
-            part = []
-        part.append(index)
-    yield part
-
-
-class LoadedText:
-    """A text model in memory."""
-
-    def __init__(self, encoder: _Encoder, head: _Head, device: torch.device) -> None:
-        self._encoder = encoder
-        self._head = head
-        self._description = Description(
-            format="huggingface",
-            task=head.task,
-            device=device_name(device),
-            input_schema=_INPUT.schema(),
-            output_schema=head.output_schema,
-            example=_INPUT.example(),
-            runtime=runtime("huggingface", device, ("transformers", "tokenizers", "safetensors")),
-            together=_TOGETHER,
-            tolerance=_TOLERANCE,
-        )
-        self.predict([Inputs(_INPUT.example(), {})])
-
-    @property
-    def description(self) -> Description:
-        """What it is and takes."""
-        return self._description
-
-    def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
-        """One answer per caller; texts of all callers share passes. Raises InputInvalid, ModelFailed."""
-        callers = [_texts(inputs) for inputs in batch]
-        prepared = [self._prepared(text) for texts in callers for text in texts]
-        found = iter(zip(*self._encoder.rows(prepared, self._head), strict=True))
-        answers = []
-        for texts in callers:
-            rows, tokens = zip(*(next(found) for _ in texts), strict=True)
-            answers.append(Answer(self._head.result(list(rows)) | {"tokens": list(tokens)}, len(texts)))
-        return answers
-
-    def _prepared(self, text: str) -> str:
-        text = self._head.prompt + text
-        return text.lower() if self._head.lower_case else text
-
-
-def _texts(inputs: Inputs) -> list[str]:
-    """The texts of one caller, who may send a list of inputs too. Raises InputInvalid."""
-    if not isinstance(inputs.data, list) or not 1 <= len(inputs.data) <= MAX_TEXTS:
-        return _INPUT.parse(inputs)
-    texts = [text for one in inputs.data for text in _INPUT.parse(Inputs(one, inputs.parameters))]
-    return _INPUT.parse(Inputs({"text": texts}, inputs.parameters))
-
-
-def _embedding_head(pooling: Pooling) -> _Head:
-    return _Head(
-        task="embeddings",
-        rows=lambda output, mask: pooling.apply(output.last_hidden_state, mask),
-        result=lambda rows: {"embeddings": rows},
-        output_schema={
-            "type": "object",
-            "required": ["embeddings", "tokens"],
-            "properties": {
-                "embeddings": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
-                "tokens": _TOKENS,
-            },
-        },
-        prompt=pooling.prompt,
-        lower_case=pooling.lower_case,
-    )
-
-
-def _classifier_head(config: PretrainedConfig) -> _Head:
-    names: Any = config.id2label
-    labels = tuple(str(names[index])[:200] for index in sorted(names))
-    if len(set(labels)) != len(labels):
-        raise SealedFileDamaged("two labels in config.json have the same name", stage="payload")
-    each = len(labels) == 1 or config.problem_type == "multi_label_classification"
-    return _Head(
-        task="text-classification",
-        rows=lambda output, mask: output.logits.sigmoid() if each else output.logits.softmax(dim=-1),  # noqa: ARG005
-        result=lambda rows: {"predictions": [_prediction(labels, row) for row in rows]},
-        output_schema={
-            "type": "object",
-            "required": ["predictions", "tokens"],
-            "properties": {
-                "predictions": {"type": "array", "items": _prediction_schema(labels)},
-                "tokens": _TOKENS,
-            },
-        },
-    )
-
-
-def _prediction(labels: Sequence[str], row: list[float]) -> dict[str, Any]:
-    best = max(range(len(row)), key=row.__getitem__)
-    return {"label": labels[best], "score": row[best], "scores": dict(zip(labels, row, strict=True))}
-
-
-def _prediction_schema(labels: Sequence[str]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "required": ["label", "score", "scores"],
-        "properties": {
-            "label": {"enum": list(labels)},
-            "score": {"type": "number", "minimum": 0, "maximum": 1},
-            "scores": {"type": "object", "additionalProperties": {"type": "number"}},
-        },
-    }

@@ -36,12 +36,22 @@ ENCODERS = frozenset(_TYPE_NAMES.split())
 """Encoders of text whose classes live in transformers itself."""
 DECODERS = frozenset(_DECODER_NAMES.split())
 """Causal language models of the same kind."""
-TYPES_BY_HEAD = {"": ENCODERS, "ForSequenceClassification": ENCODERS, "ForCausalLM": DECODERS}
+VISION = frozenset({"beit", "convnext", "convnextv2", "deit", "dinov2", "mobilenet_v2", "resnet", "swin", "vit"})
+"""Networks of images of the same kind."""
+TYPES_BY_HEAD = {
+    "": ENCODERS,
+    "ForSequenceClassification": ENCODERS,
+    "ForTokenClassification": ENCODERS,
+    "ForMaskedLM": ENCODERS,
+    "ForCausalLM": DECODERS,
+    "ForImageClassification": VISION,
+}
 """Model types by the end of the architecture's name; without an end: an encoder for embeddings."""
-TYPES = ENCODERS | DECODERS
+TYPES = ENCODERS | DECODERS | VISION
 SUPPORTED = (
-    f"text classification and sentence embeddings with {', '.join(sorted(ENCODERS))}; text generation with "
-    f"{', '.join(sorted(DECODERS))}"
+    "text and token classification, masks and sentence embeddings with "
+    f"{', '.join(sorted(ENCODERS))}; text generation with "
+    f"{', '.join(sorted(DECODERS))}; image classification with {', '.join(sorted(VISION))}"
 )
 
 MAX_NUMBER = 1 << 20

@@ -16,7 +16,7 @@ SUPPORTED = (
     "PyTorch state dict or safetensors with an architecture in divault.json",
     "ONNX with its data inside the file",
     "XGBoost (.ubj or .json) or LightGBM (text) as save_model writes them",
-    "Hugging Face directory in a tar, for text classification, embeddings or text generation",
+    "Hugging Face directory in a tar, for embeddings, labels of texts, tokens or images, masks or text generation",
 )
 SUPPORTED_TEXT = "; ".join(SUPPORTED)
 

@@ -1,0 +1,265 @@
+"""Image classification with networks of Hugging Face folders.
+
+`{"image"}` is a PNG, JPEG or WebP file in base64 or a list of them (extra `images`), `{"pixels"}` rows of rows of red,
+green and blue from 0 to 255, or a list of such images. What `preprocessor_config.json` says is done with each: resize,
+crop, rescale, normalise. The result is `{"predictions": [{"label", "score", "scores"}]}`, one for each image.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged
+from divault.models.base import Answer, Description, Inputs
+from divault.models.files import Folder
+from divault.models.text_heads import prediction, prediction_schema
+from divault.models.torch_runtime import device_name, runtime
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+MAX_IMAGES = 64
+MAX_PIXELS = 16_000_000
+"""Of one image, before it is resized: 48 MB as bytes, whatever its file claims."""
+FORMATS = ("PNG", "JPEG", "WEBP")
+_PER_PASS = 16
+_TOGETHER = 16
+_TOLERANCE = 1e-4
+_LARGEST_SIDE = 2048
+_SMALL = 384
+"""Networks with `crop_pct` resize to more and crop below this size, and only resize from it on."""
+_EXAMPLE = {"pixels": [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]]}
+_EXPECTED = (
+    '{"image": ...} with a PNG, JPEG or WebP file in base64, or {"pixels": ...} with rows of rows of three numbers '
+    f"from 0 to 255; or a list of 1 to {MAX_IMAGES} of them"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What is done with an image before the network sees it."""
+
+    height: int
+    width: int
+    crop: tuple[int, int] | None = None
+    """Height and width that are cut out of the middle."""
+    shortest: int | None = None
+    """The shorter side's length, instead of height and width."""
+    resample: int = 2
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    deviation: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    @classmethod
+    def of(cls, folder: Folder) -> Preparation:
+        """As `preprocessor_config.json` says. Raises SealedFileDamaged."""
+        told = folder.json_object("preprocessor_config.json")
+        size, crop = _size(told.get("size", 224)), None
+        shortest = size.get("shortest_edge")
+        if told.get("do_center_crop"):
+            cut = _size(told.get("crop_size", 224))
+            crop = (cut.get("height", cut.get("shortest_edge", 224)), cut.get("width", cut.get("shortest_edge", 224)))
+        share = told.get("crop_pct")
+        if shortest is not None and isinstance(share, int | float) and 0.1 <= share <= 1:
+            crop = (shortest, shortest)
+            shortest = int(shortest / share) if shortest < _SMALL else None
+        edge = size.get("shortest_edge", 224)
+        return cls(
+            size.get("height", edge),
+            size.get("width", edge),
+            crop if crop is None or shortest is not None or told.get("do_center_crop") else None,
+            shortest,
+            _choice(told.get("resample", 2)),
+            _number(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 1.0,
+            _colours(told.get("image_mean"), 0.0) if told.get("do_normalize", True) else (0.0,) * 3,
+            _colours(told.get("image_std"), 1.0) if told.get("do_normalize", True) else (1.0,) * 3,
+        )
+
+    def apply(self, image: Image) -> NDArray[np.float32]:
+        """float32 [3, height, width] of an RGB image."""
+        if self.shortest is not None:
+            longest = int(self.shortest * max(image.size) / min(image.size))
+            size = (self.shortest, longest) if image.width <= image.height else (longest, self.shortest)
+        else:
+            size = (self.width, self.height)
+        image = image.resize(size, self.resample)
+        if self.crop is not None:
+            top, left = (image.height - self.crop[0]) // 2, (image.width - self.crop[1]) // 2
+            image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        pixels = np.asarray(image, dtype=np.float32) * np.float32(self.scale)
+        even = (pixels - np.array(self.mean, np.float32)) / np.array(self.deviation, np.float32)
+        return np.ascontiguousarray(even.transpose(2, 0, 1), dtype=np.float32)
+
+
+class LoadedImages:
+    """An image classifier in memory."""
+
+    def __init__(
+        self, module: torch.nn.Module, preparation: Preparation, labels: Sequence[str], device: torch.device
+    ) -> None:
+        self._module = module
+        self._preparation = preparation
+        self._labels = labels
+        self._device = device
+        self._description = Description(
+            format="huggingface",
+            task="image-classification",
+            device=device_name(device),
+            input_schema=_input_schema(),
+            output_schema={
+                "type": "object",
+                "required": ["predictions"],
+                "properties": {"predictions": {"type": "array", "items": prediction_schema(labels)}},
+            },
+            example=_EXAMPLE,
+            runtime=runtime("huggingface", device, ("transformers", "safetensors", "pillow")),
+            together=_TOGETHER,
+            tolerance=_TOLERANCE,
+        )
+        self.predict([Inputs(_EXAMPLE, {})])
+
+    @property
+    def description(self) -> Description:
+        """What it is and takes."""
+        return self._description
+
+    def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
+        """One answer per caller; images of all callers share passes. Raises InputInvalid, ModelFailed."""
+        callers = [[self._preparation.apply(image) for image in _images(inputs)] for inputs in batch]
+        images = [image for mine in callers for image in mine]
+        rows = iter([row for at in range(0, len(images), _PER_PASS) for row in self._pass(images[at : at + _PER_PASS])])
+        return [
+            Answer({"predictions": [prediction(self._labels, next(rows)) for _ in mine]}, len(mine)) for mine in callers
+        ]
+
+    def _pass(self, images: list[NDArray[np.float32]]) -> list[list[float]]:
+        import torch
+
+        with torch.inference_mode():
+            scores = self._module(pixel_values=torch.from_numpy(np.stack(images)).to(self._device)).logits.softmax(-1)
+        if scores.shape[-1] != len(self._labels):
+            raise ModelFailed("the network has another number of outputs than labels", kind="output_shape")
+        if not torch.isfinite(scores).all():
+            raise ModelFailed("the model gave a number that is not finite", kind="not_finite")
+        rows: list[list[float]] = scores.cpu().tolist()
+        return rows
+
+
+def _images(inputs: Inputs) -> list[Image]:
+    data = inputs.data
+    if inputs.parameters:
+        _refuse("parameters", "this model has no parameters")
+    if not isinstance(data, dict) or len(data) != 1 or not data.keys() <= {"image", "pixels"}:
+        _refuse("input_data", "exactly one of image and pixels is taken")
+    ((name, value),) = data.items()
+    if name == "image":
+        files = value if isinstance(value, list) else [value]
+        return [_decoded(file) for file in _some(name, files)]
+    alone = not (isinstance(value, list) and value and isinstance(value[0], list) and _is_image(value[0]))
+    return [_drawn(rows) for rows in _some(name, [value] if alone else value)]
+
+
+def _some(name: str, values: list[Any]) -> list[Any]:
+    if not 1 <= len(values) <= MAX_IMAGES:
+        _refuse(name, f"{len(values)} images")
+    return values
+
+
+def _is_image(value: list[Any]) -> bool:
+    """Whether this is an image in a list of them: rows of rows of pixels."""
+    return bool(value) and isinstance(value[0], list) and bool(value[0]) and isinstance(value[0][0], list)
+
+
+def _decoded(text: Any) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        raw = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    except (binascii.Error, ValueError):
+        _refuse("image", "that is no base64")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(raw), formats=FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                _refuse("image", f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
+            return image.convert("RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombWarning, Image.DecompressionBombError):
+        _refuse("image", f"no {', '.join(FORMATS)} file")
+    except (OSError, ValueError, SyntaxError, EOFError) as err:
+        _refuse("image", f"a damaged file: {str(err)[:100]}")
+
+
+def _drawn(rows: Any) -> Image:
+    from PIL import Image
+
+    try:
+        pixels = np.array(rows)
+    except ValueError:
+        _refuse("pixels", "its rows differ in length")
+    if pixels.dtype.kind not in "iu" or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        _refuse("pixels", f"whole numbers of the shape {list(pixels.shape)[:4]}")
+    if pixels.shape[0] * pixels.shape[1] > MAX_PIXELS or pixels.min() < 0 or pixels.max() > 255:
+        _refuse("pixels", "a number below 0 or over 255, or too many")
+    return Image.fromarray(pixels.astype(np.uint8), "RGB")
+
+
+def _size(told: Any) -> dict[str, int]:
+    size = {"height": told, "width": told} if isinstance(told, int) else told
+    if not isinstance(size, dict):
+        _damaged("size")
+    for side in size.values():
+        if type(side) is not int or not 1 <= side <= _LARGEST_SIDE:
+            _damaged("size")
+    return size
+
+
+def _choice(told: Any) -> int:
+    if type(told) is not int or not 0 <= told <= 5:
+        _damaged("resample")
+    return told
+
+
+def _number(told: Any) -> float:
+    if type(told) not in (int, float) or not 0 < told <= 255:
+        _damaged("rescale_factor")
+    return float(told)
+
+
+def _colours(told: Any, without: float) -> tuple[float, ...]:
+    values = [without] * 3 if told is None else told
+    fits = isinstance(values, list) and len(values) == 3 and all(type(one) in (int, float) for one in values)
+    if not fits or (without == 1.0 and min(values) <= 0):
+        _damaged("image_mean or image_std")
+    return tuple(map(float, values))
+
+
+def _damaged(name: str) -> NoReturn:
+    raise SealedFileDamaged(f"preprocessor_config.json: {name} doesn't hold", stage="payload")
+
+
+def _refuse(field: str, what: str) -> NoReturn:
+    raise InputInvalid(
+        f"{field}: {what}; this model takes {_EXPECTED}", field=field, expected=_EXPECTED, example=_EXAMPLE
+    )
+
+
+def _input_schema() -> dict[str, Any]:
+    file = {"type": "string", "contentEncoding": "base64"}
+    colour = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}, "minItems": 3, "maxItems": 3}
+    image = {"type": "array", "items": {"type": "array", "items": colour}}
+    properties = {
+        "image": {"anyOf": [file, {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_IMAGES}]},
+        "pixels": {"anyOf": [image, {"type": "array", "items": image, "minItems": 1, "maxItems": MAX_IMAGES}]},
+    }
+    return {"type": "object", "properties": properties, "minProperties": 1, "maxProperties": 1}

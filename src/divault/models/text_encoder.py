@@ -1,0 +1,82 @@
+"""Texts through an encoder of transformers: tokens, passes of bounded size, and what is read out of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from divault.errors import InputInvalid, ModelFailed
+from divault.models.rows import TextSpec
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Encoding, Tokenizer
+
+T = TypeVar("T")
+Scores = Callable[[Any, "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+"""From the network's output, the attention mask and the token ids to a tensor with a row for each text."""
+TOKENS_PER_PASS = 16_384
+"""Padding included; bounds working memory whatever a caller sends."""
+TOGETHER = 32
+"""Callers of one pass; their texts are sorted by length and run in parts of so many tokens."""
+TOLERANCE = 1e-4
+"""Padding and other sizes of products: float32 adds in another order."""
+INPUT = TextSpec()
+
+
+class TextEncoder:
+    """Texts to what a head gives for them, in passes of bounded size."""
+
+    def __init__(self, module: torch.nn.Module, tokenizer: Tokenizer, padding: int, device: torch.device) -> None:
+        self.tokenizer = tokenizer
+        self._module = module
+        self._padding = padding
+        self._device = device
+
+    def read(
+        self, texts: Sequence[str], scores: Scores, part: Callable[[str, Encoding, Any], T]
+    ) -> list[tuple[T, int]]:
+        """What `part` makes of each text, its tokens and its row of scores as nested lists; and its number of tokens.
+
+        In the order of the texts. Raises InputInvalid, ModelFailed, and what `part` raises.
+        """
+        encodings = self.tokenizer.encode_batch(list(texts))
+        if not all(encoding.ids for encoding in encodings):
+            raise InputInvalid(
+                "text: nothing is left of a text after tokenizing",
+                field="text",
+                expected=INPUT.expected,
+                example=INPUT.example(),
+            )
+        order = sorted(range(len(texts)), key=lambda index: len(encodings[index].ids))
+        found: dict[int, tuple[T, int]] = {}
+        for indexes in _passes(order, encodings):
+            rows = self._pass([encodings[index].ids for index in indexes], scores)
+            for index, row in zip(indexes, rows, strict=True):
+                found[index] = part(texts[index], encodings[index], row), len(encodings[index].ids)
+        return [found[index] for index in range(len(texts))]
+
+    def _pass(self, ids: list[list[int]], scores: Scores) -> list[Any]:
+        import torch
+
+        longest = max(map(len, ids))
+        padded = torch.tensor([row + [self._padding] * (longest - len(row)) for row in ids], device=self._device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=self._device)
+        with torch.inference_mode():
+            output = scores(self._module(input_ids=padded, attention_mask=mask), mask, padded)
+        if not torch.isfinite(output).all():
+            raise ModelFailed("the model gave a number that is not finite", kind="not_finite")
+        rows: list[Any] = output.cpu().tolist()
+        return rows
+
+
+def _passes(order: Sequence[int], encodings: Sequence[Encoding]) -> Iterator[list[int]]:
+    """Texts of similar length together, at most TOKENS_PER_PASS in a pass with its padding."""
+    part: list[int] = []
+    for index in order:
+        # Sorted by length: the newest is the longest.
+        if part and (len(part) + 1) * len(encodings[index].ids) > TOKENS_PER_PASS:
+            yield part
+            part = []
+        part.append(index)
+    yield part

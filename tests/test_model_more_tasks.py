@@ -1,0 +1,306 @@
+"""Entities, masks and images: what transformers itself gives, and every other input refused."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+from divault.errors import InputInvalid, SealedFileDamaged, UnsupportedModel
+from divault.models.base import Inputs, LoadedModel
+from divault.models.huggingface import HuggingFace
+from divault.models.text_heads import _entities
+from divault.workers.pool import WorkerPool
+from tests.memory_models import as_json, folder_content, json_of, load, tiny_classifier
+from tests.worker_models import call, hold, opened
+
+Content = dict[str, bytes]
+TEXTS = ["the film was good", "a very bad book", "the book"]
+
+
+def tiny(folder: Path, kind: str, **config: Any) -> Content:
+    """A BERT of another head over the same words."""
+    import transformers
+
+    tiny_classifier(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[MASK]"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    sizes = json_of((folder / "config.json").read_bytes())
+    kept = {name: sizes[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    kept |= {"intermediate_size": 32, "max_position_embeddings": 32, "vocab_size": tokenizer.get_vocab_size()}
+    torch.manual_seed(11)
+    model = getattr(transformers, kind)(transformers.BertConfig(**kept, **config))
+    model.save_pretrained(folder)
+    return folder_content(folder)
+
+
+def said(model: LoadedModel, data: Any, **parameters: Any) -> Any:
+    return model.predict([Inputs(data, parameters)])[0].result
+
+
+# --- entities ---------------------------------------------------------------------------------------------------------
+
+NAMES = {"id2label": {0: "O", 1: "B-PER", 2: "I-PER", 3: "LOC"}, "label2id": {"O": 0, "B-PER": 1, "I-PER": 2, "LOC": 3}}
+
+
+@pytest.fixture(scope="module")
+def token_files(tmp_path_factory: pytest.TempPathFactory) -> Content:
+    return tiny(tmp_path_factory.mktemp("tokens"), "BertForTokenClassification", **NAMES)
+
+
+def test_entities_are_those_of_the_library(token_files: Content, tmp_path: Path) -> None:
+    from transformers import BertForTokenClassification, PreTrainedTokenizerFast
+
+    for name, data in token_files.items():
+        (tmp_path / name).write_bytes(data)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="[PAD]")
+    theirs = BertForTokenClassification.from_pretrained(tmp_path).eval()
+    result = said(load(HuggingFace(), token_files), {"text": TEXTS})
+
+    assert result["tokens"] == [len(ids) for ids in tokenizer(TEXTS).input_ids]
+    for text, entities in zip(TEXTS, result["entities"], strict=True):
+        encoded = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+        offsets = encoded.pop("offset_mapping")[0].tolist()
+        with torch.no_grad():
+            shares = theirs(input_ids=encoded["input_ids"]).logits.softmax(-1)[0]
+        labels = [theirs.config.id2label[int(row.argmax())] for row in shares]
+        covered = {place for entity in entities for place in range(entity["start"], entity["end"])}
+        for (start, end), label in zip(offsets[1:-1], labels[1:-1], strict=True):
+            assert (start in covered) is (label != "O")
+            if label != "O":
+                mine = next(entity for entity in entities if entity["start"] <= start < entity["end"])
+                assert mine["label"] == label.removeprefix("B-").removeprefix("I-")
+                assert mine["text"] == text[mine["start"] : mine["end"]]
+                assert end <= mine["end"]
+
+
+def test_labels_are_joined_to_entities() -> None:
+    from tokenizers import models, pre_tokenizers
+
+    words = ["[UNK]", "Ada", "Lovelace", "met", "Charles", "in", "London"]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    text = "Ada Lovelace met Charles in London"
+    labels = ["O", "B-PER", "I-PER", "LOC"]
+    chosen = [1, 2, 0, 1, 0, 3]
+    rows = [[0.9 if place == best else 0.02 for place in range(4)] for best in chosen]
+    found = _entities(labels, text, tokenizer.encode(text), rows)
+
+    assert [(one["label"], one["text"]) for one in found] == [
+        ("PER", "Ada Lovelace"), ("PER", "Charles"), ("LOC", "London")
+    ]  # fmt: skip
+    assert found[0]["score"] == pytest.approx(0.9)
+    apart = _entities(labels, "Ada Charles", tokenizer.encode("Ada Charles"), [rows[0], rows[0]])
+    assert [one["text"] for one in apart] == ["Ada", "Charles"], "two that begin are two"
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mask_files(tmp_path_factory: pytest.TempPathFactory) -> Content:
+    return tiny(tmp_path_factory.mktemp("masks"), "BertForMaskedLM")
+
+
+def test_masks_are_filled_as_the_library_does(mask_files: Content, tmp_path: Path) -> None:
+    from transformers import BertForMaskedLM, PreTrainedTokenizerFast
+
+    for name, data in mask_files.items():
+        (tmp_path / name).write_bytes(data)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), mask_token="[MASK]")
+    theirs = BertForMaskedLM.from_pretrained(tmp_path).eval()
+    model = load(HuggingFace(), mask_files)
+    texts = ["the film was [MASK]", "a very bad [MASK] it is"]
+    result = said(model, {"text": texts}, top_k=3)
+
+    for text, fills in zip(texts, result["fills"], strict=True):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            shares = theirs(input_ids=ids).logits[0, (ids[0] == tokenizer.mask_token_id).nonzero()[0, 0]].softmax(-1)
+        best = shares.topk(3)
+        assert [fill["token"] for fill in fills] == [tokenizer.decode([int(i)]) for i in best.indices]
+        assert [fill["score"] for fill in fills] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert fills[0]["text"] == text.replace("[MASK]", fills[0]["token"])
+    assert len(said(model, {"text": texts[0]})["fills"][0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("data", "parameters"),
+    [
+        ({"text": "no mask"}, {}), ({"text": "[MASK] [MASK]"}, {}), ({"text": "[MASK]"}, {"top_k": 0}),
+        ({"text": "[MASK]"}, {"top_k": 101}), ({"text": "[MASK]"}, {"top_k": True}), ({"text": "[MASK]"}, {"k": 1}),
+        ({"text": []}, {}),
+    ],
+)  # fmt: skip
+def test_other_masks_are_refused(mask_files: Content, data: Any, parameters: dict[str, Any]) -> None:
+    model = load(HuggingFace(), mask_files)
+    with pytest.raises(InputInvalid):
+        said(model, data, **parameters)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+SIZE = {"height": 32, "width": 32}
+HOW = {"size": SIZE, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 3, "do_resize": True}
+
+
+def tiny_network(folder: Path, kind: str, how: dict[str, Any]) -> Content:
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    sizes: dict[str, dict[str, Any]] = {
+        "vit": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        | {"image_size": 32, "patch_size": 8},
+        "resnet": {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"},
+    }
+    labels = {"id2label": {0: "cat", 1: "dog", 2: "bird"}, "label2id": {"cat": 0, "dog": 1, "bird": 2}}
+    torch.manual_seed(5)
+    model = AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **sizes[kind], **labels))
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_bytes(as_json(how))
+    return folder_content(folder)
+
+
+@pytest.fixture(scope="module")
+def image_files(tmp_path_factory: pytest.TempPathFactory) -> Content:
+    return tiny_network(tmp_path_factory.mktemp("vit"), "vit", HOW)
+
+
+def picture(width: int = 40, height: int = 30) -> Image.Image:
+    random = np.random.default_rng(3)
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8), "RGB")
+
+
+def in_base64(image: Image.Image, form: str = "PNG", **how: Any) -> str:
+    out = io.BytesIO()
+    image.save(out, form, **how)
+    return base64.b64encode(out.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("vit", HOW),
+        ("resnet", HOW | {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": SIZE}),
+    ],
+)
+def test_images_are_prepared_and_told_as_the_library_does(tmp_path: Path, kind: str, how: dict[str, Any]) -> None:
+    from transformers import AutoModelForImageClassification
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    files = tiny_network(tmp_path, kind, how)
+    theirs = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    processor = ViTImageProcessorPil(**{"do_rescale": True, "do_normalize": True} | how)
+    images = [picture(), picture(50, 90)]
+    with torch.no_grad():
+        expected = [
+            theirs(pixel_values=processor(image, return_tensors="pt")["pixel_values"]).logits.softmax(-1)[0].tolist()
+            for image in images
+        ]
+    result = said(load(HuggingFace(), files), {"image": [in_base64(image) for image in images]})
+
+    for one, row in zip(result["predictions"], expected, strict=True):
+        assert list(one["scores"].values()) == pytest.approx(row, abs=2e-3)
+        assert one["score"] == max(one["scores"].values())
+
+
+def test_pixels_and_files_give_the_same(image_files: Content) -> None:
+    model, image = load(HuggingFace(), image_files), picture()
+    pixels = np.asarray(image).tolist()
+
+    assert said(model, {"pixels": pixels}) == said(model, {"image": in_base64(image)})
+    assert (
+        said(model, {"pixels": [pixels, pixels]})["predictions"][1]
+        == said(model, {"pixels": [pixels]})["predictions"][0]
+    )
+    assert len(said(model, {"image": [in_base64(image, "JPEG"), in_base64(image, "WEBP")]})["predictions"]) == 2
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"image": "no base64!"}, {"image": base64.b64encode(b"GIF89a").decode()}, {"image": []}, {"image": 3}, {},
+        {"image": in_base64(picture(), "GIF")}, {"image": in_base64(picture(), "BMP")}, {"pixels": [[1, 2, 3]]},
+        {"image": in_base64(picture())[:200] + "="}, {"pixels": [[[1, 2]]]}, {"pixels": [[[0, 0, 256]]]},
+        {"pixels": []},
+        {"pixels": [[[0.5, 0, 0]]]}, {"pixels": [[[0, 0, -1]]]}, {"pixels": [[[0, 0, 0]], [[0, 0, 0], [0, 0, 0]]]},
+        {"image": in_base64(picture()), "pixels": [[[0, 0, 0]]]}, {"image": [in_base64(picture())] * 65},
+    ],
+)  # fmt: skip
+def test_other_images_are_refused_with_an_example(image_files: Content, data: Any) -> None:
+    model = load(HuggingFace(), image_files)
+    with pytest.raises(InputInvalid) as caught:
+        said(model, data)
+    assert caught.value.data["example"]
+
+
+def test_a_file_that_claims_to_be_huge_is_not_unpacked(image_files: Content) -> None:
+    bomb = in_base64(Image.new("L", (20_000, 20_000)), optimize=True)
+    with pytest.raises(InputInvalid):
+        said(load(HuggingFace(), image_files), {"image": bomb})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"size": 0}, {"size": 1_000_000}, {"resample": 9}, {"image_std": [0, 1, 1]}, {"image_mean": [1]}, {"size": "big"}],
+)
+def test_a_preparation_that_does_not_hold_is_no_model(image_files: Content, wrong: dict[str, Any]) -> None:
+    with pytest.raises(SealedFileDamaged):
+        load(HuggingFace(), image_files | {"preprocessor_config.json": as_json(HOW | wrong)})
+
+
+def test_a_text_type_with_a_head_for_images_is_refused(image_files: Content) -> None:
+    told = json_of(image_files["config.json"]) | {"model_type": "bert"}
+    with pytest.raises(UnsupportedModel):
+        load(HuggingFace(), image_files | {"config.json": as_json(told)})
+
+
+# --- alone and together, and confined ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["token", "mask", "image"])
+def test_an_answer_is_the_same_beside_others(
+    task: str, token_files: Content, mask_files: Content, image_files: Content
+) -> None:
+    files = {"token": token_files, "mask": mask_files, "image": image_files}[task]
+    model = load(HuggingFace(), files)
+    ours: dict[str, Any] = {
+        "token": [{"text": text} for text in TEXTS],
+        "mask": [{"text": "the [MASK]"}, {"text": "a very very very bad [MASK] it is"}],
+        "image": [{"image": in_base64(picture(w, 30))} for w in (30, 50, 70)],
+    }
+    together = model.predict([Inputs(data, {}) for data in ours[task]])
+
+    for data, answer in zip(ours[task], together, strict=True):
+        assert close(answer.result, said(model, data), model.description.tolerance)
+    assert model.description.together > 1
+
+
+def close(one: Any, other: Any, tolerance: float) -> bool:
+    if isinstance(one, float):
+        return abs(one - other) <= tolerance * max(1.0, abs(other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[name], other[name], tolerance) for name in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(close(a, b, tolerance) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+async def test_a_confined_worker_decodes_images(image_files: Content) -> None:
+    pool, model = WorkerPool(predict_timeout_s=30, load_timeout_s=60), opened(image_files)
+    try:
+        loaded = await pool.load(model)
+        output = await pool.run(model, hold(model), call(model, {"image": in_base64(picture(), "JPEG")}))
+    finally:
+        await pool.close()
+
+    assert loaded.sandbox == "standard"
+    assert loaded.description.task == "image-classification"
+    assert json_of(output.result)["predictions"][0]["label"] in ("cat", "dog", "bird")
