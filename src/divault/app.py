@@ -45,6 +45,7 @@ from divault.storage.fetcher import Fetcher
 from divault.storage.gateway import GatewayStorage
 from divault.storage.kavach import Kavach, KeyAccess
 from divault.telemetry import configure_logs, log
+from divault.traces import Traces
 from divault.values import Address, Digest, Secret, Usdc
 from divault.vault.age import Identity
 from divault.vault.keys import NodeIdentity
@@ -109,10 +110,19 @@ async def running(settings: Settings, url: str | None = None) -> AsyncIterator[A
                 settings.divault_max_body_bytes,
                 metrics,
                 metrics_for=settings.divault_metrics,
+                traces=_traces(settings, stack),
                 log_successes=settings.debug,
                 cors_origins=settings.divault_cors_origins,
             ),
         )
+
+
+def _traces(settings: Settings, stack: AsyncExitStack) -> Traces | None:
+    if settings.divault_otlp_endpoint is None:
+        return None
+    traces = Traces.to(settings.divault_otlp_endpoint)
+    stack.push_async_callback(asyncio.to_thread, traces.close)
+    return traces
 
 
 async def serve(settings: Settings, *, until_eof: bool = False) -> None:

@@ -42,6 +42,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from divault.traces import current
+
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of times: from a signature check to the longest run."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -114,6 +116,8 @@ class Lap:
         if found is None:
             found = self._steps[step] = Histogram()
         found.observe(now - self._then)
+        if (trace := current.get()) is not None:
+            trace.step(step, now - self._then)
         self._then = now
 
 

@@ -152,6 +152,11 @@ class Settings(BaseModel):
         "local", description="who may read /metrics: nobody, this machine without a proxy, or everybody"
     )
 
+    divault_otlp_endpoint: str | None = Field(
+        None,
+        description="OTLP collector for traces, by HTTP: http://127.0.0.1:4318/v1/traces (extra otel)",
+    )
+
     # --- development ---
     divault_anvil: Path | None = Field(None, description="the anvil executable that `divault demo --anvil` runs")
 

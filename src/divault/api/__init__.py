@@ -23,6 +23,7 @@ from divault.errors import BadRequest, DivaultError, MethodNotAllowed, RouteUnkn
 from divault.limits import PeerLimits
 from divault.metrics import Metrics
 from divault.telemetry import new_request_id
+from divault.traces import Traces
 
 __all__ = ["ApiLimits", "Node", "create_api"]
 
@@ -40,6 +41,7 @@ class ApiLimits:
     metrics: Metrics = field(default_factory=Metrics)
     metrics_for: MetricsFor = "off"
     """Who may read `/metrics`: nobody, this machine alone, everybody."""
+    traces: Traces | None = None
     log_successes: bool = False
     cors_origins: Sequence[str] = ()
     """Browser origins that may call; none by default."""
@@ -58,7 +60,7 @@ def create_api(node: Node, limits: ApiLimits) -> ASGIApp:
     hot = HotRoutes(app, hot_handlers(node), Presence())
     guarded: ASGIApp = Guard(hot, limits=limits.peers, max_body_bytes=limits.max_body_bytes)
     templates = [getattr(route, "path", "") for route in (*router.routes, *app.routes)]
-    guarded = Measured(guarded, limits.metrics, Routes(templates), verbose=limits.log_successes)
+    guarded = Measured(guarded, limits.metrics, Routes(templates), traces=limits.traces, verbose=limits.log_successes)
     if limits.cors_origins:
         guarded = CORSMiddleware(
             guarded,

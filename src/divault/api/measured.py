@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from divault.metrics import Metrics
 from divault.telemetry import log, new_request_id
+from divault.traces import Traces, current
 
 CODE_HEADER = b"divault-code"
 """Header of every error answer: its code, for programs that don't read the body."""
@@ -44,9 +45,12 @@ class Routes:
 class Measured:
     """Counts what `app` answers."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Routes, *, verbose: bool = False) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, routes: Routes, *, traces: Traces | None = None, verbose: bool = False
+    ) -> None:
         """`verbose`: lines about successes too."""
         self._app = app
+        self._traces = traces
         self._verbose = verbose
         self._metrics = metrics
         self._routes = routes
@@ -57,14 +61,18 @@ class Measured:
             await self._app(scope, receive, send)
             return
         seen = _Seen(send)
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        trace = None if self._traces is None else self._traces.begin(method, _parent(scope))
+        current.set(trace)
         began = time.perf_counter()
         try:
             await self._app(scope, receive, seen)
         finally:
-            self._tell(scope, seen, time.perf_counter() - began)
+            self._tell(scope, method, seen, time.perf_counter() - began)
+            if trace is not None:
+                trace.end(self._routes.template(scope["path"]), seen.status, seen.code, seen.id)
 
-    def _tell(self, scope: Scope, seen: _Seen, seconds: float) -> None:
-        method = scope["method"] if scope["method"] in _METHODS else "other"
+    def _tell(self, scope: Scope, method: str, seen: _Seen, seconds: float) -> None:
         route = self._routes.template(scope["path"])
         self._metrics.request(route, method, seen.status, seconds, seen.code)
         if seen.status < 400 and not self._verbose:  # making a line that nobody reads costs more than the rest
@@ -79,6 +87,15 @@ class Measured:
             code=seen.code,
             milliseconds=round(seconds * 1e3, 3),
         )
+
+
+def _parent(scope: Scope) -> dict[str, str]:
+    """The headers that say which trace a request belongs to."""
+    return {
+        name.decode("latin-1"): value.decode("latin-1")
+        for name, value in scope["headers"]
+        if name in (b"traceparent", b"tracestate")
+    }
 
 
 class _Seen:
