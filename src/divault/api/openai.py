@@ -48,21 +48,42 @@ _COMPLETION_TOKENS = 16
 """Default of `max_tokens` where the interface has always had it."""
 
 
+class _Glance(msgspec.Struct, frozen=True):
+    """What has to be known of a body before anybody is proved to have sent it."""
+
+    model: str
+    stream: bool | None = None
+
+
+_glances = msgspec.json.Decoder(_Glance)
+
+
 class Asked:
-    """A request of one of the three kinds, taken apart. Raises BadRequest, InputInvalid."""
+    """A request of one of the three kinds. Of its body model and stream are looked at; `read` takes it apart."""
 
     def __init__(self, kind: Kind, raw: bytes) -> None:
+        """Raises BadRequest."""
         self.kind = kind
-        self.members = {name: value for name, value in strict_object(raw).items() if value is not None}
+        self._raw = raw
+        try:
+            glance = _glances.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise BadRequest("the body is a JSON object with a model; stream is true or false", field="model") from None
+        self.model = ModelId.parse(glance.model)
+        self.stream = bool(glance.stream)
+        self.members: dict[str, Any] = {}
+        self.usage_in_stream = self.base64 = False
+
+    def read(self) -> None:
+        """Take the body apart, once its sender is known: that costs. Raises BadRequest, InputInvalid."""
+        self.members = {name: value for name, value in strict_object(self._raw).items() if value is not None}
         for name, value in self.members.items():
-            if name in _KNOWN[kind]:
+            if name in _KNOWN[self.kind]:
                 continue
             if name not in _NEUTRAL:
                 raise BadRequest(f"{name[:80]} is no member that this route knows", field=name[:80])
             if value not in _NEUTRAL[name]:
                 raise InputInvalid(f"{name} is not supported here: leave it out", field=name)
-        self.model = ModelId.parse(self._member("model", str, ""))
-        self.stream = self._member("stream", bool, default=False)
         self.usage_in_stream = bool(self._member("stream_options", dict, {}).get("include_usage"))
         self.base64 = self._member("encoding_format", str, "float") == "base64"
         if self.members.get("encoding_format", "float") not in ("float", "base64"):
@@ -110,6 +131,7 @@ def dialect(asked: Asked, request_id: str, created: int, on_piece: Callable[...,
     usage: dict[str, int] = {}
 
     def ask(call: SignedCall, description: Description) -> SignedCall:
+        asked.read()
         need = TASKS[asked.kind]
         if description.task != need:
             raise UnsupportedModel(

@@ -155,6 +155,8 @@ class _Stream(Response):
                 yield self._chunk([delta(self._asked, choice["index"], text)])
         ends = [delta(self._asked, choice["index"], "", choice["finish_reason"]) for choice in body["choices"]]
         yield self._chunk(ends, receipt=body["receipt"])
+        if not self._asked.members:  # a kept answer: nobody took the request apart for it
+            self._asked.read()
         if self._asked.usage_in_stream:
             yield self._chunk([], usage=body["usage"])
         yield _DONE
