@@ -32,9 +32,10 @@ def formats() -> list[ModelFormat]:
 
 def code_formats() -> list[ModelFormat]:
     """Formats whose files bring code that runs while they load or answer."""
+    from divault.models.torch_export import TorchExport
     from divault.models.torch_script import TorchScript
 
-    return [TorchScript()]
+    return [TorchScript(), TorchExport()]
 
 
 def load(files: Sequence[MemoryFile], device: str, *, allow_code: bool = False) -> LoadedModel:

@@ -37,7 +37,7 @@ from divault.values import Digest, MemoryFile
 from divault.workers import opening_child, wire
 from divault.workers.process import COMMAND, Process
 
-_CODE = re.compile(r"TorchScript")
+_CODE = re.compile(r"TorchScript|torch\.export")
 """How formats name what a node runs only if its operator allows code."""
 _THREADS = 2
 _EXTRAS = {
