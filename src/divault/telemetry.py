@@ -5,23 +5,31 @@ Rules:
 1. Inputs, answers, keys, signatures and payment headers are never logged; a field of such a name is masked, whoever
    logs it.
 2. Text that a stranger controls is escaped and cut, so that a log line stays one line.
-3. Logs go to stdout and, when a log directory is configured, to `div-backend.log` in it.
+3. Of an exception its type and where it came from are logged, never its words: they may repeat what a caller sent.
+   The same goes for what libraries log, of which there is one line each.
+4. Logs go to stdout and, when a log directory is configured, to `div-backend.log` in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import logging.handlers
 import secrets
 import sys
-from collections.abc import MutableMapping
+import traceback
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 
 LOG_FILE = "div-backend.log"
 _MAX_TEXT = 512  # characters of one logged value: enough for a sentence, too short for a payload
+_MAX_FRAMES, _MAX_CAUSES = 30, 5  # of a logged exception
+_IDS_AT_ONCE = 256
+_LIBRARIES = ("asyncio", "opentelemetry", "uvicorn")
+"""Whose warnings and errors are lines of the log too."""
 _MASKED = frozenset(
     {
         "authorization", "body", "cookie", "decryption_key", "identity", "input", "input_data", "key",
@@ -33,17 +41,74 @@ _MASKED = frozenset(
 
 def _mask(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     for name, value in event.items():
-        if name.lower() in _MASKED:
-            event[name] = "***"
-        elif isinstance(value, str) and name != "exception":
-            event[name] = value[:_MAX_TEXT]  # control characters are escaped by the JSON renderer
+        if name != "exception":
+            event[name] = _masked(name, value)
     return event
+
+
+def _masked(name: str, value: Any) -> Any:
+    if name.lower() in _MASKED:
+        return "***"
+    if isinstance(value, str):
+        return value[:_MAX_TEXT]  # control characters are escaped by the JSON renderer
+    if isinstance(value, Mapping):
+        return {str(inner): _masked(str(inner), of) for inner, of in value.items()}
+    return value
+
+
+def _without_words(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Rule 3."""
+    found = event.pop("exc_info", None)
+    error = sys.exc_info()[1] if found is True else found[1] if isinstance(found, tuple) else found
+    if isinstance(error, BaseException):
+        event["exception"] = _whence(error)
+    return event
+
+
+def _whence(error: BaseException) -> list[str]:
+    """Type and frames of an exception and of its causes, the innermost frame last."""
+    told: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(told) < _MAX_CAUSES:
+        stack = traceback.StackSummary.extract(traceback.walk_tb(cause.__traceback__), lookup_lines=False)
+        frames = [f"{'/'.join(Path(at.filename).parts[-3:])}:{at.lineno} {at.name}" for at in stack[-_MAX_FRAMES:]]
+        told.append(" > ".join((f"{type(cause).__module__}.{type(cause).__qualname__}", *frames)))
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return told
 
 
 def _to_stdlib(logger: logging.Logger, _: str, event: MutableMapping[str, Any]) -> str:
     level = logging.getLevelNamesMapping().get(str(event.get("level", "info")).upper(), logging.INFO)
     logger.log(level, str(_render_json(None, "", event)))
     raise structlog.DropEvent
+
+
+class _Silent(logging.Handler):
+    """Says that it can't write, and not what: Python's own handlers print the exception that is being handled."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - the signature is logging's
+        """Part of logging.Handler."""
+        error = sys.exc_info()[0]
+        if sys.stderr is not None and error is not None:
+            with contextlib.suppress(OSError, ValueError):  # it may be closed too
+                sys.stderr.write(f"a line of the log could not be written: {error.__name__}\n")
+
+
+class _ToStream(_Silent, logging.StreamHandler[TextIO]):
+    """Standard output."""
+
+
+class _ToFile(_Silent, logging.handlers.RotatingFileHandler):
+    """The log file."""
+
+
+class _OfLibraries(_Silent):
+    """Makes what a library logs a line of ours: the first of its lines, since the others are its objects' words."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Part of logging.Handler."""
+        first = record.getMessage().partition("\n")[0]
+        log("libraries").log(record.levelno, first, library=record.name, exc_info=record.exc_info)
 
 
 _render_json = structlog.processors.JSONRenderer(sort_keys=False)
@@ -54,10 +119,10 @@ def configure_logs(log_dir: Path | None, *, debug: bool = False) -> None:
 
     `debug` lowers the level to DEBUG; answers to callers stay the same.
     """
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    handlers: list[logging.Handler] = [_ToStream(sys.stdout)]
     if log_dir is not None:
         log_dir.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.handlers.RotatingFileHandler(log_dir / LOG_FILE, maxBytes=50_000_000, backupCount=5))
+        handlers.append(_ToFile(log_dir / LOG_FILE, maxBytes=50_000_000, backupCount=5))
     root = logging.getLogger("divault")
     root.propagate = False
     for old in root.handlers[:]:
@@ -67,12 +132,16 @@ def configure_logs(log_dir: Path | None, *, debug: bool = False) -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         root.addHandler(handler)
     root.setLevel(logging.DEBUG if debug else logging.INFO)
+    for name in _LIBRARIES:
+        library = logging.getLogger(name)
+        library.handlers[:] = [_OfLibraries(logging.WARNING)]
+        library.propagate = False
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
+            _without_words,
             _mask,
             _to_stdlib,
         ],
@@ -87,6 +156,15 @@ def log(name: str) -> Any:
     return structlog.get_logger(f"divault.{name}")
 
 
+_ids: list[str] = []
+"""Made in advance: one by one they would cost more than anything else that is counted of a request."""
+
+
 def new_request_id() -> str:
     """Give a random id for a request that nobody signed (`0x` + 32 hex)."""
-    return "0x" + secrets.token_hex(16)
+    try:
+        return _ids.pop()
+    except IndexError:
+        digits = secrets.token_hex(16 * _IDS_AT_ONCE)
+        _ids.extend(f"0x{digits[at : at + 32]}" for at in range(0, len(digits), 32))
+        return _ids.pop()

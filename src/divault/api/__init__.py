@@ -60,7 +60,6 @@ def create_api(node: Node, limits: ApiLimits) -> ASGIApp:
     hot = HotRoutes(app, hot_handlers(node), Presence())
     guarded: ASGIApp = Guard(hot, limits=limits.peers, max_body_bytes=limits.max_body_bytes)
     templates = [getattr(route, "path", "") for route in (*router.routes, *app.routes)]
-    guarded = Measured(guarded, limits.metrics, Routes(templates), traces=limits.traces, verbose=limits.log_successes)
     if limits.cors_origins:
         guarded = CORSMiddleware(
             guarded,
@@ -69,7 +68,8 @@ def create_api(node: Node, limits: ApiLimits) -> ASGIApp:
             allow_headers=["*"],
             expose_headers=["divault-code", "payment-required", "payment-response", "retry-after", "x-request-id"],
         )
-    return guarded
+    # Around everything, so that a browser's question before its request has an id and is counted too.
+    return Measured(guarded, limits.metrics, Routes(templates), traces=limits.traces, verbose=limits.log_successes)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

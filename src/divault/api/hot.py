@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from divault.api.envelope import Incoming
 from divault.api.presence import Presence
-from divault.api.problems import failure_response, problem_response
+from divault.api.problems import problem_response
 from divault.errors import DivaultError
 from divault.telemetry import new_request_id
 
@@ -62,5 +62,3 @@ async def _answered(handler: Handler, incoming: Incoming) -> Response:
         return await handler(incoming)
     except DivaultError as err:
         return problem_response(err, err.request_id or new_request_id(), incoming.path)
-    except Exception as err:  # noqa: BLE001 - a fault of ours ends here: it is logged, and told without its text
-        return failure_response(err, incoming.path)

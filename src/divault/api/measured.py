@@ -1,17 +1,21 @@
 """The layer around everything: counts and times each request, and writes a line about it.
 
-A line has the request's id, its route's template, status, code and milliseconds: never its path, query, body, signature
-or who sent it. Successes are lines at the level DEBUG, refusals at INFO, faults of the node at ERROR.
+A line has the request's id, its route's template, status, code, milliseconds and the bytes of the answer's body: never
+its path, query, body, signature or who sent it. Successes are lines at the level DEBUG, refusals at INFO, faults of the
+node at ERROR. A fault that reaches this layer ends here: it is logged without its words (`telemetry`), which the server
+outside would print.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from divault.api.problems import failure_response
+from divault.errors import DivaultError
 from divault.metrics import Metrics
 from divault.telemetry import log, new_request_id
 from divault.traces import Traces, current
@@ -62,18 +66,22 @@ class Measured:
             return
         seen = _Seen(send)
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        trace = None if self._traces is None else self._traces.begin(method, _parent(scope))
-        current.set(trace)
+        trace = None
+        if self._traces is not None:
+            trace = self._traces.begin(method, _parent(scope))
+            current.set(trace)
         began = time.perf_counter()
         try:
             await self._app(scope, receive, seen)
+        except Exception as err:  # noqa: BLE001 - a fault of ours, which nobody outside may tell with its words
+            await _end(err, seen, scope, receive)
         finally:
-            self._tell(scope, method, seen, time.perf_counter() - began)
+            route = self._routes.template(scope["path"])
+            self._tell(route, method, seen, time.perf_counter() - began)
             if trace is not None:
-                trace.end(self._routes.template(scope["path"]), seen.status, seen.code, seen.id)
+                trace.end(route, seen.status, seen.code, seen.id)
 
-    def _tell(self, scope: Scope, method: str, seen: _Seen, seconds: float) -> None:
-        route = self._routes.template(scope["path"])
+    def _tell(self, route: str, method: str, seen: _Seen, seconds: float) -> None:
         self._metrics.request(route, method, seen.status, seconds, seen.code)
         if seen.status < 400 and not self._verbose:  # making a line that nobody reads costs more than the rest
             return
@@ -86,30 +94,40 @@ class Measured:
             status=seen.status,
             code=seen.code,
             milliseconds=round(seconds * 1e3, 3),
+            bytes=seen.bytes,
         )
 
 
+async def _end(error: Exception, seen: _Seen, scope: Scope, receive: Receive) -> None:
+    """Answer with the fault, if nothing was answered yet. An answer that has begun is left unfinished.
+
+    The framework answers with a fault and then raises it again; that one was logged already.
+    """
+    if not seen.id:
+        await failure_response(error, scope["path"])(scope, receive, seen)
+    elif seen.code != DivaultError.code:
+        _log.error("the answer broke off", request_id=seen.id, exc_info=error)
+
+
 def _parent(scope: Scope) -> dict[str, str]:
-    """The headers that say which trace a request belongs to."""
-    return {
-        name.decode("latin-1"): value.decode("latin-1")
-        for name, value in scope["headers"]
-        if name in (b"traceparent", b"tracestate")
-    }
+    """The header that says which trace a request belongs to; `tracestate` is any text, and stays here."""
+    found = [value for name, value in scope["headers"] if name == b"traceparent"]
+    return {"traceparent": found[0].decode("latin-1")} if len(found) == 1 else {}
 
 
 class _Seen:
     """Passes an answer on, and remembers what it is. Status 499: the client left before there was one."""
 
-    __slots__ = ("_send", "code", "id", "status")
+    __slots__ = ("_send", "bytes", "code", "id", "status")
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.status = 499
         self.code: str | None = None
         self.id = ""
+        self.bytes = 0
 
-    async def __call__(self, message: Message) -> None:
+    def __call__(self, message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             for name, value in message["headers"]:
@@ -119,5 +137,7 @@ class _Seen:
                     self.code = value.decode("latin-1")
             if not self.id:
                 self.id = new_request_id()
-                message = {**message, "headers": [*message["headers"], (_ID_HEADER, self.id.encode())]}
-        await self._send(message)
+                message["headers"] = [*message["headers"], (_ID_HEADER, self.id.encode())]
+        else:
+            self.bytes += len(message.get("body", b""))
+        return self._send(message)

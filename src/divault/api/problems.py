@@ -117,8 +117,8 @@ def openai_error(body: dict[str, Any]) -> dict[str, Any]:
 def failure_response(error: Exception, path: str) -> Response:
     """Build the response to a fault of the node itself, which goes into its log."""
     request_id = new_request_id()
-    _log.error("internal error", request_id=request_id, path=path, exc_info=error)
-    return problem_response(DivaultError("the node made a mistake; its log has this request id"), request_id)
+    _log.error("internal error", request_id=request_id, exc_info=error)
+    return problem_response(DivaultError("the node made a mistake; its log has this request id"), request_id, path)
 
 
 def _payment_header(body: dict[str, Any]) -> str:

@@ -1,0 +1,186 @@
+"""Logs name what went wrong and where, and repeat nothing that a caller sent, whoever logs it and however it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from divault.api.measured import Measured, Routes
+from divault.errors import BadRequest
+from divault.metrics import Metrics
+from divault.telemetry import configure_logs, log, new_request_id
+
+SECRETS = st.text("abcdefghijklmnopqrstuvwxyzABCDEF0123456789+/=", min_size=12, max_size=40).map("zq".__add__)
+MASKED = st.sampled_from(["decryption_key", "user_signature", "input_data", "Authorization", "X-Payment", "passphrase"])
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    names = ("divault", "asyncio", "opentelemetry", "uvicorn")
+    before = {name: (logging.getLogger(name).handlers[:], logging.getLogger(name).propagate) for name in names}
+    yield
+    for name, (handlers, propagate) in before.items():
+        logging.getLogger(name).handlers[:], logging.getLogger(name).propagate = handlers, propagate
+
+
+def begin() -> None:
+    """Within the test, since that is when `capsys` has its stream."""
+    configure_logs(None, debug=True)
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    told = capsys.readouterr()
+    assert told.err == ""
+    return [json.loads(line) for line in told.out.splitlines()]
+
+
+def fails(secret: str) -> None:
+    try:
+        {}[secret]
+    except KeyError as err:
+        raise ValueError(f"invalid: {secret}") from err
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(secret=SECRETS)
+def test_an_exception_is_its_type_and_its_place(capsys: pytest.CaptureFixture[str], secret: str) -> None:
+    begin()
+    try:
+        fails(secret)
+    except ValueError as err:
+        log("test").error("failed", exc_info=err)
+        log("test").exception("failed")
+    found = lines(capsys)
+
+    assert secret not in json.dumps(found)
+    for line in found:
+        outer, cause = line["exception"]
+        assert re.fullmatch(r"builtins\.ValueError > .*test_logs_tell_nothing\.py:\d+ fails", outer)
+        assert cause.startswith("builtins.KeyError > ")
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=MASKED, secret=SECRETS)
+def test_a_member_of_such_a_name_is_masked_at_any_depth(
+    capsys: pytest.CaptureFixture[str], name: str, secret: str
+) -> None:
+    begin()
+    log("test").info("told", **{name: secret}, headers={"x": {name: [secret]}, "status": 200})
+    (line,) = lines(capsys)
+
+    assert secret not in json.dumps(line)
+    assert line["headers"] == {"x": {name: "***"}, "status": 200}
+
+
+async def test_what_a_library_logs_is_one_line_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    begin()
+
+    async def lost() -> None:
+        raise ValueError("zq-secret")
+
+    logging.getLogger("opentelemetry.x").warning("Invalid HTTP request received.\nzq-secret")
+    logging.getLogger("opentelemetry.x").info("Shutting down")
+    task = asyncio.create_task(lost())
+    await asyncio.sleep(0)
+    del task  # nobody asks for its end: the loop says so
+    found = lines(capsys)
+
+    assert "zq-secret" not in json.dumps(found)
+    assert [(line["library"], line["event"]) for line in found] == [
+        ("opentelemetry.x", "Invalid HTTP request received."), ("asyncio", "Task exception was never retrieved")
+    ]  # fmt: skip
+    assert found[1]["exception"][0].startswith("builtins.ValueError > ")
+
+
+class Faulty:
+    """Fails before its answer, or in the middle of it."""
+
+    def __init__(self, *, begun: bool) -> None:
+        self.begun = begun
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self.begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError(f"zq-secret {scope['path']}")
+
+
+async def ask(app: Any, metrics: Metrics) -> list[Any]:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {"type": "http", "path": "/x/zq-secret", "method": "POST", "headers": []}
+    await Measured(app, metrics, Routes(["/x/{name}"]))(scope, receive, send)
+    return sent
+
+
+async def test_a_fault_before_the_answer_is_told_with_its_id_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    begin()
+    metrics = Metrics()
+    start, body = await ask(Faulty(begun=False), metrics)
+    fault, request = lines(capsys)
+
+    assert start["status"] == 500
+    assert json.loads(body["body"])["request_id"] == fault["request_id"] == request["request_id"]
+    assert dict(start["headers"])[b"x-request-id"].decode() == fault["request_id"]
+    assert (request["route"], request["level"], request["bytes"]) == ("/x/{name}", "error", len(body["body"]))
+    assert fault["exception"][0].startswith("builtins.RuntimeError > ")
+    assert "zq-secret" not in json.dumps([fault, request, body["body"].decode()])
+    assert b'divault_requests_total{method="POST",route="/x/{name}",status="500"} 1.0' in metrics.text()
+
+
+async def test_a_fault_amid_the_answer_leaves_it_unfinished(capsys: pytest.CaptureFixture[str]) -> None:
+    begin()
+    sent = await ask(Faulty(begun=True), Metrics())
+    fault = lines(capsys)[0]
+
+    assert len(sent) == 1
+    assert fault["event"] == "the answer broke off"
+    assert fault["request_id"] == dict(sent[0]["headers"])[b"x-request-id"].decode()
+    assert "zq-secret" not in json.dumps(fault)
+
+
+async def test_a_typed_error_that_nobody_answered_is_no_exception_to_that(capsys: pytest.CaptureFixture[str]) -> None:
+    begin()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise BadRequest("zq-secret")
+
+    start, _ = await ask(app, Metrics())
+
+    assert start["status"] == 500
+    assert "zq-secret" not in json.dumps(lines(capsys))
+
+
+def test_ids_are_never_the_same() -> None:
+    found = [new_request_id() for _ in range(2000)]
+
+    assert len(set(found)) == 2000
+    assert all(re.fullmatch("0x[0-9a-f]{32}", one) for one in found)
+
+
+def test_a_log_that_cannot_be_written_repeats_nothing_either(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin()
+    full = logging.getLogger("divault").handlers[0]
+    monkeypatch.setattr(full, "flush", lambda: fails("zq-disk"))
+    try:
+        fails("zq-secret")
+    except ValueError:
+        log("test").exception("failed", about="zq-told")
+    told = capsys.readouterr().err
+
+    assert told == "a line of the log could not be written: ValueError\n"
