@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -21,9 +22,8 @@ TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 @pytest.fixture
 def spans() -> Iterator[tuple[Traces, InMemorySpanExporter]]:
-    exporter, provider = InMemorySpanExporter(), TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    traces = Traces(provider)
+    exporter = InMemorySpanExporter()
+    traces = Traces(SimpleSpanProcessor(exporter))
     yield traces, exporter
     traces.close()
 
@@ -80,6 +80,25 @@ async def test_a_refusal_has_its_code(spans: tuple[Traces, InMemorySpanExporter]
     assert not request.status.is_ok
 
 
+async def test_a_parent_decides_nothing_else(spans: tuple[Traces, InMemorySpanExporter]) -> None:
+    traces, exporter = spans
+    unsampled = (b"traceparent", f"00-{TRACE}-{SPAN}-00".encode())
+    await ask(App(), traces, unsampled, (b"tracestate", b"vendor=secret"))
+    request = exporter.get_finished_spans()[-1]
+
+    assert f"{request.context.trace_id:032x}" == TRACE
+    assert len(exporter.get_finished_spans()) == 3
+    assert "secret" not in request.to_json()
+
+
+async def test_of_two_parents_none_is_taken(spans: tuple[Traces, InMemorySpanExporter]) -> None:
+    traces, exporter = spans
+    parent = (b"traceparent", f"00-{TRACE}-{SPAN}-01".encode())
+    await ask(App(), traces, parent, parent)
+
+    assert exporter.get_finished_spans()[-1].parent is None
+
+
 @pytest.mark.parametrize("header", [b"00-zz-00-01", b"", b"x" * 5000])
 async def test_a_malformed_parent_is_none(spans: tuple[Traces, InMemorySpanExporter], header: bytes) -> None:
     traces, exporter = spans
@@ -94,6 +113,14 @@ async def test_without_a_collector_there_are_none() -> None:
 
     assert current.get() is None
     assert b"divault_step_seconds_count" in app.metrics.text()
+
+
+async def test_a_silent_collector_does_not_keep_a_node_from_stopping() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        traces = Traces.to(f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces")
+        await ask(App(), traces)
+        async with asyncio.timeout(8):  # the library gives such a collector ten seconds
+            await asyncio.to_thread(traces.close)
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

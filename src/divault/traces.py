@@ -4,12 +4,15 @@ Rules:
 
 1. A span has the route's template, method, status, error code, request id and step: never a path, a body, a wallet, a
    key or a signature.
-2. A caller's `traceparent` (W3C Trace Context) becomes the parent of the request's span. It decides nothing else.
-3. Spans leave in a thread of the library's, in batches; a collector that doesn't answer costs a call nothing.
+2. A caller's `traceparent` (W3C Trace Context) becomes the parent of the request's span. It decides nothing else: its
+   sampling flag doesn't either, and `tracestate`, which may be any text, goes nowhere.
+3. Spans leave in a thread of the library's, in batches; a collector that doesn't answer costs a call nothing, and a
+   node that stops at most two seconds.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -18,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 from divault.errors import SettingsInvalid
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace import SpanProcessor
 
 _NAME = "divault"
+_PATIENCE_S = 2.0
+"""For what is left when a node stops."""
 
 
 class Trace:
@@ -56,28 +61,30 @@ current: ContextVar[Trace | None] = ContextVar("divault_trace", default=None)
 
 
 class Traces:
-    """Begins traces, and brings them to a collector."""
+    """Begins traces, and hands them to `processor` when they have ended."""
 
-    def __init__(self, provider: TracerProvider) -> None:
-        self._provider = provider
-        self._tracer = provider.get_tracer(_NAME)
+    def __init__(self, processor: SpanProcessor) -> None:
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+
+        resource = Resource.create({"service.name": _NAME})
+        self._provider = TracerProvider(sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False)
+        self._provider.add_span_processor(processor)
+        self._tracer = self._provider.get_tracer(_NAME)
 
     @classmethod
     def to(cls, endpoint: str) -> Traces:
         """Spans go to the OTLP collector at this URL, by HTTP. Raises SettingsInvalid where the extra is missing."""
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError:
             raise SettingsInvalid(
                 "DIVAULT_OTLP_ENDPOINT needs the extra otel: pip install 'divault[otel]'",
                 setting="DIVAULT_OTLP_ENDPOINT",
             ) from None
-        provider = TracerProvider(resource=Resource.create({"service.name": _NAME}))
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
-        return cls(provider)
+        return cls(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
 
     def begin(self, method: str, headers: Mapping[str, str]) -> Trace:
         """The span of a request, under the caller's if the headers name one."""
@@ -91,5 +98,8 @@ class Traces:
         return Trace(self._tracer, span, set_span_in_context(span))
 
     def close(self) -> None:
-        """Send what is left. Blocking."""
-        self._provider.shutdown()
+        """Send what is left, as far as the collector takes it within two seconds. Blocking."""
+        # The library's own time-out leaves a request that is under way alone; its thread ends with the process.
+        ending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        ending.start()
+        ending.join(_PATIENCE_S)
