@@ -30,13 +30,13 @@ def slow_model(folder: Path) -> Path:
 
 async def test_a_stopping_node_finishes_what_runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("stopping")
-    settings = {"INFERENCE_TIMEOUT_SECONDS": "20"}
+    settings = {"INFERENCE_TIMEOUT_SECONDS": "40"}
     async with world.other_node(folder, **settings) as node, aiohttp.ClientSession() as session:
         model = (await world.publish("stopping", await asyncio.to_thread(slow_model, folder), node=node)).text
         async with world.client(await world.consumer(), node) as client:
             await client.run(model, {"features": [0.0] * 40})
             pids = _children(node.process.pid)
-            running = asyncio.create_task(client.run(model, {"features": [[0.1] * 40] * 30}))
+            running = asyncio.create_task(client.run(model, {"features": [[0.1] * 40] * 200}))
             await asyncio.sleep(0.3)
             assert not running.done()
             node.process.send_signal(signal.SIGTERM)
@@ -45,9 +45,9 @@ async def test_a_stopping_node_finishes_what_runs(world: World, tmp_path_factory
                 await session.get(node.url + "/health/live")
             result = await running
 
-        assert len(result.output["predictions"]) == 30
+        assert len(result.output["predictions"]) == 200
         assert result.receipt["receipt"]["status"] == "1"
-        assert await asyncio.wait_for(node.process.wait(), 20) == 0
+        assert await asyncio.wait_for(node.process.wait(), 60) == 0
         assert pids
         assert not any(alive(pid) for pid in pids)
 
