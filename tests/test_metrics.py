@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -14,16 +14,20 @@ from starlette.requests import Request
 
 from divault.api.measured import Measured, Routes
 from divault.api.metrics_route import _is_local
-from divault.cli.top import Reading, shown
+from divault.app import _usage_of
+from divault.errors import ModelFailed, Overloaded
 from divault.metrics import Histogram, Metrics, ModelFigures, Sources
+from divault.storage.cache import CiphertextCache
 from divault.telemetry import configure_logs
+from divault.values import Hold, Usdc
+from tests.counter import PRICE, Counter, signed
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelFigures("m1", 3, 0.25, True, 2, (1, 2, 4), (5, 1, 0, 2), 40, 1.5, 12_000_000)
 
 
 def full() -> Metrics:
-    metrics = Metrics(Sources(lambda: [MODEL], lambda: (1000, 2), lambda: (77, 1.0)))
+    metrics = Metrics(Sources(lambda: [MODEL], lambda: (1000, 2), lambda: (77, 1.0), lambda: 4))
     metrics.request("/api/v1/inference", "POST", 200, 0.003)
     metrics.request("/api/v1/inference", "POST", 503, 0.001, "overloaded")
     lap = metrics.lap()
@@ -57,6 +61,7 @@ def test_what_was_counted_is_read() -> None:
     assert found["divault_model_pass_callers_bucket", (("le", "+Inf"), ("model", "m1"))] == 8
     assert found["divault_model_pass_callers_sum", (("model", "m1"),)] == 40
     assert (found["divault_cache_bytes", ()], found["divault_chain_head_block", ()]) == (1000, 77)
+    assert found["divault_runs_reserved", ()] == 4
     assert found["divault_process_resident_memory_bytes", ()] > 0
 
 
@@ -105,6 +110,26 @@ def test_the_dashboard_is_whole() -> None:
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"]) >= 12
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]]
     assert len(set(places)) == len(places)
+
+
+def test_every_query_of_the_dashboard_asks_for_labels_that_there_are() -> None:
+    board = json.loads((ROOT / "deploy/grafana/divault.json").read_text())
+    labels: dict[str, set[str]] = {}
+    for name, tags in read(full()):
+        labels.setdefault(name, {"instance"}).update(dict(tags))
+    queries = [(target["expr"], target["legendFormat"]) for panel in board["panels"] for target in panel["targets"]]
+
+    for query, legend in queries:
+        names = re.findall(r"\bdivault_[a-z_]+", query)
+        kept = re.findall(r"by \(([^)]*)\)", query)
+        known = set.intersection(*(labels[name] for name in names))
+        asked = {label.strip() for one in kept for label in one.split(",")}
+        asked |= set(re.findall(r"(\w+)=~?\"", query))
+        told = set(re.findall(r"\{\{(\w+)\}\}", legend))
+        assert asked | told <= known, query
+        assert told <= (asked if kept else known), query
+        assert query.count("(") == query.count(")"), query
+        assert query.count('instance=~"$instance"') == len(names), query
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
@@ -195,27 +220,47 @@ async def test_a_line_has_the_template_and_nothing_that_was_sent(capsys: pytest.
     [
         ("127.0.0.1", [], True), ("::1", [], True), ("10.0.0.1", [], False), ("testclient", [], False),
         ("127.0.0.1", [(b"x-forwarded-for", b"127.0.0.1")], False), ("127.0.0.1", [(b"forwarded", b"for=x")], False),
-        ("127.0.0.1", [(b"via", b"1.1 proxy")], False),
+        ("127.0.0.1", [(b"via", b"1.1 proxy")], False), ("127.0.0.1", [(b"x-forwarded-host", b"n")], False),
+        ("127.0.0.1", [(b"x-real-ip", b"::1")], False),
+        ("127.0.0.1", [(b"x-request-id", b"1")], True),
     ],
 )  # fmt: skip
 def test_local_is_this_machine_without_a_proxy(host: str, headers: list[tuple[bytes, bytes]], local: bool) -> None:
     assert _is_local(Request({"type": "http", "client": (host, 1), "headers": headers})) is local
 
 
-def test_the_tables_show_rates_between_two_looks() -> None:
-    from rich.console import Console
+# --- what is asked of others ------------------------------------------------------------------------------------------
 
-    def text(now: Reading, before: Reading | None) -> str:
-        console = Console(width=140, record=True, file=io.StringIO())
-        console.print(shown(now, before))
-        return console.export_text()
 
-    first = read(full())
-    later = {key: value + 20 if key[0] == "divault_model_pass_callers_sum" else value for key, value in first.items()}
-    told = text(Reading(12.0, later), Reading(10.0, first))
+@pytest.mark.parametrize(("price", "paid"), [(Usdc(0), False), (PRICE, True)])
+@pytest.mark.parametrize("error", [None, ModelFailed("it failed"), Overloaded("come back"), asyncio.CancelledError()])
+async def test_a_run_is_reserved_until_it_ends_however_it_does(
+    tmp_path: Path, price: Usdc, paid: bool, error: BaseException | None
+) -> None:
+    async with Counter(tmp_path) as counter:
+        seen: list[int] = []
 
-    assert re.search(r"m1 +ready +3 +0\.25 +7\.5 +10\.0 +2 +12", told)
-    assert re.search(r"overloaded +1", told)
-    assert re.search(r"gate +1 +0\.1 ms +0\.1 ms", told)
-    assert "block 77" in told
-    assert "m1" in text(Reading(10.0, first), None)
+        async def work(_: Hold) -> bytes:
+            seen.append(counter.ledger.pending)
+            if error is not None:
+                raise error
+            return b'"yes"'
+
+        _, call = signed(tx=counter.chain.pay(price.atomic) if paid else None)
+        await asyncio.gather(counter.infer(call, work, price=price), return_exceptions=True)
+
+        assert seen == [1]
+        assert counter.ledger.pending == 0
+
+
+def test_a_cache_that_cannot_be_read_leaves_the_other_figures(tmp_path: Path) -> None:
+    cache = CiphertextCache(tmp_path / "cache", 1000)
+    (tmp_path / "cache").rmdir()
+    metrics = full()
+    metrics.sources.cache = _usage_of(cache)
+    found = read(metrics)
+
+    assert ("divault_cache_bytes", ()) not in found
+    assert found["divault_chain_head_block", ()] == 77
+    (tmp_path / "cache").mkdir()
+    assert read(metrics)["divault_cache_bytes", ()] == 0

@@ -243,7 +243,7 @@ async def _node(
     opener = Opener(max_model_bytes=settings.max_model_bytes, timeout_s=settings.divault_load_timeout_seconds)
     stack.callback(opener.close)
     cache = CiphertextCache(settings.model_cache_dir, settings.divault_cache_max_mb * MB)
-    metrics.sources = Sources(workers.figures, _usage_of(cache), lambda: _head_of(chain))
+    metrics.sources = Sources(workers.figures, _usage_of(cache), lambda: _head_of(chain), lambda: ledger.pending)
     gateways = [GatewayStorage(gateway) for gateway in settings.gateway_urls]
     for gateway in gateways:
         stack.callback(gateway.close)
@@ -291,14 +291,17 @@ async def _node(
     )
 
 
-def _usage_of(cache: CiphertextCache) -> Callable[[], tuple[int, int]]:
-    """Bytes and entries of the cache, looked at once in five seconds."""
-    known: tuple[float, tuple[int, int]] = (-_USAGE_KEPT_S, (0, 0))
+def _usage_of(cache: CiphertextCache) -> Callable[[], tuple[int, int] | None]:
+    """Bytes and entries of the cache, looked at once in five seconds; None while it can't be read."""
+    known: tuple[float, tuple[int, int] | None] = (-_USAGE_KEPT_S, None)
 
-    def usage() -> tuple[int, int]:
+    def usage() -> tuple[int, int] | None:
         nonlocal known
         if time.monotonic() - known[0] >= _USAGE_KEPT_S:
-            found = cache.usage()
+            try:
+                found = cache.usage()
+            except OSError:  # the other figures are worth having
+                return None
             known = (time.monotonic(), (found.bytes, found.entries))
         return known[1]
 

@@ -16,6 +16,7 @@ Rules:
 | `divault_step_seconds` | histogram | `step` | steps of a call: authenticate, known, gate, hold, open, run, charge |
 | `divault_receipts_total` | counter | `status` | receipts issued: ok, partial, refused, failed, timed_out |
 | `divault_charged_atomic_total` | counter | `token` | atomic units of the token that calls were charged |
+| `divault_runs_reserved` | gauge | | runs reserved in the ledger that have not ended yet |
 | `divault_model_waiting` | gauge | `model` | requests in the queue |
 | `divault_model_oldest_seconds` | gauge | `model` | how long the one who waits longest has waited |
 | `divault_model_up` | gauge | `model` | 1 while the worker is ready |
@@ -107,6 +108,8 @@ class Sources:
     """Bytes and entries."""
     head: Callable[[], tuple[int, float] | None] = lambda: None
     """Number and unix time of the newest block that was seen."""
+    pending: Callable[[], int | None] = lambda: None
+    """Runs that are reserved in the ledger now."""
 
 
 Lap = Callable[[str], None]
@@ -187,7 +190,9 @@ class Metrics(Collector):
         yield _counters("divault_charged_atomic", "Atomic units charged", "token", self._charged)
 
     def _of_places(self) -> Iterable[Metric]:
-        cache, head = self.sources.cache(), self.sources.head()
+        cache, head, pending = self.sources.cache(), self.sources.head(), self.sources.pending()
+        if pending is not None:
+            yield GaugeMetricFamily("divault_runs_reserved", "Runs reserved in the ledger", value=pending)
         if cache is not None:
             yield GaugeMetricFamily("divault_cache_bytes", "Ciphertext on disk", value=cache[0])
             yield GaugeMetricFamily("divault_cache_entries", "Files and folders in the cache", value=cache[1])

@@ -13,7 +13,8 @@ from divault.errors import RouteUnknown
 from divault.metrics import CONTENT_TYPE, Metrics
 
 MetricsFor = Literal["off", "local", "on"]
-_FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
+_FORWARDED = ("forwarded", "via", "x-forwarded", "x-real-ip", "cf-", "true-client-ip")
+"""How the names of headers begin that proxies add."""
 
 
 def add_metrics(router: APIRouter, metrics: Metrics, whom: MetricsFor) -> None:
@@ -29,7 +30,7 @@ def add_metrics(router: APIRouter, metrics: Metrics, whom: MetricsFor) -> None:
 
 def _is_local(request: Request) -> bool:
     """Whether it was sent from this machine, and not through a proxy on it."""
-    if any(name in request.headers for name in _FORWARDED) or request.client is None:
+    if request.client is None or any(name.startswith(_FORWARDED) for name in request.headers):
         return False
     try:
         return ipaddress.ip_address(request.client.host).is_loopback

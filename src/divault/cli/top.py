@@ -1,7 +1,12 @@
-"""`divault top`: a node's figures, live in a terminal. It reads `/metrics` and nothing else."""
+"""`divault top`: a node's figures, live in a terminal. It reads `/metrics` and nothing else.
+
+Rates and times are those since the look before; where nothing happened since then, times are since the node's start.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +26,7 @@ from divault.errors import NotReady
 
 app = typer.Typer()
 _TIMEOUT_S = 5.0
+_STARTED = "divault_process_start_time_seconds"
 _STEPS = ("authenticate", "known", "gate", "hold", "open", "run", "charge")
 
 
@@ -39,6 +45,13 @@ class Reading:
         """The values that a label has, sorted."""
         found = {dict(tags).get(label, "") for (have, tags) in self.samples if have == name}
         return sorted(found - {""})
+
+    def since(self, before: Reading) -> Reading:
+        """What was counted after an earlier look; all of it, where the node was started anew meanwhile."""
+        if self.value(_STARTED) != before.value(_STARTED):
+            return self
+        then = {key: value for key, value in before.samples.items() if _counted(key[0])}
+        return Reading(self.at, {key: max(0.0, value - then.get(key, 0.0)) for key, value in self.samples.items()})
 
     def quantile(self, name: str, share: float, **labels: str) -> float | None:
         """An upper bound for so large a share of a histogram's values; None without any."""
@@ -62,16 +75,26 @@ def top(
 
     Example: divault top http://127.0.0.1:8000
     """
-    before = read(url)
+    first = read(url)
     if once:
-        out.print(shown(before, None))
+        out.print(shown(first, None))
         return
-    with Live(shown(before, None), console=out, auto_refresh=False) as live:
-        while True:
-            time.sleep(interval)
+    with contextlib.suppress(KeyboardInterrupt), Live(shown(first, None), console=out, auto_refresh=False) as live:
+        live.refresh()
+        _follow(live, url, first, interval)
+
+
+def _follow(live: Live, url: str, before: Reading, interval: float) -> None:
+    """Look again and again, also when the node is away for a while."""
+    while True:
+        time.sleep(interval)
+        try:
             now = read(url)
-            live.update(shown(now, before), refresh=True)
-            before = now
+        except NotReady as err:
+            live.update(Group(shown(before, None), Text(), Text(err.detail, style="bold")), refresh=True)
+            continue
+        live.update(shown(now, before), refresh=True)
+        before = now
 
 
 def read(url: str) -> Reading:
@@ -81,7 +104,7 @@ def read(url: str) -> Reading:
         with urllib.request.urlopen(where, timeout=_TIMEOUT_S) as answer:  # noqa: S310 - the URL is the operator's
             text = answer.read().decode()
         families = list(text_string_to_metric_families(text))
-    except (urllib.error.URLError, OSError, ValueError) as err:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as err:
         raise NotReady(
             f"no figures at {where} ({err}): is it a node, and does its DIVAULT_METRICS let you read them?"
         ) from None
@@ -95,7 +118,8 @@ def read(url: str) -> Reading:
 
 def shown(now: Reading, before: Reading | None) -> Group:
     """The tables; rates are since the look before, or none."""
-    return Group(_head(now, before), Text(), _models(now, before), Text(), _steps(now), Text(), _refusals(now))
+    head, *tables = (part(now, before) for part in (_head, _models, _steps, _refusals))
+    return Group(head, *(part for table in tables for part in (Text(), table)))
 
 
 def _head(now: Reading, before: Reading | None) -> Text:
@@ -105,6 +129,7 @@ def _head(now: Reading, before: Reading | None) -> Text:
         f"answers {now.value('divault_receipts_total', status='ok'):.0f}",
         f"block {now.value('divault_chain_head_block'):.0f}, {now.value('divault_chain_head_age_seconds'):.0f} s old",
         f"cache {now.value('divault_cache_bytes') / 1e6:.1f} MB in {now.value('divault_cache_entries'):.0f}",
+        f"reserved {now.value('divault_runs_reserved'):.0f}",
         f"gateway {now.value('divault_process_resident_memory_bytes') / 1e6:.0f} MB",
     ]
     return Text("  |  ".join(parts))
@@ -122,34 +147,47 @@ def _models(now: Reading, before: Reading | None) -> Table:
             f"{now.value('divault_model_waiting', model=model):.0f}",
             f"{now.value('divault_model_oldest_seconds', model=model):.2f}",
             f"{callers / passes:.1f}" if passes else "",
-            "" if rate is None else f"{rate:.1f}",
+            _per_second(rate),
             f"{now.value('divault_model_restarts_total', model=model):.0f}",
             f"{now.value('divault_model_memory_bytes', model=model) / 1e6:.0f}",
         )
     return table
 
 
-def _steps(now: Reading) -> Table:
-    table = _table("step", "count", "half within", "99 % within")
+def _steps(now: Reading, before: Reading | None) -> Table:
+    table = _table("step", "count", "/s", "half within", "99 % within")
+    lately = now if before is None else now.since(before)
     for step in _STEPS:
         count = now.value("divault_step_seconds_count", step=step)
         if count:
-            told = (now.quantile("divault_step_seconds", share, step=step) for share in (0.5, 0.99))
-            table.add_row(step, f"{count:.0f}", *(_milliseconds(bound) for bound in told))
+            of = lately if lately.value("divault_step_seconds_count", step=step) else now
+            told = (of.quantile("divault_step_seconds", share, step=step) for share in (0.5, 0.99))
+            rate = _rate(now, before, "divault_step_seconds_count", step=step)
+            table.add_row(step, f"{count:.0f}", _per_second(rate), *(_milliseconds(bound) for bound in told))
     return table
 
 
-def _refusals(now: Reading) -> Table:
-    table = _table("refused", "count")
+def _refusals(now: Reading, before: Reading | None) -> Table:
+    table = _table("refused", "count", "/s")
     for code in now.labels("divault_refusals_total", "code"):
-        table.add_row(code, f"{now.value('divault_refusals_total', code=code):.0f}")
+        rate = _rate(now, before, "divault_refusals_total", code=code)
+        table.add_row(code, f"{now.value('divault_refusals_total', code=code):.0f}", _per_second(rate))
     return table
+
+
+def _counted(name: str) -> bool:
+    """Whether it only grows."""
+    return name.startswith("divault_") and name.endswith(("_total", "_count", "_sum", "_bucket"))
 
 
 def _rate(now: Reading, before: Reading | None, name: str, **labels: str) -> float | None:
     if before is None or now.at <= before.at:
         return None
     return max(0.0, now.value(name, **labels) - before.value(name, **labels)) / (now.at - before.at)
+
+
+def _per_second(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:.1f}"
 
 
 def _milliseconds(bound: float | None) -> str:

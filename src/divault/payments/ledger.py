@@ -151,6 +151,11 @@ class Ledger:
         """Who signs the receipts."""
         return self._issuer.node
 
+    @property
+    def pending(self) -> int:
+        """How many runs are reserved now and have not ended yet. For any thread."""
+        return sum(trail.reserving for trail in list(self._trails.values()))
+
     async def recover(self) -> int:
         """Release what an earlier process had reserved when it died; gives the number. Call it once, at the start.
 
