@@ -153,7 +153,7 @@ async def test_a_success_is_one_line_with_its_id(world: World, talkative: NodePr
     model, key = await published(world, talkative), await world.consumer()
     before = len(logged(talkative).splitlines())
     async with world.client(key, talkative) as client:
-        await client.run(model.text, {"features": world.trained.rows[0]})
+        result = await client.run(model.text, {"features": world.trained.rows[0]})
     _, _, last = await world.request("GET", "/health/live", talkative)
     log = await logged_with(talkative, last["x-request-id"])
     lines = [json.loads(line) for line in log.splitlines()[before:]]
@@ -162,7 +162,7 @@ async def test_a_success_is_one_line_with_its_id(world: World, talkative: NodePr
     assert set(line) == {
         "request_id", "route", "method", "status", "code", "milliseconds", "bytes", "event", "level", "timestamp"
     }  # fmt: skip
-    assert (line["level"], line["code"]) == ("debug", None)
+    assert (line["level"], line["code"], line["request_id"]) == ("debug", None, result.request_id)
     assert line["bytes"] > 500
 
 

@@ -9,6 +9,7 @@ import orjson
 from starlette.responses import Response
 
 from divault.api import schemas
+from divault.values import Answer
 
 JSON = "application/json"
 
@@ -16,6 +17,17 @@ JSON = "application/json"
 def json_response(body: Mapping[str, Any], status: int = 200) -> Response:
     """Build a response that nobody keeps."""
     return Response(orjson.dumps(body), status, {"cache-control": "no-store"}, JSON)
+
+
+def answer_response(answer: Answer) -> Response:
+    """Build the response of a run, under the id of its signed request, so that a line of the log leads to its receipt.
+
+    A kept answer that is given again goes under an id of its own.
+    """
+    headers = {"cache-control": "no-store"}
+    if answer.receipt is not None:
+        headers["x-request-id"] = answer.receipt.envelope["receipt"]["requestHash"]
+    return Response(answer.body, 200, headers, JSON)
 
 
 def documented(success: Any, *problems: int) -> dict[int | str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from divault.api import schemas
-from divault.api.describing import JSON, documented, json_response
+from divault.api.describing import JSON, answer_response, documented, json_response
 from divault.api.envelope import Incoming
 from divault.api.hot import Handler, incoming_of
 from divault.api.node import Node
@@ -92,7 +92,7 @@ def _handler(node: Node, kind: Kind) -> Handler:
         name, created = secrets.token_hex(12), int(time.time())
         if not asked.stream:
             answer = await node.service.infer(call, load=True, dialect=dialect(asked, name, created))
-            return Response(answer.body, 200, {"cache-control": "no-store"}, JSON)
+            return answer_response(answer)
         pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
         how = dialect(asked, name, created, pieces.put_nowait)
         running = asyncio.create_task(node.service.infer(call, load=True, dialect=how))

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from divault.api import schemas
-from divault.api.describing import JSON, documented, json_response
+from divault.api.describing import JSON, answer_response, documented, json_response
 from divault.api.envelope import Incoming
 from divault.api.hot import Handler, incoming_of
 from divault.api.inference_protocol import BINARY_HEADER, EXTENSIONS, dialect, metadata
@@ -33,8 +33,7 @@ def protocol_handler(node: Node, path: str) -> Handler | None:
         _require_version(version)
         call = node.envelopes.foreign(incoming, ModelId.parse(name))
         how = dialect(incoming.raw, incoming.header(BINARY_HEADER))
-        answer = await node.service.infer(call, load=False, dialect=how)
-        return Response(answer.body, 200, {"cache-control": "no-store"}, JSON)
+        return answer_response(await node.service.infer(call, load=False, dialect=how))
 
     return infer
 

@@ -13,14 +13,14 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from divault.api import schemas, views
-from divault.api.describing import JSON, documented, json_response
+from divault.api.describing import JSON, answer_response, documented, json_response
 from divault.api.envelope import Incoming
 from divault.api.hot import Handler, incoming_of
 from divault.api.node import Node
 from divault.api.openai_routes import add_openai, openai_handlers
 from divault.api.protocol_routes import add_protocol, protocol_handler
 from divault.errors import BadRequest
-from divault.values import Answer, Digest, ModelId, SignedCall
+from divault.values import Digest, ModelId, SignedCall
 
 _INFERENCE, _RUN = "/api/v1/inference", "/api/v1/inference/run"
 
@@ -136,7 +136,7 @@ def _add_inference(router: APIRouter, node: Node) -> None:
     async def result(request: Request, request_id: str) -> Response:
         """Give the stored answer and receipt of a request, to the wallet that signed it. ERC-8128 headers."""
         call = await _call(node, request)
-        return _answer(await node.service.result(call, Digest.parse(request_id)))
+        return answer_response(await node.service.result(call, Digest.parse(request_id)))
 
 
 def hot_handlers(node: Node) -> Callable[[str], Handler | None]:
@@ -148,10 +148,10 @@ def hot_handlers(node: Node) -> Callable[[str], Handler | None]:
 def _own_handlers(node: Node) -> dict[str, Handler]:
 
     async def inference(incoming: Incoming) -> Response:
-        return _answer(await node.service.infer(_parsed(node, incoming), load=False))
+        return answer_response(await node.service.infer(_parsed(node, incoming), load=False))
 
     async def run(incoming: Incoming) -> Response:
-        return _answer(await node.service.infer(_parsed(node, incoming), load=True))
+        return answer_response(await node.service.infer(_parsed(node, incoming), load=True))
 
     return {_INFERENCE: inference, _RUN: run}
 
@@ -168,10 +168,6 @@ async def _call(node: Node, request: Request, model: ModelId | None = None) -> S
 
 async def _incoming(request: Request) -> Incoming:
     return await incoming_of(request.scope, request.receive)
-
-
-def _answer(answer: Answer) -> Response:
-    return Response(answer.body, 200, {"cache-control": "no-store"}, JSON)
 
 
 def _body(schema: type[schemas.SignedBody]) -> dict[str, Any]:
