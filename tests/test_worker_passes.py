@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -131,9 +132,69 @@ async def test_a_callers_own_deadline_ends_his_wait_and_nobody_elses(make_pool: 
         await said(pool, model, {}, limit_s=0.05)
 
     assert "was not run" in waiting.value.detail
-    assert "was stopped after 0.05 s" in running.value.detail
+    assert "no answer came within 0.05 s" in running.value.detail
     assert await said(pool, model, {}) == {"predictions": [1]}
-    assert pool.loaded()[0].pid != pid, "what ran for him alone was really stopped"
+    assert pool.loaded()[0].pid == pid, "an impatient caller takes the process from nobody"
+
+
+async def test_whoever_is_impatient_costs_the_others_no_restart(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("tagged")), opened(b"any")
+    await pool.load(model)
+    pid = pool.loaded()[0].pid
+    impatient = [said(pool, model, {"tag": "x"}, wallet=9, limit_s=0.001) for _ in range(50)]
+    patient = [said(pool, model, {"tag": number}, wallet=number) for number in range(1, 8)]
+    found = await asyncio.gather(*patient, *impatient, return_exceptions=True)
+
+    assert [one["tag"] for one in found[:7]] == list(range(1, 8))
+    assert all(isinstance(one, DeadlineExceeded) for one in found[7:])
+    assert (pool.loaded()[0].pid, pool.figures()[0].restarts) == (pid, 0)
+
+
+@pytest.mark.parametrize("how", ["his deadline", "hanging up"])
+async def test_a_pass_that_nobody_waits_for_is_stopped_after_the_grace(make_pool: MakePool, how: str) -> None:
+    pool, model = make_pool(hostile("tagged", grace_s=0.3)), opened(b"any")
+    await pool.load(model)
+    pid = pool.loaded()[0].pid
+    limit_s = 0.1 if how == "his deadline" else None
+    stuck = asyncio.create_task(said(pool, model, {"tag": "stuck", "act": "hang"}, limit_s=limit_s))
+    await asyncio.sleep(0.1)
+    if limit_s is None:
+        stuck.cancel()
+    with pytest.raises((DeadlineExceeded, asyncio.CancelledError)):
+        await stuck
+    began = time.monotonic()
+
+    assert pool.loaded()[0].pid == pid, "not before the grace"
+    assert (await said(pool, model, {"tag": "next"}))["tag"] == "next"
+    assert pool.loaded()[0].pid != pid, "what ran for nobody was really stopped"
+    assert time.monotonic() - began < 8, "long before the 10 s that a run may take"
+
+
+async def test_a_pass_goes_on_for_the_one_who_still_waits(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("tagged", grace_s=0.0)), opened(b"any")
+    await pool.load(model)
+    first = asyncio.create_task(said(pool, model, {"tag": "first"}))
+    await asyncio.sleep(0.005)
+    leaving = asyncio.create_task(said(pool, model, {"tag": "leaving"}, wallet=2))
+    staying = asyncio.create_task(said(pool, model, {"tag": "staying"}, wallet=3))
+    await first
+    leaving.cancel()
+
+    assert await staying == {"tag": "staying", "callers": 2}
+    assert pool.figures()[0].restarts == 0
+
+
+async def test_who_goes_again_waits_no_longer_than_anybody(make_pool: MakePool) -> None:
+    """Of two whose process died together the second runs again after the first, who hangs: he is not forgotten."""
+    pool, model = make_pool(hostile("tagged"), predict_s=1.0), opened(b"any")
+    await pool.load(model)
+    asked = [{"tag": "dies", "act": "die"}, *({"tag": n, "act": "hang"} for n in range(3))]
+    began = time.monotonic()
+    found = await together(pool, model, asked)
+
+    assert isinstance(found[0], ModelFailed)
+    assert all(isinstance(one, DeadlineExceeded) for one in found[1:])
+    assert time.monotonic() - began < 3.5, "one deadline in the pass, one before his turn, one in it"
 
 
 async def test_a_wallet_that_floods_takes_nobody_elses_turn(make_pool: MakePool) -> None:
@@ -261,14 +322,17 @@ async def test_pieces_come_before_their_answer(make_pool: MakePool) -> None:
     assert (await pool.run(model, hold(model), call(model, {}))).result == b"10", "and without them, whole"
 
 
-async def test_who_leaves_in_the_middle_ends_the_work(make_pool: MakePool) -> None:
+@pytest.mark.parametrize("limit_s", [None, 0.15])
+async def test_who_leaves_in_the_middle_ends_the_work(make_pool: MakePool, limit_s: float | None) -> None:
     pool, model = make_pool(hostile("pieces")), opened(b"any")
     pid = (await pool.load(model)).pid
     got: list[Piece] = []
-    task = asyncio.create_task(pool.run(model, hold(model), call(model, {}), got.append))
+    asked = replace(call(model, {}), limit_s=limit_s)
+    task = asyncio.create_task(pool.run(model, hold(model), asked, got.append))
     while len(got) < 2:
         await asyncio.sleep(0.01)
-    task.cancel()
+    if limit_s is None:
+        task.cancel()
     await asyncio.wait([task])
     began = asyncio.get_running_loop().time()
     async with asyncio.timeout(5):

@@ -11,8 +11,9 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from divault.errors import Overloaded
@@ -34,13 +35,22 @@ class Job:
     """Loop time, as all times here."""
     run_s: float
     """How long a pass with it may take."""
-    deadline: float | None = None
-    """The caller's own, if he set one: for waiting and running together."""
+    limit_s: float | None = None
+    """The caller's own deadline, if he set one, from his arrival: for waiting and running together."""
     on_piece: Callable[[Piece], None] | None = None
     """Gets the answer's pieces as they are made; such a request goes alone."""
     alone: bool = False
     """It went wrong in company."""
     expiry: asyncio.TimerHandle | None = None
+
+    @property
+    def deadline(self) -> float:
+        """When its caller gives it up; infinite where he set none."""
+        return math.inf if self.limit_s is None else self.arrived + self.limit_s
+
+    def latest(self, now: float) -> float:
+        """When it is given up, if it waits from now on: for as long as it might run, or until its caller's deadline."""
+        return min(now + self.run_s, self.deadline)
 
     @property
     def size(self) -> int:
@@ -78,10 +88,10 @@ class Queue:
         self._lines.setdefault(job.owner, deque()).append(job)
         self._count += 1
 
-    def put_back(self, jobs: Iterable[Job]) -> None:
+    def put_back(self, jobs: Sequence[Job]) -> None:
         """Let these go next, each alone, in this order."""
-        self._first.extendleft(reversed(list(jobs)))
-        self._count = len(self._first) + sum(map(len, self._lines.values()))
+        self._first.extendleft(reversed(jobs))
+        self._count += len(jobs)
 
     def drop(self, job: Job) -> None:
         """Take the job out, if it waits."""

@@ -10,7 +10,9 @@
 Rules:
 
 1. No timer: an idle process gets a request at once; what comes while it works goes together in the next pass.
-2. A request waits at most one predict deadline and runs at most one; its caller's own deadline counts for both.
+2. A request waits at most one predict deadline and runs at most one; its caller's own deadline counts for both, and
+   ends his wait alone: who sets a short one costs nobody else the process. A pass that nobody waits for any more is
+   stopped when it goes on for longer than a restart takes.
 3. A process that dies, or is stopped at a deadline, with several callers in flight: each of them runs again, once and
    alone, so that only the one who brings it down hears of it. Who was alone is not run again.
 4. A caller who went away is taken out of the queue unrun; the end of a run that gives pieces is asked for.
@@ -57,7 +59,9 @@ class Tuning:
     longest_wait_s: float = 0.8
     """So long the last in the queue should wait: what comes beyond it is told to come back instead."""
     pass_share: float = 0.25
-    """Of the shortest deadline in a pass, that the pass should take at most."""
+    """Of the predict deadline, that a pass should take at most."""
+    grace_s: float = 2.0
+    """So long a pass may go on that nobody waits for; as long as the model's last start took, where that is longer."""
     ping_s: float = 2.0
     first_pause_s: float = 0.1
     longest_pause_s: float = 5.0
@@ -125,6 +129,8 @@ class Worker:
         self._deaths: deque[float] = deque()
         self._failed_at = 0.0
         self._excused = False
+        self._start_s = 0.0
+        """How long the last start took."""
         self._description: Description | None = None
         self.figures = Figures()
         self.used_at = time.monotonic()
@@ -238,17 +244,15 @@ class Worker:
             raise self._not_ready()
         loop = asyncio.get_running_loop()
         now = loop.time()
-        deadline = None if limit_s is None else now + limit_s
-        job = Job(owner, item, loop.create_future(), now, run_s, deadline, on_piece)
+        job = Job(owner, item, loop.create_future(), now, run_s, limit_s, on_piece)
         self._queue.put(job, self.places, self._overloaded)
         if self._flight or self._state != "ready":
-            job.expiry = loop.call_at(min(now + run_s, deadline or math.inf), self._expire, job)
+            self._set_expiry(job, job.latest(now), self._expire)
         self._pump()
         try:
             return await job.done
         except asyncio.CancelledError:
-            if job.on_piece is not None and job in self._flight and self._process is not None:
-                self._process.stop_run()
+            self._left(job)
             raise
         finally:
             if job.expiry is not None:
@@ -279,11 +283,24 @@ class Worker:
     def _expire(self, job: Job) -> None:
         """Give up a request that waited for as long as it might have run, or that its caller gives up."""
         self._queue.drop(job)
-        limit = f"{(job.deadline or job.arrived + job.run_s) - job.arrived:g}"
+        limit_s = job.run_s if job.limit_s is None else min(job.limit_s, job.run_s)
+        limit = f"{limit_s:g}"
         if not job.done.done():
             job.done.set_exception(
                 DeadlineExceeded(f"the request waited {limit} s for its turn and was not run", limit_s=limit)
             )
+
+    def _left(self, job: Job) -> None:
+        """Nobody waits for the job any more. Its pass goes on for the others in it; without any, not for long."""
+        if job not in self._flight:
+            return
+        if job.on_piece is not None and self._process is not None:
+            self._process.stop_run()
+        if self._overrun is not None and all(one.done.done() for one in self._flight):
+            loop = asyncio.get_running_loop()
+            at = min(self._overrun.when(), loop.time() + max(self._tuning.grace_s, self._start_s))
+            self._overrun.cancel()
+            self._overrun = loop.call_at(at, self._overran)
 
     def _refuse(self, jobs: Sequence[Job], error: DivaultError) -> None:
         for job in jobs:
@@ -313,10 +330,10 @@ class Worker:
             return
         loop = asyncio.get_running_loop()
         self._flight, self._began = jobs, loop.time()
-        ends = [min(self._began + job.run_s, job.deadline or math.inf) for job in jobs]
-        for job, end in zip(jobs, ends, strict=True):
-            self._set_expiry(job, end if end < max(ends) else None)
-        self._overrun = loop.call_at(max(ends), self._overran)
+        end = self._began + jobs[0].run_s
+        for job in jobs:
+            self._set_expiry(job, job.deadline if job.deadline < end else None, self._give_up)
+        self._overrun = loop.call_at(end, self._overran)
         try:
             self._process.post(_request(jobs), self._replied, self._on_part(jobs[0]))
         except ModelFailed as err:
@@ -329,25 +346,24 @@ class Worker:
             return together
         return max(1, min(together, int(self._tuning.pass_share * self._deadlines.predict_s / mean)))
 
-    def _set_expiry(self, job: Job, at: float | None) -> None:
+    def _set_expiry(self, job: Job, at: float | None, then: Callable[[Job], None]) -> None:
         if job.expiry is not None:
             job.expiry.cancel()
-            job.expiry = None
-        if at is not None:
-            job.expiry = asyncio.get_running_loop().call_at(at, self._give_up, job)
+        job.expiry = None if at is None else asyncio.get_running_loop().call_at(at, then, job)
 
     def _give_up(self, job: Job) -> None:
-        """The caller's own deadline passed while others of his pass still have time."""
-        limit = f"{(job.deadline or 0) - job.arrived:g}"
+        """The caller's own deadline passed while his pass is under way."""
+        limit = f"{job.limit_s:g}"
         if not job.done.done():
             job.done.set_exception(DeadlineExceeded(f"no answer came within {limit} s", limit_s=limit))
+        self._left(job)
 
     def _on_part(self, job: Job) -> Callable[[wire.Part], None] | None:
         if job.on_piece is None:
             return None
         told, on_piece = 0, job.on_piece
 
-        def part(part: wire.Part) -> None:
+        def take(part: wire.Part) -> None:
             nonlocal told
             told += len(part.text) + 16
             if told > wire.MAX_RESULT_BYTES:
@@ -355,7 +371,7 @@ class Worker:
             elif not job.done.done():
                 on_piece(Piece(part.text, part.index))
 
-        return part
+        return take
 
     def _landed(self) -> list[Job]:
         """The pass is over."""
@@ -391,17 +407,17 @@ class Worker:
     def _overran(self) -> None:
         """The worker did what it was asked to: this is the model's slowness and no death to be counted."""
         self._excused = True
-        job = self._flight[0]
-        limit = f"{min(self._began + job.run_s, job.deadline or math.inf) - self._began:.3g}"
+        limit = f"{self._flight[0].run_s:g}"
         self._went_wrong(DeadlineExceeded(f"the model was stopped after {limit} s", limit_s=limit))
 
     def _went_wrong(self, error: DivaultError) -> None:
         """The process is of no use any more: rule 3."""
         jobs = [job for job in self._landed() if not job.done.done()]
         if len(jobs) > 1 and self._state == "ready":
+            now = asyncio.get_running_loop().time()
             for job in jobs:
                 job.alone = True
-                self._set_expiry(job, job.deadline)
+                self._set_expiry(job, job.latest(now), self._expire)
             self._queue.put_back(jobs)
             jobs = []
         if self._state == "ready" and self._process is not None:
@@ -414,7 +430,7 @@ class Worker:
 
     async def _load(self) -> Description:
         """Start a process and have it load the model, within the load deadline."""
-        limit_s = self._deadlines.load_s
+        limit_s, began = self._deadlines.load_s, time.monotonic()
         try:
             async with asyncio.timeout(limit_s):
                 # The mapped file, the model made of it, and as much again while it is made and at work.
@@ -434,6 +450,7 @@ class Worker:
             raise wire.reported(reply.problem, wire.LOAD_ERRORS)
         ready = wire.expect(reply, wire.Ready)
         self.checks = dict(ready.checks)
+        self._start_s = time.monotonic() - began
         return _described(ready.description)
 
     def _lost(self) -> None:
@@ -449,25 +466,20 @@ class Worker:
         if self._state != "ready":
             return
         self._state = "restarting"
+        work = self._revive(jobs, error or self._not_ready())
+        self._reviving = asyncio.create_task(work, name=f"restart of {self.opened.model.text}")
 
-        async def work() -> None:
-            try:
-                if self._process is not None:
-                    await self._process.kill()
-            finally:
-                self._refuse(jobs, error or self._not_ready())
-            await self._revive()
-
-        self._reviving = asyncio.create_task(work(), name=f"restart of {self.opened.model.text}")
-
-    async def _revive(self) -> None:
+    async def _revive(self, jobs: Sequence[Job], error: DivaultError) -> None:
         """Start the process anew, after a pause that grows with the deaths; returns only when the model is loaded."""
         self.figures.restarts += 1
-        if self._process is not None:
-            await self._process.kill()
-            if not self._excused:
-                self._count_death()
-                _log.warning("worker died", model_id=self.opened.model.text, stderr=self._process.words())
+        try:
+            if self._process is not None:
+                await self._process.kill()
+        finally:
+            self._refuse(jobs, error)
+        if not self._excused and self._process is not None:
+            self._count_death()
+            _log.warning("worker died", model_id=self.opened.model.text, stderr=self._process.words())
         self._excused = False
         while True:
             await self._pause()
