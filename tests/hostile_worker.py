@@ -68,6 +68,10 @@ class Hostile:
             described = b'{"format": "x"}'
         if self.behaviour == "load_uncanonical":
             described = json.dumps(DESCRIPTION | {"runtime": {"threads": 2**60}}).encode()
+        if self.behaviour.startswith("load_known="):
+            name = self.behaviour.partition("=")[2]
+            self.send({"kind": "known", "id": asked["id"], "v": 1, "template": name})
+            time.sleep(600)
         if self.behaviour == "load_hang":
             time.sleep(600)
         if self.behaviour == "load_exit":

@@ -17,6 +17,7 @@ from divault.settings import Settings
 from divault.workers.memory import memory_of
 from divault.workers.pool import WorkerPool
 from divault.workers.worker import Tuning
+from tests import onnx_models
 from tests.memory_models import as_json, state_dict_file
 from tests.worker_models import alive, answer, children, hostile, opened
 
@@ -85,7 +86,43 @@ async def test_what_never_fits_is_refused_and_nobody_is_unloaded_for_less(make_p
     await pool.load(opened(b"small", "small"))
     with pytest.raises(NotReady):
         await pool.load(opened(bytes(200 * MB), "giant"))
-    assert len(names(pool)) <= 1
+
+    assert names(pool) == {"small"}
+
+
+async def test_loads_at_once_do_not_promise_the_same_memory(make_pool: MakePool) -> None:
+    pool = make_pool(320, hostile("honest"))
+    loads = (pool.load(opened(bytes(60 * MB), name)) for name in ("first", "second"))
+    found = await asyncio.gather(*loads, return_exceptions=True)
+
+    assert isinstance(found[1], NotReady)
+    assert names(pool) == {"first"}
+    await pool.load(opened(bytes(60 * MB), "second"))
+    assert names(pool) == {"first", "second"}, "one after the other both fit"
+
+
+async def test_what_workers_are_forked_from_counts(make_pool: MakePool) -> None:
+    pool = make_pool(200)
+    await pool.load(opened(onnx_models.classifier(), "first"))
+    taken = sum(template.memory_bytes for template in pool._templates.there())
+    assert taken > 20 * MB
+    pool._memory_bytes = taken + 80 * MB
+    with pytest.raises(NotReady):
+        await pool.load(opened(bytes(10 * MB), "second"))
+    assert names(pool) == {"first"}
+
+
+async def test_who_leaves_while_room_is_made_leaves_nothing(make_pool: MakePool) -> None:
+    pool = make_pool(320, hostile("honest"))
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    task = asyncio.create_task(pool.load(opened(bytes(MB), "left")))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+
+    assert task.cancelled()
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert pool._coming == {}
 
 
 def test_memory_of_a_process_counts_its_children() -> None:

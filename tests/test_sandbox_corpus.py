@@ -10,7 +10,7 @@ import asyncio
 import os
 import shutil
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,16 @@ def children() -> set[int]:
     return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
 
 
+def tree(pid: int) -> list[int]:
+    """The process and everything below it."""
+    below = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [pid, *(one for young in below for one in tree(young))]
+
+
+def programs(pids: Sequence[int]) -> list[str]:
+    return [Path(f"/proc/{pid}/comm").read_text().strip().rstrip("0123456789.") for pid in pids]
+
+
 def resident() -> int:
     """Bytes of this process, which is the gateway here."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -129,7 +139,10 @@ async def contain(scene: Scene, folder: Path, cases: list[dict[str, Any]], canar
 
     assert {name: answer for name, answer in answers.items() if breached(answer)} == {}
     assert canaries.touched() == []
-    assert children() == before, "a process is left over"
+    templates = [tree(template._popen.pid) for template in scene.hostile._templates.there()]
+    assert children() - {pids[0] for pids in templates} == before, "a process is left over"
+    assert {name for pids in templates for name in programs(pids[1:])} <= {"bwrap", "python"}
+    assert all(programs(pids).count("python") == 1 for pids in templates), "a fork is left over"
     assert resident() - memory < 10 << 20, "the node's own memory grew"
     # Probes that could act at all say that they were refused: the corpus did run.
     tried = [answer for answer in answers.values() if isinstance(answer, dict) and answer.get("breached") is False]

@@ -77,7 +77,7 @@ async def answer(pool: WorkerPool, model: OpenedModel, data: Any) -> Any:
 def hostile(behaviour: str, **figures: Any) -> Tuning:
     """A pool whose workers are `hostile_worker.py`: honest at load, then as the word says."""
     quick = {"first_pause_s": 0.01, "longest_pause_s": 0.05, "ping_s": 2.0} | figures
-    return Tuning(command=(sys.executable, "-I", str(HOSTILE), behaviour), **quick)
+    return Tuning(command=(sys.executable, "-I", str(HOSTILE), behaviour), templates=False, **quick)
 
 
 def alive(pid: int) -> bool:

@@ -38,15 +38,15 @@ def code_formats() -> list[ModelFormat]:
     return [TorchScript(), TorchExport()]
 
 
-def load(files: Sequence[MemoryFile], device: str, *, allow_code: bool = False) -> LoadedModel:
-    """The model in these files. `allow_code`: code-bearing formats run too, which only a confined process may do.
+def recognise(files: Sequence[MemoryFile], *, allow_code: bool = False) -> ModelFormat:
+    """The format of these files. `allow_code`: code-bearing formats count too, which only a confined process may load.
 
-    Raises UnsupportedModel (`seen` says what they are), SealedFileDamaged.
+    Raises UnsupportedModel (`seen` says what they are).
     """
     known = code_formats() + formats() if allow_code else formats()
     for model_format in known:
         if model_format.recognises(files):
-            return model_format.load(files, device)
+            return model_format
     from divault.models import unsupported
 
     seen = unsupported.name(files)
@@ -55,3 +55,8 @@ def load(files: Sequence[MemoryFile], device: str, *, allow_code: bool = False) 
         seen=seen,
         supported=unsupported.SUPPORTED_TEXT,
     )
+
+
+def load(files: Sequence[MemoryFile], device: str, *, allow_code: bool = False) -> LoadedModel:
+    """The model in these files. Raises UnsupportedModel, SealedFileDamaged."""
+    return recognise(files, allow_code=allow_code).load(files, device)

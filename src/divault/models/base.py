@@ -90,6 +90,10 @@ class StreamingModel(LoadedModel, Protocol):
 class ModelFormat(Protocol):
     """One family of models."""
 
+    @property
+    def template(self) -> str:
+        """A name in `libraries`: its process may be forked with these imported. Empty: a process of its own."""
+
     def recognises(self, files: Sequence[MemoryFile]) -> bool:
         """Whether these files are of this family, by their bytes."""
 

@@ -66,6 +66,8 @@ _CLASSES = {
 class HuggingFace:
     """The format: a folder with config.json, tokenizer.json and weights."""
 
+    template = "transformers"
+
     def recognises(self, files: Sequence[MemoryFile]) -> bool:
         """Whether a configuration with a model type is among the files."""
         return is_one(Folder(files))

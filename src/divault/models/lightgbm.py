@@ -39,6 +39,8 @@ _KINDS = {
 class LightgbmModelFile:
     """The format: one text file of `save_model`."""
 
+    template = "lightgbm"
+
     def recognises(self, files: Sequence[MemoryFile]) -> bool:
         """Whether the model is one file and that starts as LightGBM's do."""
         file = only_file(files)

@@ -44,6 +44,8 @@ _TOLERANCE = 1e-5
 class Onnx:
     """The format: one ONNX file."""
 
+    template = "onnx"
+
     def recognises(self, files: Sequence[MemoryFile]) -> bool:
         """Whether exactly one of the files is an ONNX model."""
         return len(_models(files)) == 1

@@ -36,6 +36,8 @@ _LIBRARIES = ("scipy", "scikit-learn")
 class SklearnPickle:
     """The format: one pickled or joblib file."""
 
+    template = ""
+
     def recognises(self, files: Sequence[MemoryFile]) -> bool:
         """Whether the model is one file and that is a pickle, plain or compressed."""
         file = only_file(files)

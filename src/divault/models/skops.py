@@ -42,6 +42,8 @@ _DAMAGE = (
 class SkopsFile:
     """The format: one skops file."""
 
+    template = "sklearn"
+
     def recognises(self, files: Sequence[MemoryFile]) -> bool:
         """Whether the model is one zip with the schema that skops writes."""
         file = only_file(files)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class TorchExport:
     """The format: one archive, and `divault.json`."""
 
+    template = ""
+
     def recognises(self, files: Sequence[MemoryFile]) -> bool:
         """Whether a torch.export archive is among the files."""
         return any(container_of(file) is Container.TORCH_EXPORT for file in files)

@@ -20,6 +20,8 @@ from divault.values import MemoryFile
 class TorchScript:
     """The format: one program, and `divault.json`."""
 
+    template = ""
+
     def recognises(self, files: Sequence[MemoryFile]) -> bool:
         """Whether a TorchScript archive is among the files."""
         return any(container_of(file) is Container.TORCH_SCRIPT for file in files)

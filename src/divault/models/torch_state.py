@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 class TorchState:
     """The format: weights with an architecture by name."""
 
+    template = "torch"
+
     def recognises(self, files: Sequence[MemoryFile]) -> bool:
         """Whether weights of PyTorch are among the files, and they are no Hugging Face folder."""
         return not huggingface_files.is_one(Folder(files)) and bool(weight_files(files))

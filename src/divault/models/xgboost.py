@@ -46,6 +46,8 @@ _KINDS = {
 class XgboostModelFile:
     """The format: one file of `save_model`."""
 
+    template = "xgboost"
+
     def recognises(self, files: Sequence[MemoryFile]) -> bool:
         """Whether the model is one file and that starts as XGBoost's do."""
         file = only_file(files)

@@ -54,8 +54,13 @@ NOTHING = b"{}"
 
 
 def main() -> None:
-    """Entry of the process: the descriptor of its socket is the last argument."""
-    with socket.socket(fileno=int(sys.argv[-1])) as connection:
+    """Entry of a process of its own: the descriptor of its socket is the last argument."""
+    work(int(sys.argv[-1]))
+
+
+def work(channel: int) -> None:
+    """Serve the gateway on this socket, and end the process."""
+    with socket.socket(fileno=channel) as connection:
         order = wire.receive(connection)
         if isinstance(order, wire.Load):
             checks = confine(_policy(order, connection.fileno()))
@@ -79,10 +84,15 @@ def _policy(order: wire.Load, channel: int) -> Policy:
     )
 
 
-def _load(order: wire.Load, checks: dict[str, Verdict]) -> tuple[LoadedModel | None, wire.Ready | wire.Failed]:
+def _load(order: wire.Load, checks: dict[str, Verdict]) -> tuple[LoadedModel | None, wire.Reply]:
     if not order.files:
         return None, wire.Ready(id=order.id, description=NOTHING, checks=checks)
     files = [MemoryFile(file.name, file.fd, file.size) for file in order.files]
+    if order.recognise:
+        found = _attempt("recognising the model", lambda: models.recognise(files, allow_code=order.allow_code).template)
+        if isinstance(found, wire.Problem):
+            return None, wire.Failed(id=order.id, problem=found)
+        return None, wire.Known(id=order.id, template=found)
 
     def work() -> tuple[LoadedModel, bytes]:
         model = models.load(files, order.device, allow_code=order.allow_code)

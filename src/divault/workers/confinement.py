@@ -62,8 +62,10 @@ class Confinement:
         """What keeps this level from being reached, by the names of the checks."""
         return missing_for(level, self.checks)
 
-    def order(self, files: Sequence[MemoryFile], device: str, memory_bytes: int) -> wire.Load:
-        """What a worker is told first."""
+    def order(
+        self, files: Sequence[MemoryFile], device: str, memory_bytes: int, *, recognise: bool = False
+    ) -> wire.Load:
+        """What a worker is told first. `recognise`: it is to load nothing, but to say what these files are."""
         return wire.Load(
             id=wire.new_id(),
             files=[wire.File(file.name, file.fd, file.size) for file in files],
@@ -73,6 +75,7 @@ class Confinement:
             canary=str(self._canary),
             namespaces=self._namespaces,
             allow_code=self.allow_code and self.effective in ("standard", "strict"),
+            recognise=recognise,
         )
 
     def report(self) -> dict[str, Any]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def memory_of(pid: int) -> int:
+def memory_of(pid: int, but: Collection[int] = ()) -> int:
     """Bytes: each page shared with others counted in parts (PSS), or resident pages where that may not be read.
 
-    A worker in namespaces of its own is the child of what made them, so children count too. 0 for one that is gone.
+    A worker in namespaces of its own is the child of what made them, so children count too, without those that are
+    in `but`. 0 for one that is gone.
     """
-    return sum(_own(one) for one in _tree(pid))
+    return sum(_own(one) for one in _tree(pid) if one not in but)
 
 
 def _own(pid: int) -> int:

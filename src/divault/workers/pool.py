@@ -7,9 +7,8 @@ for deadlines, queues and restarts, `sandbox` for what a worker gives up. This m
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,7 +28,8 @@ from divault.values import Cid, Digest, Hold, ModelId, OpenedModel, Output, Sign
 from divault.workers import wire
 from divault.workers.confinement import Confinement
 from divault.workers.process import Process
-from divault.workers.worker import SIZES, Deadlines, Tuning, Worker
+from divault.workers.template import Templates
+from divault.workers.worker import SIZES, Deadlines, Surroundings, Tuning, Worker
 
 _log = log("workers")
 _WORKER_BYTES = 64 << 20
@@ -95,7 +95,10 @@ class WorkerPool:
         self._device = device
         self._tuning = tuning or Tuning()
         self._entries: dict[Digest, _Entry] = {}
+        self._coming: dict[Worker, int] = {}
+        """Bytes that are kept for loads under way."""
         self._confinement = confinement or Confinement()
+        self._templates = Templates(self._tuning.threads, lambda: self._confinement.separate)
         self._memory_bytes = memory_bytes
         self._closed = False
 
@@ -143,13 +146,18 @@ class WorkerPool:
 
         Raises UnsupportedModel, SealedFileDamaged, ModelFailed, DeadlineExceeded, NotReady.
         """
-        began = time.monotonic()
-        worker = Worker(opened, self._device, self._deadlines, self._tuning, self._confinement)
+        around = Surroundings(self._tuning, self._confinement, self._templates)
+        worker = Worker(opened, self._device, self._deadlines, around)
         try:
-            await self._make_room(2 * opened.size + _WORKER_BYTES, opened.model.key)
-        except NotReady:
-            await worker.close()
-            raise
+            return await self._load(worker, opened)
+        finally:
+            self._coming.pop(worker, None)
+            if self._worker(opened.model.key) is not worker:
+                await worker.close()
+
+    async def _load(self, worker: Worker, opened: OpenedModel) -> Loaded:
+        began = time.monotonic()
+        await self._make_room(worker, 2 * opened.size + _WORKER_BYTES)
         if not self._closed:
             try:
                 await worker.start()
@@ -157,16 +165,17 @@ class WorkerPool:
                 _log.error("the device is not there", device=self._device, why=err.detail)
                 raise NotReady("the device of this node is not there: its operator has to set DIVAULT_DEVICE") from err
         if self._closed:
-            await worker.close()
             raise NotReady("the node is stopping", retry_after=5)
         self._confinement.checks = dict(worker.checks)
         replaced = self._entries.get(opened.model.key)
         entry = _Entry(worker, int(time.time()), round(time.monotonic() - began, 3))
         self._entries[opened.model.key] = entry
+        del self._coming[worker]
         if replaced is not None:
             await replaced.worker.close()
-        with contextlib.suppress(NotReady):  # it took more than was thought: others make room, as far as they are idle
-            await self._make_room(0, opened.model.key)
+        # It may have taken more than was thought: others make room, as far as they are idle.
+        going, _ = self._choose(*await self._measured(), 0, opened.model.key)
+        await self._evict(going)
         return _view(entry)
 
     def figures(self) -> list[ModelFigures]:
@@ -238,28 +247,65 @@ class WorkerPool:
         self._closed = True
         for key in list(self._entries):
             await self.unload(key)
+        await self._templates.close()
         self._confinement.close()
 
-    async def _make_room(self, size: int, but: Digest) -> None:
-        """Unload idle models, the least recently used first, until there is room for `size` bytes more.
+    async def _make_room(self, worker: Worker, size: int) -> None:
+        """Keep `size` bytes for a model that is to be loaded, by unloading idle ones if need be.
 
-        Never one that has a queue, nor the model `but`. Raises NotReady when that is not enough.
+        Raises NotReady when that is not enough; then nobody is unloaded.
         """
-        if self._memory_bytes is None:
-            return
-        taken = {key: _taken(entry.worker) for key, entry in self._entries.items()}
-        idle = [key for key, entry in self._entries.items() if entry.worker.idle and key != but]
-        for key in sorted(idle, key=lambda one: self._entries[one].worker.used_at):
-            if sum(taken.values()) + size <= self._memory_bytes:
-                return
-            del taken[key]
-            if (entry := self._entries.get(key)) is not None and entry.worker.idle:
-                _log.info("unloaded for another model", model_id=entry.worker.opened.model.text)
-                await self.unload(key)
-        if sum(taken.values()) + size > self._memory_bytes:
+        going, enough = self._choose(*await self._measured(), size, worker.opened.model.key)
+        if not enough:
             raise NotReady(
                 "the models that are at work now leave no memory for another one: try again later", retry_after=5
             )
+        self._coming[worker] = size
+        await self._evict(going)
+
+    async def _measured(self) -> tuple[dict[Worker, int], int]:
+        """What each loaded model takes, and what templates take beside them; measured in a thread.
+
+        A model's memory files count apart from its process: they may not be mapped there.
+        """
+        if self._memory_bytes is None:
+            return {}, 0
+        workers, there = [entry.worker for entry in self._entries.values()], self._templates.there()
+
+        def measure() -> tuple[dict[Worker, int], int]:
+            taken = {one: one.memory_bytes + one.opened.size for one in workers}
+            return taken, sum(template.memory_bytes for template in there)
+
+        return await asyncio.to_thread(measure)
+
+    def _choose(self, taken: Mapping[Worker, int], templates: int, size: int, but: Digest) -> tuple[list[Digest], bool]:
+        """Idle models to unload for `size` bytes more, the least recently used first, and whether that is enough.
+
+        Never one that has a queue, nor the model `but`, which is replaced.
+        """
+        if self._memory_bytes is None:
+            return [], True
+        sizes = {key: taken.get(one.worker, one.worker.opened.size) for key, one in self._entries.items()}
+        free = self._memory_bytes - sum(sizes.values()) - sum(self._coming.values()) - templates
+        idle = [key for key, entry in self._entries.items() if entry.worker.idle and key != but]
+        going: list[Digest] = []
+        for key in sorted(idle, key=lambda one: self._entries[one].worker.used_at):
+            if free >= size:
+                break
+            going.append(key)
+            free += sizes[key]
+        return going, free >= size
+
+    async def _evict(self, keys: Sequence[Digest]) -> None:
+        """Unload these; nobody can use them any more when this first waits."""
+        workers = [self._entries.pop(key).worker for key in keys]
+        for worker in workers:
+            _log.info("unloaded for another model", model_id=worker.opened.model.text)
+        await asyncio.gather(*(worker.close() for worker in workers))
+
+    def _worker(self, key: Digest) -> Worker | None:
+        entry = self._entries.get(key)
+        return entry.worker if entry is not None else None
 
     def _entry(self, opened: OpenedModel) -> _Entry:
         entry = self._entries.get(opened.model.key)
@@ -289,11 +335,6 @@ class WorkerPool:
             await process.kill()
         self._confinement.checks = dict(ready.checks)
         return "no model is loaded; a worker starts and answers"
-
-
-def _taken(worker: Worker) -> int:
-    """What a loaded model takes: its process as measured, and its memory files, which may not be mapped there."""
-    return worker.memory_bytes + worker.opened.size
 
 
 def _figures(worker: Worker) -> ModelFigures:

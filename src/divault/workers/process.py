@@ -1,4 +1,4 @@
-"""One worker process as the gateway sees it: started clean, asked, and killed with everything that it started.
+"""One worker process as the gateway sees it: started clean or forked, asked, and killed with all that it started.
 
 Rules:
 
@@ -14,9 +14,10 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from signal import SIGKILL
+from typing import Protocol
 
 import divault
 from divault.errors import ModelFailed, NotReady
@@ -25,11 +26,17 @@ from divault.workers import wire
 from divault.workers.landlock import library_paths
 from divault.workers.line import Line
 
-_BOOTSTRAP = (
-    "import sys; root = sys.argv[1]; root in sys.path or sys.path.insert(0, root); "
-    "from divault.workers.child import main; main()"
-)
-COMMAND = (sys.executable, "-I", "-B", "-c", _BOOTSTRAP, str(Path(divault.__file__).parent.parent))
+
+def command_of(module: str) -> tuple[str, ...]:
+    """What starts `main` of a module beside this one, in a Python that takes nothing from its surroundings."""
+    source = (
+        "import sys; root = sys.argv[1]; root in sys.path or sys.path.insert(0, root); "
+        f"from divault.workers.{module} import main; main()"
+    )
+    return (sys.executable, "-I", "-B", "-c", source, str(Path(divault.__file__).parent.parent))
+
+
+COMMAND = command_of("child")
 """Starts a worker; the descriptor of its socket comes as one more argument."""
 _NOBODY = "65534"
 _STDERR_KEPT = 64 << 10
@@ -77,17 +84,34 @@ def _link(name: str) -> tuple[str, ...]:
     return ("--symlink", os.readlink(path), str(path)) if path.is_symlink() else ()  # noqa: PTH115  # relative, as it is
 
 
-class Process:
-    """A started worker. `await Process.start(...)` makes one; whoever made it calls `kill`."""
+class Body(Protocol):
+    """The process itself: how it is ended, and who buries it."""
 
-    def __init__(self, popen: subprocess.Popen[bytes], line: Line, stderr: int, on_loss: Callable[[], None]) -> None:
-        self._popen = popen
+    pid: int
+    pidfd: int
+    """Readable when it ended. Whoever gets the body closes it."""
+
+    def kill(self) -> None:
+        """End it with everything in its group, unless it is gone."""
+
+    def bury(self) -> None:
+        """What is left to do when it has ended."""
+
+
+class Process:
+    """A worker. `await Process.start(...)` or `Template.fork` makes one; whoever made it calls `kill`."""
+
+    def __init__(
+        self, body: Body, line: Line, stderr: Tail, files: Sequence[MemoryFile], on_loss: Callable[[], None]
+    ) -> None:
+        self._body = body
         self._line = line
         self._on_loss = on_loss
         self._gone = asyncio.Event()
-        self._stderr = _Tail(stderr)
-        self._pidfd = os.pidfd_open(popen.pid)
-        asyncio.get_running_loop().add_reader(self._pidfd, self._ended)
+        self._stderr = stderr
+        self.files = tuple(files)
+        """The model's, by the numbers that they have in the process."""
+        asyncio.get_running_loop().add_reader(body.pidfd, self._ended)
 
     @classmethod
     async def start(
@@ -105,22 +129,36 @@ class Process:
 
         Raises NotReady when the system has no room for another process.
         """
+        whole = command if separate is None else (separate, *bubblewrap(threads), *command)
+
+        async def started(channel: int, stderr: int) -> Body:
+            inherited = (channel, *(file.fd for file in files))
+            return _Started(spawn((*whole, str(channel)), inherited, threads, stderr))
+
+        return await cls.made(started, files, on_loss)
+
+    @classmethod
+    async def made(
+        cls,
+        make: Callable[[int, int], Awaitable[Body]],
+        files: Sequence[MemoryFile],
+        on_loss: Callable[[], None],
+    ) -> Process:
+        """The same of a process that `make` makes, given its socket and its stderr."""
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         near.setblocking(False)  # noqa: FBT003 - the standard library's signature
         reading, writing = os.pipe()
-        os.set_blocking(reading, False)
-        whole = command if separate is None else (separate, *bubblewrap(threads), *command)
-        with far:
-            try:
-                popen = _spawn(whole, far.fileno(), files, threads, writing)
-            except OSError as err:
-                near.close()
-                os.close(reading)
-                raise NotReady(f"can't start a worker process: {err.strerror}", retry_after=5) from None
-            finally:
-                os.close(writing)
+        try:
+            with far:
+                body = await make(far.fileno(), writing)
+        except BaseException:
+            near.close()
+            os.close(reading)
+            raise
+        finally:
+            os.close(writing)
         line = Line(on_loss)
-        process = cls(popen, line, reading, on_loss)
+        process = cls(body, line, Tail(reading), files, on_loss)
         connected = False
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: line, sock=near)
@@ -134,7 +172,7 @@ class Process:
     @property
     def pid(self) -> int:
         """Id of the process, which is the id of its group too."""
-        return self._popen.pid
+        return self._body.pid
 
     @property
     def lost(self) -> bool:
@@ -165,7 +203,7 @@ class Process:
     def stop(self) -> None:
         """Kill it with everything in its group. Does nothing the second time."""
         if not self._gone.is_set():
-            _kill_group(self._popen.pid)
+            self._body.kill()
 
     async def kill(self) -> None:
         """The same, and return when it is gone."""
@@ -173,42 +211,62 @@ class Process:
         await self._gone.wait()
 
     def _ended(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        # Not reaped yet, so the id of the group can't have passed to anybody else.
-        _kill_group(self._popen.pid)
-        self._popen.wait()
+        asyncio.get_running_loop().remove_reader(self._body.pidfd)
+        os.close(self._body.pidfd)
+        self._body.bury()
         self._gone.set()
         self._line.close()
         self._stderr.close()
         self._on_loss()
 
 
-def _spawn(
-    command: Sequence[str], channel: int, files: Sequence[MemoryFile], threads: int, stderr: int
-) -> subprocess.Popen[bytes]:
-    """Returns as soon as the program is loaded, in about a millisecond."""
-    return subprocess.Popen(
-        (*command, str(channel)),
-        pass_fds=(channel, *(file.fd for file in files)),
-        env=environment(threads),
-        cwd="/",
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=stderr,
-        start_new_session=True,
-    )
+class _Started:
+    """A process that this one started."""
+
+    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+        self.pid = popen.pid
+        self.pidfd = os.pidfd_open(popen.pid)
+        self._popen = popen
+
+    def kill(self) -> None:
+        kill_group(self.pid)
+
+    def bury(self) -> None:
+        # Not reaped yet, so the id of the group can't have passed to anybody else.
+        kill_group(self.pid)
+        self._popen.wait()
 
 
-def _kill_group(pid: int) -> None:
+def spawn(command: Sequence[str], inherited: Sequence[int], threads: int, stderr: int) -> subprocess.Popen[bytes]:
+    """A process with nothing but these descriptors and `environment`. Returns as soon as the program is loaded.
+
+    Raises NotReady when the system has no room for another process.
+    """
+    try:
+        return subprocess.Popen(
+            command,
+            pass_fds=inherited,
+            env=environment(threads),
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    except OSError as err:
+        raise NotReady(f"can't start a worker process: {err.strerror}", retry_after=5) from None
+
+
+def kill_group(pid: int) -> None:
+    """End the group that this process leads; it must not have been reaped."""
     try:
         os.killpg(pid, SIGKILL)
     except ProcessLookupError:
         return
 
 
-class _Tail:
-    """The last 64 KiB that came through a pipe."""
+class Tail:
+    """The last 64 KiB that came through a pipe, whose reading end it owns."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -218,9 +276,11 @@ class _Tail:
         asyncio.get_running_loop().add_reader(fd, self._more)
 
     def text(self) -> str:
+        """The end of it, escaped."""
         return wire.escaped(bytes(self._kept[-400:]).decode("utf-8", "backslashreplace"), 400)
 
     def close(self) -> None:
+        """Read what is there, and no more."""
         self._more()
         self._stop()
 

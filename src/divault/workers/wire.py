@@ -76,6 +76,8 @@ class Load(Frame, frozen=True, tag="load"):
     """Of the node, to compare yours with."""
     allow_code: bool = False
     """Formats that carry code may run."""
+    recognise: bool = False
+    """Load nothing: say which template loads these files. Answered by Known or Failed."""
 
 
 class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -125,6 +127,13 @@ class Ready(Frame, frozen=True, tag="ready"):
     """What the worker's confinement holds, by name."""
 
 
+class Known(Frame, frozen=True, tag="known"):
+    """The format of these files is known."""
+
+    template: Annotated[str, msgspec.Meta(max_length=40)]
+    """As `models.base.ModelFormat.template`."""
+
+
 class Failed(Frame, frozen=True, tag="failed"):
     """The model could not be loaded."""
 
@@ -149,8 +158,8 @@ class Pong(Frame, frozen=True, tag="pong"):
 
 
 Request = Load | Run | Stop | Ping
-Reply = Ready | Failed | Answers | Part | Pong
-R = TypeVar("R", Ready, Failed, Answers, Pong)
+Reply = Ready | Known | Failed | Answers | Part | Pong
+R = TypeVar("R", Ready, Known, Failed, Answers, Pong)
 
 _requests = msgspec.msgpack.Decoder(Request)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)

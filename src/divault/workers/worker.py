@@ -34,6 +34,7 @@ import msgspec
 from divault.errors import BadRequest, DeadlineExceeded, DivaultError, ModelFailed, NotReady, Overloaded
 from divault.messages import canonical
 from divault.models.base import Description, Piece
+from divault.models.libraries import LIBRARIES
 from divault.telemetry import log
 from divault.values import OpenedModel
 from divault.workers import wire
@@ -42,6 +43,7 @@ from divault.workers.memory import memory_of
 from divault.workers.process import COMMAND, Process
 from divault.workers.queue import Job, Queue
 from divault.workers.sandbox import level_of
+from divault.workers.template import Templates
 
 _log = log("workers")
 State = Literal["ready", "restarting", "failed", "closed"]
@@ -52,6 +54,9 @@ class Tuning:
     """Figures of a pool that no operator needs to set."""
 
     command: tuple[str, ...] = COMMAND
+    """Starts a worker that isn't forked."""
+    templates: bool = True
+    """Fork workers from processes that have a format's libraries already, where it lets them."""
     threads: int = field(default_factory=lambda: min(4, len(os.sched_getaffinity(0))))
     """Of numerical libraries in one worker: more than four gain little for one request at a time."""
     max_queue: int | None = None
@@ -77,6 +82,15 @@ class Deadlines:
 
     load_s: float
     predict_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the workers of a pool share."""
+
+    tuning: Tuning
+    confinement: Confinement
+    templates: Templates
 
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -109,15 +123,16 @@ class Figures:
 class Worker:
     """A model that is loaded, or about to be. Owns the descriptors of `opened` from its making to `close`."""
 
-    def __init__(
-        self, opened: OpenedModel, device: str, deadlines: Deadlines, tuning: Tuning, confinement: Confinement
-    ) -> None:
+    def __init__(self, opened: OpenedModel, device: str, deadlines: Deadlines, surroundings: Surroundings) -> None:
         self.opened = opened
-        self._confinement = confinement
+        self._confinement = surroundings.confinement
+        self._templates = surroundings.templates
+        self._tuning = surroundings.tuning
+        self._template: str | None = None if self._tuning.templates else ""
+        """What its process is forked from; empty: nothing; None: not known yet."""
         self.checks: dict[str, str] = {}
         self._device = device
         self._deadlines = deadlines
-        self._tuning = tuning
         self._queue = Queue()
         self._flight: list[Job] = []
         """In the pass that is under way."""
@@ -433,25 +448,43 @@ class Worker:
         limit_s, began = self._deadlines.load_s, time.monotonic()
         try:
             async with asyncio.timeout(limit_s):
-                # The mapped file, the model made of it, and as much again while it is made and at work.
-                request = self._confinement.order(self.opened.files, self._device, 3 * self.opened.size)
-                self._process = await Process.start(
-                    self._tuning.command,
-                    self.opened.files,
-                    self._tuning.threads,
-                    self._lost,
-                    separate=self._confinement.separate,
-                )
-                reply = await self._process.ask(request)
+                if self._template is None:
+                    self._template = await self._recognised()
+                reply = await self._asked(self._template)
         except TimeoutError:
             limit = f"{limit_s:g}"
             raise DeadlineExceeded(f"loading the model took longer than {limit} s", limit_s=limit) from None
-        if isinstance(reply, wire.Failed):
-            raise wire.reported(reply.problem, wire.LOAD_ERRORS)
         ready = wire.expect(reply, wire.Ready)
         self.checks = dict(ready.checks)
         self._start_s = time.monotonic() - began
         return _described(ready.description)
+
+    async def _recognised(self) -> str:
+        """The template that has the libraries for these files, by a process that is confined and has none of them."""
+        reply = await self._asked("none", recognise=True)
+        name = wire.expect(reply, wire.Known).template
+        if name and name not in LIBRARIES:
+            raise wire.broken("it names a template that there is not")
+        if self._process is not None:
+            await self._process.kill()
+        return name
+
+    async def _asked(self, template: str, *, recognise: bool = False) -> wire.Reply:
+        """What a new process says to the model's files. Raises what it reports."""
+        process = None
+        if template:
+            process = await self._templates.fork(template, self.opened.files, self._lost)
+        if process is None:
+            command, threads = self._tuning.command, self._tuning.threads
+            separate = self._confinement.separate
+            process = await Process.start(command, self.opened.files, threads, self._lost, separate=separate)
+        self._process = process
+        # The mapped file, the model made of it, and as much again while it is made and at work.
+        order = self._confinement.order(process.files, self._device, 3 * self.opened.size, recognise=recognise)
+        reply = await process.ask(order)
+        if isinstance(reply, wire.Failed):
+            raise wire.reported(reply.problem, wire.LOAD_ERRORS)
+        return reply
 
     def _lost(self) -> None:
         if self._flight:  # told by `_replied`, which comes first
