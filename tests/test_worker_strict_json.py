@@ -93,12 +93,14 @@ class Text(str):
     [
         (float("nan"), "not_finite"), ([1.0, float("inf")], "not_finite"), ({1: 2}, "not_json"),
         ({Text("a"): 1}, "not_json"), (Text("a"), "not_json"), (b"a", "not_json"), ({1, 2}, "not_json"),
-        (2**64, "not_json"), (np.float64(1), "not_json"),
+        (2**64, "not_json"), (np.float64(1), "not_json"), ([1, 2**64], "not_json"), ([-(2**63) - 1], "not_json"),
+        ([float("inf"), float("-inf")], "not_finite"), ([1.0, np.float64(2)], "not_json"),
         (itself(), "answer_too_large"), (laughs(), "answer_too_large"), ([0] * 200_001, "answer_too_large"),
         ("x" * 2000, "answer_too_large"),
     ],
     ids=[
-        "nan", "infinity", "key", "subclassed-key", "subclass", "bytes", "set", "integer", "numpy", "itself", "laughs",
+        "nan", "infinity", "key", "subclassed-key", "subclass", "bytes", "set", "integer", "numpy", "integers",
+        "negative", "infinities", "numpys", "itself", "laughs",
         "many", "long",
     ],
 )  # fmt: skip
@@ -120,3 +122,14 @@ def test_the_nearest_that_json_can_carry_is_an_answer() -> None:
     assert strict_json.dump({"a": (1, 2.5, None, True, "x", 2**64 - 1)}, 1000) == (
         b'{"a":[1,2.5,null,true,"x",18446744073709551615]}'
     )
+
+
+def test_large_numbers_whose_sum_is_too_large_are_an_answer() -> None:
+    assert strict_json.dump([1.7e308, 1.7e308], 100) == b"[1.7e+308,1.7e+308]"
+    assert strict_json.dump([2**64 - 1, -(2**63)], 100) == b"[18446744073709551615,-9223372036854775808]"
+
+
+def test_what_is_sent_is_a_copy() -> None:
+    numbers = [1.0, 2.0]
+
+    assert strict_json._copied(numbers, 2, [10]) is not numbers

@@ -89,6 +89,8 @@ class RowSpec:
         if len(rows) > MAX_ROWS:
             _refuse(self, field, f"{len(rows)} rows")
         width = self.count or (len(rows[0]) if isinstance(rows[0], list) else 0)
+        if width and not self.mixed and (array := _numbers(rows, width)) is not None:
+            return array
         for place, row in enumerate(rows):
             self._check_row(row, width, field if alone else f"{field}[{place}]")
         if self.mixed:
@@ -108,6 +110,20 @@ class RowSpec:
                 _refuse(self, f"{where}[{column}]", f"{_KINDS[type(value)]} where a number is expected")
 
 
+def _numbers(rows: list[Any], width: int) -> Any:
+    """float64 [rows, width] of rows of numbers in range, which most are; None for whatever has to be looked at."""
+    import numpy as np
+
+    if any(type(row) is not list or len(row) != width or not _NUMBERS.issuperset(map(type, row)) for row in rows):
+        return None
+    try:
+        array = np.array(rows, dtype=np.float64)
+    except OverflowError:  # a whole number beyond double precision
+        return None
+    return array if np.abs(array).max(initial=0.0) <= LARGEST else None
+
+
+_NUMBERS = frozenset({int, float})
 _KINDS: dict[type, str] = {str: "a text", bool: "true or false", type(None): "null", list: "a list", dict: "an object"}
 
 
