@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import UTC, datetime
 
 import pytest
 import rfc8785
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from divault.errors import BadRequest
 from divault.messages import bodies, canonical, strict_json
+from divault.receipts.fields import runtime_hash
 
 numbers = st.integers(-(2**53) + 1, 2**53 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -57,6 +59,27 @@ def test_the_form_of_what_people_send() -> None:
 def test_what_has_no_canonical_form_is_refused(odd) -> None:
     with pytest.raises(BadRequest):
         canonical({"value": odd})
+
+
+def nested(levels: int, innermost=0):
+    value = innermost
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("odd", [nested(100_000), nested(100_000, 5e-324), {"k": nested(100_000)}])
+def test_what_nests_too_deep_is_refused_and_not_a_fault(odd) -> None:
+    with pytest.raises(BadRequest):
+        canonical(odd)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), datetime(2026, 1, 1, tzinfo=UTC), {1, 2}, 2**60])
+def test_a_runtime_that_is_no_json_has_no_hash(odd) -> None:
+    """A writer that is kinder than the standard would hash something else than a reader finds."""
+    assert runtime_hash({"threads": 1}) == runtime_hash({"threads": 1.0})
+    with pytest.raises(BadRequest):
+        runtime_hash({"threads": odd})
 
 
 def slowly(raw: bytes):

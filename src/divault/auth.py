@@ -98,9 +98,10 @@ class Authenticator:
         if not isinstance(text, str) or not _ADDRESS.fullmatch(text):
             raise InputInvalid("user_address is your wallet: 0x and 40 hex digits", field="user_address")
         missing = [name for name in _SHAPES if name not in members and name not in _OPTIONAL]
-        malformed = [name for name, fits in _SHAPES.items() if name in members and not fits(members[name])]
         # a well-typed signature or address that is wrong by itself gets its exact reason later
-        if missing or set(malformed) - _JUDGED_LATER or not isinstance(members["user_signature"], str):
+        wrong = [name for name in _JUDGED_NOW if name in members and not _SHAPES[name](members[name])]
+        if missing or wrong or not isinstance(members["user_signature"], str):
+            malformed = [name for name, fits in _SHAPES.items() if name in members and not fits(members[name])]
             request = self._suggest(members, method=method, path=path, price=price)
             raise _incomplete(request, request.typed_data(self._domain), missing, malformed)
 
@@ -263,4 +264,4 @@ _SHAPES: dict[str, Callable[[Any], bool]] = {
 }
 """What a body signature consists of, and what each part has to look like."""
 _OPTIONAL = frozenset({"max_price"})
-_JUDGED_LATER = frozenset({"user_address", "user_signature"})
+_JUDGED_NOW = ("nonce", "issued_at", "expires_at", "max_price")

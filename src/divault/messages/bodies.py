@@ -20,7 +20,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from functools import lru_cache
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import msgspec
@@ -38,7 +38,6 @@ MAX_DEPTH = 64
 _SAFE_INTEGER = 2**53 - 1
 _SMALLEST_PLAIN = 1e-4  # below it one of the two writes an exponent
 _ODD = object()
-_KEPT_BYTES = 4096  # of one value; 256 are kept
 _FAR_BELOW = -(2**62)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 # A string that never ends takes the rest along, so that no byte is looked at twice.
@@ -81,30 +80,14 @@ def body_hash(members: dict[str, Any]) -> Digest:
 
 def canonical(value: Any) -> bytes:
     """The RFC 8785 form of a JSON value. Raises BadRequest where there is none."""
-    plain = _plain(value)
-    if plain is not _ODD:
-        try:
-            return orjson.dumps(plain, option=orjson.OPT_SORT_KEYS)
-        except orjson.JSONEncodeError:  # half of a surrogate pair: told below
-            pass
     try:
+        plain = _plain(value)
+        if plain is not _ODD:
+            with suppress(orjson.JSONEncodeError):  # half of a surrogate pair: told below
+                return orjson.dumps(plain, option=orjson.OPT_SORT_KEYS)
         return rfc8785.dumps(value)
     except (ValueError, RecursionError) as err:  # ValueError: its own classes, and UnicodeEncodeError for a key
         raise BadRequest("a value of the body has no canonical JSON form (RFC 8785)") from err
-
-
-def canonical_again(value: Any) -> bytes:
-    """The same, kept for values that come again and again, such as the runtime of a model."""
-    try:
-        written = orjson.dumps(value)
-    except orjson.JSONEncodeError:
-        return canonical(value)
-    return _canonical_of(written) if len(written) <= _KEPT_BYTES else canonical(value)
-
-
-@lru_cache(maxsize=256)
-def _canonical_of(written: bytes) -> bytes:
-    return canonical(orjson.loads(written))
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from zlib import crc32
 
 from divault.errors import BadRequest
-from divault.messages import canonical_again
+from divault.messages import canonical
 
 PRIVATE = ("request", "request_signature", "input_salt", "output_salt")
 """The members that only the user who signed gets; the unsalted hash of the body in `request` would undo the salts."""
@@ -73,7 +73,7 @@ def _sum(value: Any) -> str:
     if value is None:
         return _NOTHING
     try:
-        raw = value.encode() if isinstance(value, str) else canonical_again(value)
+        raw = value.encode() if isinstance(value, str) else canonical(value)
     except UnicodeEncodeError as err:
         raise BadRequest("a member is not valid Unicode") from err
     return f"{crc32(raw):08x}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from divault.messages import Domain, Struct, canonical_again
+from divault.messages import Domain, Struct, canonical
 from divault.values import Address, Digest, ReceiptStatus
 
 RECEIPT = Struct(
@@ -43,7 +43,7 @@ def text_hash(text: str) -> Digest:
 
 def runtime_hash(runtime: dict[str, Any]) -> Digest:
     """sha256 of the RFC 8785 form of the runtime object. Raises BadRequest where it has none."""
-    return Digest(hashlib.sha256(canonical_again(runtime)).digest())
+    return Digest(hashlib.sha256(canonical(runtime)).digest())
 
 
 def input_bytes(input_data: bytes, parameters: bytes | None) -> bytes:
