@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
+import urllib.error
+import urllib.request
 from typing import Any
 
 import aiohttp
@@ -133,11 +136,40 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read(world: World) 
         for _ in range(1000):
             yield b"x" * 65536
 
+    sent = await asyncio.to_thread(sent_whole, world.node.url + RUN, b"x" * (9 * 1024 * 1024))
+    asked = await asyncio.to_thread(waiting_to_be_asked, world.node.url, 9 * 1024 * 1024)
     declared = await world.request("POST", RUN, data=io.BytesIO(b"x" * (9 * 1024 * 1024)))
     chunked = await world.request("POST", RUN, data=endless(), headers={"content-type": "application/json"})
 
+    assert sent == (413, "too_large"), "a client that reads nothing before it sent all"
+    assert asked.startswith(b"HTTP/1.1 413 "), "a client that sends its body when it is asked to"
     assert (declared[0], declared[1]["code"]) == (413, "too_large")
     assert (chunked[0], chunked[1]["code"]) == (413, "too_large")
+
+
+def sent_whole(url: str, body: bytes) -> tuple[int, str]:
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, body, {"content-type": "application/json"}), timeout=30)
+    except urllib.error.HTTPError as err:
+        return err.code, json.load(err)["code"]
+    return 200, ""
+
+
+def waiting_to_be_asked(url: str, size: int) -> bytes:
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        head = f"POST {RUN} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {size}\r\nExpect: 100-continue\r\n\r\n"
+        connection.sendall(head.encode())
+        return connection.recv(4096)
+
+
+async def test_what_no_route_answers_is_told_as_each_interface_tells_it(world: World) -> None:
+    unknown = (await world.request("GET", "/v1/nothing"))[1]
+    large = (await world.request("POST", "/v1/embeddings", data=io.BytesIO(b"x" * (9 * 1024 * 1024))))[1]
+    ours = (await world.request("GET", "/api/v1/nothing"))[1]
+
+    assert (unknown["error"]["code"], large["error"]["code"]) == ("route_unknown", "too_large")
+    assert ours["error"] == "route_unknown"
 
 
 async def test_no_browser_origin_may_call_unless_configured(world: World, tmp_path: Any) -> None:

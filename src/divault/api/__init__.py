@@ -87,7 +87,7 @@ async def _unrouted(request: Request, error: Exception) -> Response:
         refusal = RouteUnknown("no such route; GET /docs lists them")
     else:
         refusal = BadRequest("the request can't be read")
-    return problem_response(refusal, new_request_id())
+    return problem_response(refusal, new_request_id(), request.url.path)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

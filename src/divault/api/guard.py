@@ -9,9 +9,11 @@ silent connections that promise large bodies would keep everybody else out.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 from contextlib import ExitStack
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from divault.api.problems import problem_response
@@ -23,6 +25,8 @@ PATIENCE_S = 10.0
 """Longest silence within a body, and what it may take beside its bytes at the least rate."""
 _LEAST_RATE = 32 * 1024  # bytes per second; a telephone's worst uplink has twice as many
 _STEP = 64 * 1024  # bytes counted at once; what a server reads from a socket
+_READ_ON_S, _READ_ON_BYTES = 5.0, 64 << 20
+"""Of a body that is too large: who sends all of it before he reads would otherwise see a broken connection only."""
 
 
 class Guard:
@@ -46,16 +50,35 @@ class Guard:
                 self._limits.knock(scope["client"][0] if scope.get("client") else "")
                 self._check_head(scope["headers"])
                 body = await self._read(receive, held)
+            except TooLarge as err:
+                await self._refuse_early(problem_response(err, new_request_id(), scope["path"]), scope, receive, send)
+                return
             except DivaultError as err:
-                await problem_response(err, new_request_id())(scope, receive, send)
+                await problem_response(err, new_request_id(), scope["path"])(scope, receive, send)
                 return
             except TimeoutError:
                 late = BadRequest("the body came too slowly, or not at all: send the request again")
-                response = problem_response(late, new_request_id())
+                response = problem_response(late, new_request_id(), scope["path"])
                 response.headers["connection"] = "close"  # what may still come is no next request
                 await response(scope, receive, send)
                 return
             await self._app(scope, _replay(body, receive), send)
+
+    async def _refuse_early(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer at once, and end the answer when the body has ended too, or is given up."""
+
+        async def send_open(message: Message) -> None:
+            """Send, and leave the answer open."""
+            if message["type"] == "http.response.body":
+                message["more_body"] = True
+            await send(message)
+
+        await response(scope, receive, send_open)
+        if not any(name == b"expect" for name, _ in scope["headers"]):  # such a client waits to be asked for its body
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_READ_ON_S):
+                    await _read_on(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _check_head(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         for name, value in headers:
@@ -88,10 +111,20 @@ class Guard:
         return TooLarge(f"bodies are at most {self._max} bytes here", limit_bytes=self._max, have_bytes=size)
 
 
+async def _read_on(receive: Receive) -> None:
+    read = 0
+    while read < _READ_ON_BYTES:
+        message = await receive()
+        read += len(message.get("body", b""))
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            return
+
+
 def _replay(body: bytes, receive: Receive) -> Receive:
     sent = False
 
     async def again() -> Message:
+        """Give the body once, and then what the server says."""
         nonlocal sent
         if sent:
             return await receive()
