@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from starlette.requests import Request
 
 from divault.api.measured import Measured, Routes
 from divault.api.metrics_route import _is_local
-from divault.app import _usage_of
-from divault.errors import ModelFailed, Overloaded
+from divault.app import _usage_of, receipts_into
+from divault.errors import ModelFailed, NotReady, Overloaded
 from divault.metrics import Histogram, Metrics, ModelFigures, Sources
 from divault.storage.cache import CiphertextCache
 from divault.telemetry import configure_logs
 from divault.values import Hold, Usdc
-from tests.counter import PRICE, Counter, signed
+from tests.counter import PRICE, TOKEN, Counter, answer_yes, signed
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelFigures("m1", 3, 0.25, True, 2, (1, 2, 4), (5, 1, 0, 2), 40, 1.5, 12_000_000)
@@ -44,6 +45,10 @@ def read(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], floa
         for family in text_string_to_metric_families(metrics.text().decode())
         for sample in family.samples
     }
+
+
+def labelled(metrics: Metrics, name: str) -> dict[tuple[tuple[str, str], ...], float]:
+    return {tags: value for (found, tags), value in read(metrics).items() if found == name}
 
 
 def test_what_was_counted_is_read() -> None:
@@ -251,6 +256,66 @@ async def test_a_run_is_reserved_until_it_ends_however_it_does(
 
         assert seen == [1]
         assert counter.ledger.pending == 0
+
+
+@pytest.mark.parametrize(("price", "paid"), [(Usdc(0), False), (PRICE, True)])
+@pytest.mark.parametrize(("error", "status"), [(None, "ok"), (ModelFailed("it failed"), "failed")])
+async def test_a_receipt_counts_when_it_is_issued_and_not_when_its_answer_is_given_again(
+    tmp_path: Path, price: Usdc, paid: bool, error: Exception | None, status: str
+) -> None:
+    metrics = Metrics()
+
+    async def work(hold: Hold) -> bytes:
+        if error is not None:
+            raise error
+        return await answer_yes(hold)
+
+    async with Counter(tmp_path, on_receipt=receipts_into(metrics)) as counter:
+        _, call = signed(tx=counter.chain.pay(price.atomic) if paid else None)
+        for _ in range(3):
+            await asyncio.gather(counter.infer(call, work, price=price), return_exceptions=True)
+    charged = {(("token", str(TOKEN)),): PRICE.atomic} if paid and error is None else {}
+
+    assert labelled(metrics, "divault_receipts_total") == {(("status", status),): 1}
+    assert labelled(metrics, "divault_charged_atomic_total") == charged
+
+
+async def test_a_receipt_whose_caller_left_while_it_was_written_counts(tmp_path: Path) -> None:
+    metrics = Metrics()
+    async with Counter(tmp_path, on_receipt=receipts_into(metrics)) as counter:
+        _, call = signed(tx=counter.chain.pay(PRICE.atomic))
+        asked = asyncio.create_task(counter.infer(call))
+        while not counter.ledger._last:  # it is signed, and on its way to the disk
+            await asyncio.sleep(0)
+        counted = labelled(metrics, "divault_receipts_total")
+        asked.cancel()
+        await asyncio.wait([asked])
+        written = await counter.chain_is_whole()
+
+    assert asked.cancelled()
+    assert counted == {}
+    assert written == 1
+    assert labelled(metrics, "divault_receipts_total") == {(("status", "ok"),): 1}
+
+
+async def test_a_receipt_that_could_not_be_written_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = Metrics()
+    async with Counter(tmp_path, on_receipt=receipts_into(metrics)) as counter:
+
+        async def work(hold: Hold) -> bytes:
+            monkeypatch.setattr(os, "fdatasync", fails)
+            return await answer_yes(hold)
+
+        def fails(_: int) -> None:
+            raise OSError(5, "Input/output error")
+
+        _, call = signed(tx=counter.chain.pay(PRICE.atomic))
+        with pytest.raises(NotReady):
+            await counter.infer(call, work)
+
+    assert labelled(metrics, "divault_receipts_total") == {}
 
 
 def test_a_cache_that_cannot_be_read_leaves_the_other_figures(tmp_path: Path) -> None:

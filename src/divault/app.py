@@ -46,7 +46,7 @@ from divault.storage.gateway import GatewayStorage
 from divault.storage.kavach import Kavach, KeyAccess
 from divault.telemetry import configure_logs, log
 from divault.traces import Traces
-from divault.values import Address, Digest, Secret, Usdc
+from divault.values import Address, Digest, Receipt, Secret, Usdc
 from divault.vault.age import Identity
 from divault.vault.keys import NodeIdentity
 from divault.workers.confinement import Confinement
@@ -228,7 +228,8 @@ async def _node(
     state = State(settings.divault_state_dir / LEDGER_FILE)
     stack.push_async_callback(state.close)
     lease_s = int(settings.divault_load_timeout_seconds + settings.inference_timeout_seconds) + 10
-    ledger = Ledger(state, ReceiptIssuer(identities.key, chain.chain_id, vault), lease_s=lease_s)
+    issuer = ReceiptIssuer(identities.key, chain.chain_id, vault)
+    ledger = Ledger(state, issuer, lease_s=lease_s, on_receipt=receipts_into(metrics))
     await ledger.recover()
     workers = WorkerPool(
         predict_timeout_s=settings.inference_timeout_seconds,
@@ -289,6 +290,16 @@ async def _node(
         sandbox=workers.sandbox_report,
         version=divault.__version__,
     )
+
+
+def receipts_into(metrics: Metrics) -> Callable[[Receipt], None]:
+    """What counts each receipt that is issued, and what it charged."""
+
+    def count(receipt: Receipt) -> None:
+        fields = receipt.envelope["receipt"]
+        metrics.receipt(receipt.status.name.lower(), int(fields["price"]), fields["token"])
+
+    return count
 
 
 def _usage_of(cache: CiphertextCache) -> Callable[[], tuple[int, int] | None]:

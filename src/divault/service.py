@@ -20,7 +20,7 @@ from divault.chain.gates import Gates
 from divault.errors import CidMismatch, DivaultError, ModelNotLoaded, NotOperator
 from divault.ipfs.cid import parse_cid
 from divault.limits import RefusalBudget, WalletLimits, WrongKeys
-from divault.metrics import Lap, Metrics
+from divault.metrics import Metrics
 from divault.models.base import Description, Piece
 from divault.payments import Ledger, Payments, Wording
 from divault.receipts import answer_body
@@ -38,7 +38,6 @@ from divault.values import (
     OpenedModel,
     Output,
     Principal,
-    ReceiptStatus,
     SignedCall,
 )
 from divault.vault.keys import CallerKey, KeySearch, KeySource, NodeIdentity
@@ -125,7 +124,7 @@ class Service:
         lap = self._metrics.lap()
         principal = await self._authenticator.authenticate(call)
         lap("authenticate")
-        with self._named(principal):
+        with _named(principal):
             stored = await self._ledger.answered(principal)
             if stored is not None:
                 return stored
@@ -144,13 +143,13 @@ class Service:
                     output = await self._workers.run(opened, hold, dialect.ask(call, description), dialect.on_piece)
                     lap("run")
                     answer = await self._ledger.charge(hold, call, dialect.tell(output), dialect.wording)
-                    self._count(answer, lap)
+                    lap("charge")
                     return answer
 
     async def load(self, call: SignedCall) -> LoadResult:
         """Fetch, verify, open and load the model, unless it is loaded already."""
         principal = await self._authenticator.authenticate(call)
-        with self._named(principal):
+        with _named(principal):
             async with self._limits.admit(principal):
                 grant = await self._gates.check(principal, _model_of(call))
                 await self._ledger.consume(principal)
@@ -161,7 +160,7 @@ class Service:
         """End the model's worker, for an operator or the model's owner."""
         principal = await self._authenticator.authenticate(call)
         model = _model_of(call)
-        with self._named(principal):
+        with _named(principal):
             if principal.user not in self._operators and principal.user != (await self._gates.info(model)).owner:
                 raise NotOperator("only the model's owner or an operator of this node may unload it")
             await self._ledger.consume(principal)
@@ -172,7 +171,7 @@ class Service:
     async def clear_caches(self, call: SignedCall) -> tuple[int, Freed]:
         """Unload all models and drop all cached ciphertext, for an operator; how many models, and what was freed."""
         principal = await self._authenticator.authenticate(call)
-        with self._named(principal):
+        with _named(principal):
             if principal.user not in self._operators:
                 raise NotOperator("only an operator of this node may clear its caches")
             await self._ledger.consume(principal)
@@ -184,7 +183,7 @@ class Service:
     async def result(self, call: SignedCall, request: Digest) -> Answer:
         """Give the stored answer of a request, to the wallet that signed it."""
         principal = await self._authenticator.authenticate(call)
-        with self._named(principal):
+        with _named(principal):
             answer = await self._ledger.result(request, principal.user)
             await self._ledger.consume(principal)
             return answer
@@ -215,24 +214,6 @@ class Service:
             return [self._identity], self._kavach.of_caller(call.user, call.lighthouse_authorization)
         return [self._identity], self._kavach.of_node()
 
-    def _count(self, answer: Answer, lap: Lap) -> None:
-        """Count an answer that is about to leave."""
-        lap("charge")
-        if answer.receipt is not None:
-            fields = answer.receipt.envelope["receipt"]
-            self._metrics.receipt(answer.receipt.status.name.lower(), int(fields["price"]), fields["token"])
-
-    @contextmanager
-    def _named(self, principal: Principal) -> Iterator[None]:
-        """Give every error from here on the id of the authenticated request, and count its receipt."""
-        try:
-            yield
-        except DivaultError as err:
-            err.request_id = str(principal.request)
-            if err.evidence is not None:
-                self._metrics.receipt(ReceiptStatus(int(err.evidence["receipt"]["status"])).name.lower())
-            raise
-
     def _require_loaded(self, grant: Grant) -> None:
         model = grant.model
         if self._workers.find(model.model, parse_cid(model.cid)) is None:
@@ -240,6 +221,16 @@ class Service:
                 f"{model.model} is not loaded here: POST /api/v1/models/load first, or call /api/v1/inference/run",
                 model_id=model.model.text,
             )
+
+
+@contextmanager
+def _named(principal: Principal) -> Iterator[None]:
+    """Give every error from here on the id of the authenticated request."""
+    try:
+        yield
+    except DivaultError as err:
+        err.request_id = str(principal.request)
+        raise
 
 
 def _model_of(call: SignedCall) -> ModelId:

@@ -95,6 +95,7 @@ class _Held:
     """A write that came while the log was being folded back: run when that is done."""
 
     work: Work[Any]
+    then: Callable[[Any], None] | None
     done: asyncio.Future[tuple[Any, asyncio.Future[None]]]
 
 
@@ -158,21 +159,22 @@ class State:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def write(self, work: Work[T]) -> T:
+    async def write(self, work: Work[T], then: Callable[[T], None] | None = None) -> T:
         """The result of `work`, once what it wrote is on disk.
 
         Work runs at once, alone, in the order of the calls. What it raises reaches the caller and undoes what it wrote,
-        nothing else. It must be short and leave the transaction alone. Cancelling the caller doesn't stop it. Raises
-        NotReady when the file can't be written or is closed.
+        nothing else. It must be short and leave the transaction alone. Cancelling the caller doesn't stop it: `then`
+        gets the result once it is on disk, whether or not the caller still waits. Raises NotReady when the file can't
+        be written or is closed.
         """
         self._require_usable()
         if self._folding:
-            held = _Held(work, asyncio.get_running_loop().create_future())
+            held = _Held(work, then, asyncio.get_running_loop().create_future())
             self._held.append(held)
             answer: T
             answer, written = await held.done
         else:
-            answer, written = self._run(work)
+            answer, written = self._run(work, then)
         await written
         return answer
 
@@ -227,7 +229,7 @@ class State:
         if self._broken:
             raise NotReady("the ledger's disk failed: the node has to be started again", retry_after=_RETRY_S)
 
-    def _run(self, work: Work[T]) -> tuple[T, asyncio.Future[None]]:
+    def _run(self, work: Work[T], then: Callable[[T], None] | None) -> tuple[T, asyncio.Future[None]]:
         """The result of the work, and what tells when it is on disk. Raises what the work raised."""
         try:
             if not self._writer.in_transaction:
@@ -242,6 +244,8 @@ class State:
             self._soon()
             raise _unusable(point.error) if isinstance(point.error, sqlite3.Error) else point.error
         self._soon()
+        if then is not None:
+            self._open.append(_told(then, result))
         written = asyncio.get_running_loop().create_future()
         self._open.append(written)
         return result, written
@@ -296,7 +300,7 @@ class State:
     def _run_held(self, turn: _Held) -> None:
         try:
             self._require_usable()
-            found = self._run(turn.work)
+            found = self._run(turn.work, turn.then)
         except Exception as err:  # noqa: BLE001 - whatever the work raises is its caller's
             if not turn.done.done():
                 turn.done.set_exception(err)
@@ -411,6 +415,13 @@ class _View:
         self._db.execute(self._end)
         if wrote:
             raise sqlite3.OperationalError("a look that writes")
+
+
+def _told(then: Callable[[T], None], result: T) -> asyncio.Future[None]:
+    """A future that nobody else has, and so nobody cancels: gives `then` the result when it is on disk."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.add_done_callback(lambda done: None if done.exception() else then(result))
+    return future
 
 
 async def _outcome(future: asyncio.Future[None]) -> None:

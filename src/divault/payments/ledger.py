@@ -126,13 +126,18 @@ class Ledger:
         clock: Callable[[], float] = time.time,
         lease_s: int = 180,
         keep_results_s: int = 86_400,
+        on_receipt: Callable[[Receipt], None] | None = None,
     ) -> None:
-        """`lease_s`: at least load and inference timeout together. `keep_results_s`: how long a paid answer stays."""
+        """`lease_s`: at least load and inference timeout together. `keep_results_s`: how long a paid answer stays.
+
+        `on_receipt` gets each new receipt, once, when it is on disk; not those of kept answers.
+        """
         self._state = state
         self._issuer = issuer
         self._clock = clock
         self._lease_s = lease_s
         self._keep_results_s = keep_results_s
+        self._on_receipt = on_receipt or (lambda _: None)
         self._log = f"{issuer.domain.chain_id}:{issuer.domain.contract}:{issuer.node}".lower()
         self._trails: dict[int, _Trail] = {}
         self._free: dict[_NonceKey, _FreeRun] = {}
@@ -333,7 +338,7 @@ class Ledger:
                 books.keep_outcome(db, principal, body, code=None, expires_at=now + self._keep_results_s)
             return Answer(body, receipt)
 
-        answer = await self._state.write(work)
+        answer = await self._state.write(work, self._told)
         trail.reserving = False
         return answer
 
@@ -388,7 +393,7 @@ class Ledger:
                 books.keep_outcome(db, principal, body, code=err.code, expires_at=now + self._keep_results_s)
             return receipt
 
-        receipt = await self._state.write(work)
+        receipt = await self._state.write(work, self._on_receipt)
         trail.reserving = False
         return receipt
 
@@ -428,6 +433,10 @@ class Ledger:
         self._last = (self._state.undone, receipt.sequence, receipt.hash)
         books.append_receipt(db, self._log, receipt, previous, trail.principal, trail.call.model)
         return receipt
+
+    def _told(self, answer: Answer) -> None:
+        if answer.receipt is not None:
+            self._on_receipt(answer.receipt)
 
     def _holds(self, row: Row | None, trail: _Trail) -> bool:
         """Whether this presentation has the reservation: on disk, or of a free run in memory."""
