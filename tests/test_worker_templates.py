@@ -238,6 +238,46 @@ def _descendants() -> set[int]:
     return found
 
 
+NODE = """
+import asyncio, sys
+from divault.workers.confinement import Confinement
+from divault.workers.pool import WorkerPool
+from tests.test_worker_templates import _descendants, classifier
+
+async def main():
+    pool = WorkerPool(predict_timeout_s=9, load_timeout_s=60, confinement=Confinement(sys.argv[1]))
+    await pool.prove_sandbox()
+    await pool.load(classifier())
+    print(*_descendants(), flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("level", ["standard", "strict"])
+def test_a_node_that_is_killed_leaves_neither_template_nor_worker(level: str) -> None:
+    command = (sys.executable, "-c", NODE, level)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) as node:
+        assert node.stdout is not None
+        pids = [int(pid) for pid in node.stdout.readline().split()]
+        assert len(pids) >= 3, "two templates and a worker"
+        assert all(map(alive, pids))
+        node.kill()
+    for pid in pids:
+        asyncio.run(gone(pid))
+
+
+async def test_a_template_that_died_unnoticed_is_replaced_at_once(make_pool: MakePool) -> None:
+    pool = make_pool()
+    first = await pool.load(classifier("one"))
+    template = parent_of(first.pid)
+    os.kill(template, SIGKILL)
+    second = await pool.load(classifier("two"))
+
+    assert parent_of(second.pid) not in (template, os.getpid())
+
+
 async def test_without_a_template_workers_are_started(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "_COMMAND", (sys.executable, "-c", "raise SystemExit('no')"))
     pool, model = make_pool(), classifier()

@@ -238,7 +238,12 @@ class Templates:
         if len(files) + 2 > MAX_DESCRIPTORS or self._not_before.get(name, 0.0) > loop.time():
             return None
         try:
-            return await (await self._template(name)).fork(files, on_loss)
+            template = await self._template(name)
+            try:
+                return await template.fork(files, on_loss)
+            except TemplateLost:  # it just died; another one is as good
+                await template.close()
+                return await (await self._template(name)).fork(files, on_loss)
         except TemplateLost as err:
             self._not_before[name] = loop.time() + _PAUSE_S
             _log.warning("workers are started one by one", template=name, why=str(err))
