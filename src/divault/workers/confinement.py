@@ -86,7 +86,7 @@ class Confinement:
             "effective": self.effective,
             "checks": dict(self.checks),
             "landlock_abi": landlock.abi() if confined else 0,
-            "seccomp_allowed": len(seccomp.ALLOWED) if confined and seccomp.supported() else 0,
+            "seccomp_allowed": seccomp.allowed_here(seccomp.WORKER) if confined and seccomp.supported() else 0,
             "memory_mechanism": "rlimit" if confined else "none",
         }
 

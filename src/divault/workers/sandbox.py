@@ -46,7 +46,7 @@ STRICT = (*SEPARATE, "proc_limit")
 CHECKS = (*STANDARD, *STRICT)
 
 _PR_SET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 1, 3, 4, 38, 39
-_CAPSET, _CAPGET, _CAPABILITY_VERSION_3 = 126, 125, 0x20080522
+_CAPABILITY_VERSION_3 = 0x20080522
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -123,7 +123,7 @@ def _give_up(policy: Policy) -> None:
     if landlock.abi() >= landlock.MIN_ABI and "landlock" not in policy.leave_out:
         landlock.restrict(landlock.library_paths())
     if seccomp.supported() and "seccomp" not in policy.leave_out:
-        seccomp.install()
+        seccomp.install(seccomp.WORKER)
 
 
 def _prctl(option: int, value: int) -> None:
@@ -167,7 +167,7 @@ def _limit(policy: Policy) -> None:
 def _drop_capabilities() -> None:
     """All of them, of a worker of root too: it keeps reading what root owns, and is nobody's superuser."""
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    if _libc.syscall(_CAPSET, header, (ctypes.c_uint32 * 6)()) != 0:
+    if _libc.capset(header, (ctypes.c_uint32 * 6)()) != 0:
         raise OSError(ctypes.get_errno(), "capset")
 
 
