@@ -248,11 +248,11 @@ def children() -> set[int]:
 
 
 async def the_child(before: set[int]) -> int:
-    """The opening process, as soon as it holds the order (its privileges are gone then)."""
+    """The opening process, as soon as it is confined: it takes no order before that."""
     for _ in range(5000):
         for pid in children() - before:
             status = proc(pid, "status")
-            if "NoNewPrivs:\t1" in status:
+            if "Seccomp:\t2" in status:
                 return pid
         await asyncio.sleep(0.001)
     raise AssertionError("no opening process was seen")
@@ -299,6 +299,7 @@ async def test_process_has_given_up_what_it_does_not_need(opener, tmp_path):
     pid = await the_child(before)
     os.kill(pid, signal.SIGSTOP)
     limits = {line[:26].strip(): line[26:].split() for line in proc(pid, "limits").splitlines()[1:]}
+    status = dict(line.split(":\t", 1) for line in proc(pid, "status").splitlines())
     owner = owner_of(pid)
     session = os.getsid(pid)
     plaintext_seen = memory_files_at_hand()
@@ -308,6 +309,9 @@ async def test_process_has_given_up_what_it_does_not_need(opener, tmp_path):
 
     assert limits["Max core file size"][:2] == ["0", "0"]
     assert int(limits["Max address space"][0]) <= 1 << 30
+    assert int(limits["Max open files"][0]) < 200
+    assert {status[name].strip() for name in ("CapInh", "CapPrm", "CapEff")} == {"0" * 16}
+    assert (status["NoNewPrivs"].strip(), status["Seccomp"].strip()) == ("1", "2")
     assert (owner, session, plaintext_seen) == (0, pid, [])
     assert children() == before
 

@@ -17,8 +17,8 @@ import pytest
 from divault import app
 from divault.errors import SettingsInvalid
 from divault.settings import Settings
-from divault.workers import landlock
 from divault.workers.confinement import Confinement
+from divault.workers.libraries import library_paths
 from divault.workers.pool import WorkerPool
 from divault.workers.sandbox import CHECKS, STANDARD, level_of
 from divault.workers.selfcheck import namespaces_here
@@ -196,7 +196,7 @@ def test_the_calls_of_another_architecture_end_the_process(canary: str) -> None:
 
 
 def test_libraries_are_all_that_can_be_read() -> None:
-    paths = landlock.library_paths()
+    paths = library_paths()
 
     assert all(Path(path).exists() for path in paths)
     assert not any(str(Path.home()) == path or path in ("/", "/etc", "/root", "/home", "/tmp") for path in paths)

@@ -1,4 +1,4 @@
-"""What of the file system a worker sees, by Landlock: it may read libraries, and nothing else; it may write nowhere.
+"""What of the file system a process sees, by Landlock: it may read what it is granted, and write nowhere.
 
 Every right that the kernel knows is handled, so whatever is not granted here is refused: also executing, creating,
 renaming, truncating, TCP, abstract sockets and signals, as far as the kernel's version (ABI) has them. Rights bind the
@@ -10,12 +10,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import site
 import struct
-import sys
-import sysconfig
 from collections.abc import Iterable
-from pathlib import Path
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION_FLAG, _PATH_BENEATH = 1, 1
@@ -25,7 +21,7 @@ _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
 _NET_RIGHTS, _SCOPES = 0b11, 0b11
 MIN_ABI = 3
 """The first that controls truncation (Linux 6.2)."""
-_MACHINE = (
+MACHINE = (
     "/proc/self/fd", "/proc/self/maps", "/proc/self/stat", "/proc/self/statm", "/proc/self/status", "/proc/cpuinfo",
     "/proc/meminfo", "/sys/devices/system/cpu", "/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us",
     "/sys/fs/cgroup/cpu/cpu.cfs_period_us", "/dev/null", "/dev/urandom",
@@ -41,19 +37,14 @@ def abi() -> int:
     return max(0, version)
 
 
-def library_paths() -> tuple[str, ...]:
-    """Folders and files that a worker reads code from: the system's libraries, this Python, its packages, divault."""
-    return _LIBRARIES
-
-
 def restrict(paths: Iterable[str]) -> None:
-    """Leave this thread nothing but reading below these paths and the machine's figures. Raises OSError."""
+    """Leave this thread nothing but reading at and below these paths. Raises OSError."""
     version = abi()
     if not version:
         raise OSError(errno.ENOSYS, "landlock")
     ruleset = _ruleset(version)
     try:
-        for path in (*paths, *_MACHINE):
+        for path in paths:
             _allow_reading(ruleset, path)
         if _libc.syscall(_RESTRICT_SELF, ruleset, 0) != 0:
             raise OSError(ctypes.get_errno(), "landlock_restrict_self")
@@ -84,16 +75,3 @@ def _allow_reading(ruleset: int, path: str) -> None:
             raise OSError(ctypes.get_errno(), f"landlock_add_rule {path}")
     finally:
         os.close(fd)
-
-
-def _find_libraries() -> tuple[str, ...]:
-    wanted = [
-        "/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.prefix, sys.base_prefix, *site.getsitepackages(),
-        sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(Path(__file__).parent.parent),
-    ]  # fmt: skip
-    found = dict.fromkeys(str(Path(path).resolve()) for path in wanted if Path(path).exists())
-    return tuple(path for path in found if not any(path.startswith(f"{other}/") for other in found))
-
-
-_LIBRARIES = _find_libraries()
-"""Found at the import: asking later may need files that are out of reach by then."""

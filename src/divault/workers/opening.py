@@ -24,18 +24,15 @@ import fcntl
 import io
 import os
 import socket
-import sys
 from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
-import divault
 from divault.errors import (
     DeadlineExceeded,
     DivaultError,
@@ -56,6 +53,7 @@ from divault.vault.keys import KeySearch, KeySource, SealFormat, costs_a_derivat
 from divault.vault.sealed import Preamble, Spelling, payload_key, plain_size, read_preamble
 from divault.workers.opening_child import MAX_MESSAGE_BYTES, PLACE_BYTES, VERIFIED
 from divault.workers.opening_folder import Budget, OpenedFile, merged, model_names
+from divault.workers.process import command_of
 
 T = TypeVar("T")
 
@@ -65,10 +63,7 @@ FILES_AT_ONCE = 3
 PREAMBLE_BYTES = 256 * 1024
 """Header and what stands before the payload lie within: 64 KiB of header, a third more in armor, and some space."""
 
-_BOOTSTRAP = (
-    "import sys; root = sys.argv[1]; root in sys.path or sys.path.insert(0, root); "
-    "from divault.workers.opening_child import main; main()"
-)
+_COMMAND = command_of("opening_child")
 _ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8"}
 _SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _EXPECTED = (WrongKey, SealedFileDamaged, UnsupportedModel, TooLarge, Overloaded)
@@ -89,6 +84,10 @@ class _Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ref
     code: str
     detail: Annotated[str, msgspec.Meta(max_length=500)]
     data: dict[str, str | int]
+
+
+class _Unconfined(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="unconfined"):
+    passed: list[Annotated[str, msgspec.Meta(max_length=40)]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,10 +366,8 @@ async def _run_process(order: _Order, key: Secret, arriving: Arriving) -> tuple[
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near, far:
         near.setblocking(False)  # noqa: FBT003  # the standard library's signature
-        root = str(Path(divault.__file__).parent.parent)
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-I", "-c", _BOOTSTRAP, root, str(far.fileno()), str(arriving.fd)),
+            *(*_COMMAND, str(far.fileno()), str(arriving.fd)),
             pass_fds=(far.fileno(), arriving.fd),
             env=_ENVIRONMENT,
             cwd="/",
@@ -445,11 +442,13 @@ def _received(connection: socket.socket) -> tuple[_Opened, list[int]]:
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise _crashed("its answer is over the limit")
         try:
-            answer = msgspec.json.decode(data, type=_Opened | _Refused)
+            answer = msgspec.json.decode(data, type=_Opened | _Refused | _Unconfined)
         except msgspec.MsgspecError:
             raise _crashed("its answer is malformed") from None
         if isinstance(answer, _Refused):
             raise _refusal(answer)
+        if isinstance(answer, _Unconfined):
+            raise _crashed(f"it is not confined on this machine ({', '.join(answer.passed)}), and took no key")
         return answer, descriptors
 
 

@@ -3,7 +3,9 @@
 It is started clean by `divault.workers.opening`, gives up what it doesn't need before a key reaches it, and knows
 nothing but the payload key of this one file. Steps:
 
-1. no core dump, not dumpable, no new privileges, ends with its parent, resource limits;
+1. give up everything but the descriptors it has: no core dump, not dumpable, no capability, no new privileges, limits;
+   no path can be read or written (Landlock), and no call made but those for memory, threads, the descriptors at hand
+   and memory files (seccomp). What is forbidden is tried; where something succeeds, no key is read;
 2. receive one message: 32 bytes of payload key, then the order as JSON;
 3. open the payload into a memory file, as far as the sealed file is verified: messages of 8 bytes say how far that is;
    a second thread takes the sha256 of what was written meanwhile;
@@ -26,7 +28,6 @@ import hashlib
 import json
 import os
 import resource
-import signal
 import socket
 import sys
 import threading
@@ -38,6 +39,8 @@ from divault.errors import DivaultError, Overloaded, TooLarge, UnsupportedModel
 from divault.vault import archive, lighthouse, stream
 from divault.vault.armor import ArmorReader
 from divault.vault.streams import Reader, fill
+from divault.workers import landlock, privileges, seccomp
+from divault.workers.selfcheck import FORBIDDEN, OF_PATHS, attempt_all
 
 KEY_BYTES = 32
 VERIFIED = b"verified"
@@ -49,7 +52,6 @@ SINGLE_FILE = "model"
 MAX_MESSAGE_BYTES = 128 * 1024
 """128 names of 200 bytes, each byte at most 3 characters of JSON, and what stands around them."""
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _HASH_BLOCK = 1 << 18
@@ -57,6 +59,7 @@ _COPY_BLOCK = 1 << 20
 _PUNCH_STEP = 4 << 20
 _ADDRESS_SPACE = 1 << 30
 """Libraries and thread arenas take 0.3 GiB; buffers a few MiB; memory files are not mapped and don't count."""
+_DESCRIPTORS = archive.MAX_FILES + 32
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -64,8 +67,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def main() -> None:
     """Entry of the process: descriptors of channel and file come as arguments."""
     channel, sealed = (int(text) for text in sys.argv[-2:])
-    _give_up_privileges()
     with socket.socket(fileno=channel) as connection:
+        passed = confine()
+        if passed:
+            socket.send_fds(connection, [json.dumps({"type": "unconfined", "passed": passed}).encode()], [])
+            os._exit(1)
         message = connection.recv(MAX_MESSAGE_BYTES)
         if len(message) <= KEY_BYTES:
             return  # the parent went away before it sent an order
@@ -77,6 +83,28 @@ def main() -> None:
         socket.send_fds(connection, [json.dumps(answer).encode()], files)
     # Teardown of the interpreter is time that the caller would wait for; the kernel frees everything.
     os._exit(0)
+
+
+def confine() -> list[str]:
+    """Keep what this process was given, and give up the rest; names of forbidden acts that were not refused.
+
+    Where the kernel has no Landlock or no filter of system calls, it is confined by what there is.
+    """
+    privileges.end_with(os.getppid())
+    privileges.hide()
+    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_AS: _ADDRESS_SPACE, resource.RLIMIT_NOFILE: _DESCRIPTORS}
+    privileges.limit(limits)
+    privileges.gain_nothing()
+    privileges.drop_capabilities()
+    refused: tuple[str, ...] = ()
+    if landlock.abi() >= landlock.MIN_ABI:
+        landlock.restrict(())
+        refused = OF_PATHS
+    if seccomp.supported():
+        seccomp.install(seccomp.OPENER)
+        refused = FORBIDDEN
+    found = attempt_all("", {}) if refused else {}
+    return [name for name in refused if found[name] != "enforced"]
 
 
 class Arriving:
@@ -197,14 +225,6 @@ def split(whole: MemoryFile) -> list[tuple[str, MemoryFile]]:
             seen="tar.gz",
         )
     return [(SINGLE_FILE, whole)]
-
-
-def _give_up_privileges() -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
-    for option, value in ((_PR_SET_DUMPABLE, 0), (_PR_SET_NO_NEW_PRIVS, 1), (_PR_SET_PDEATHSIG, signal.SIGKILL)):
-        if _libc.prctl(option, value, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl")
 
 
 def _answer(key: bytes, order: dict[str, Any], sealed: Arriving) -> tuple[dict[str, Any], list[int]]:

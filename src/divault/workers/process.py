@@ -23,7 +23,7 @@ import divault
 from divault.errors import ModelFailed, NotReady
 from divault.values import MemoryFile
 from divault.workers import wire
-from divault.workers.landlock import library_paths
+from divault.workers.libraries import library_paths
 from divault.workers.line import Line
 
 

@@ -18,7 +18,6 @@ hence after the last write there.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -30,7 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from divault.workers import landlock, seccomp
+from divault.workers import landlock, privileges, seccomp
+from divault.workers.libraries import library_paths
 from divault.workers.selfcheck import FORBIDDEN, SEPARATE, Verdict, attempt_all
 
 Level = Literal["strict", "standard", "off"]
@@ -44,10 +44,6 @@ STANDARD = (*FORBIDDEN, "mem_limit", *OWN)
 STRICT = (*SEPARATE, "proc_limit")
 """Checks that `strict` needs beside them."""
 CHECKS = (*STANDARD, *STRICT)
-
-_PR_SET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 1, 3, 4, 38, 39
-_CAPABILITY_VERSION_3 = 0x20080522
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +79,7 @@ def confine(policy: Policy) -> dict[str, Verdict]:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    privileges.end_with(os.getppid())
     _close_all_but(policy.keep)
     for name in set(os.environ) - policy.environment:
         del os.environ[name]
@@ -112,23 +108,18 @@ def missing_for(level: str, checks: Mapping[str, str]) -> list[str]:
 
 def _give_up(policy: Policy) -> None:
     _offer_to_the_memory_killer()
-    _prctl(_PR_SET_DUMPABLE, 0)
+    privileges.hide()
     if "limits" not in policy.leave_out:
-        _limit(policy)
+        privileges.limit(_limits(policy))
     threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208  # names alone
     if threads != 1:
         raise OSError(errno.EBUSY, f"{threads} threads: rules would bind one of them")
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    _drop_capabilities()
+    privileges.gain_nothing()
+    privileges.drop_capabilities()
     if landlock.abi() >= landlock.MIN_ABI and "landlock" not in policy.leave_out:
-        landlock.restrict(landlock.library_paths())
+        landlock.restrict((*library_paths(), *landlock.MACHINE))
     if seccomp.supported() and "seccomp" not in policy.leave_out:
         seccomp.install(seccomp.WORKER)
-
-
-def _prctl(option: int, value: int) -> None:
-    if _libc.prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl {option}")
 
 
 def _close_all_but(keep: tuple[int, ...]) -> None:
@@ -148,27 +139,15 @@ def _offer_to_the_memory_killer() -> None:
             raise
 
 
-def _limit(policy: Policy) -> None:
-    limits = [
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, policy.descriptors),
-        (resource.RLIMIT_AS, policy.address_space),
-        (resource.RLIMIT_DATA, policy.data),
-    ]
-    if policy.level == "strict":
-        limits.append((resource.RLIMIT_NPROC, policy.processes))
-    for what, value in limits:
-        _, hard = resource.getrlimit(what)
-        wanted = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(what, (wanted, wanted))
-
-
-def _drop_capabilities() -> None:
-    """All of them, of a worker of root too: it keeps reading what root owns, and is nobody's superuser."""
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    if _libc.capset(header, (ctypes.c_uint32 * 6)()) != 0:
-        raise OSError(ctypes.get_errno(), "capset")
+def _limits(policy: Policy) -> dict[int, int]:
+    found = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_NOFILE: policy.descriptors,
+        resource.RLIMIT_AS: policy.address_space,
+        resource.RLIMIT_DATA: policy.data,
+    }
+    return found | ({resource.RLIMIT_NPROC: policy.processes} if policy.level == "strict" else {})
 
 
 def _report(policy: Policy) -> dict[str, Verdict]:
@@ -182,7 +161,7 @@ def _report(policy: Policy) -> dict[str, Verdict]:
         "no_core_dump": resource.getrlimit(resource.RLIMIT_CORE) == (0, 0),
         "no_file_growth": resource.getrlimit(resource.RLIMIT_FSIZE) == (0, 0),
         "no_new_privs": _field("NoNewPrivs") == "1",
-        "not_dumpable": _libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0) == 0,
+        "not_dumpable": privileges.hidden(),
         "no_capability": int(_field("CapEff"), 16) == int(_field("CapPrm"), 16) == 0,
         "proc_limit": policy.level == "strict" and resource.getrlimit(resource.RLIMIT_NPROC)[0] == policy.processes,
     }

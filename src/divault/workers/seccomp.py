@@ -52,9 +52,10 @@ _QUESTIONS = (
     " getrusage sysinfo uname"
 )
 _OPENING = (
-    "read write close fstat lseek pread64 preadv fallocate memfd_create sendmsg mmap mprotect munmap brk mremap"
+    "read write close fstat lseek pread64 preadv preadv2 fallocate memfd_create sendmsg mmap mprotect munmap brk mremap"
     " madvise futex set_robust_list set_tid_address rseq gettid getpid sched_yield sched_getaffinity rt_sigaction"
     " rt_sigprocmask rt_sigreturn sigaltstack restart_syscall exit exit_group clock_gettime clock_nanosleep getrandom"
+    " getppid"
 )
 """No call that takes a path: what is read and written was open before, or is a memory file."""
 

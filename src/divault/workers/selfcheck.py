@@ -18,6 +18,8 @@ Verdict = Literal["enforced", "not_enforced", "unknown"]
 
 FORBIDDEN = ("fs_read", "fs_write", "net_tcp", "net_udp", "unix", "spawn", "signal", "ptrace", "proc")
 """Acts that a worker of any level from `standard` on is refused."""
+OF_PATHS = ("fs_read", "fs_write", "proc")
+"""Those of them that Landlock refuses, where there is no filter of system calls."""
 SEPARATE = ("pid_ns", "net_ns")
 """Namespaces of its own."""
 _REFUSED = (errno.EPERM, errno.EACCES, errno.EROFS)
@@ -30,7 +32,7 @@ def attempt_all(canary: str, namespaces: Mapping[str, str]) -> dict[str, Verdict
     """The verdict for each of `FORBIDDEN` and `SEPARATE`. An act that succeeds is undone at once."""
     parent = os.getppid()
     acts: dict[str, Callable[[], object]] = {
-        "fs_read": partial(_open, canary),
+        "fs_read": partial(_read_outside, canary),
         "fs_write": _write,
         "net_tcp": partial(_connect, socket.SOCK_STREAM),
         "net_udp": partial(_connect, socket.SOCK_DGRAM),
@@ -60,6 +62,14 @@ def _attempt(act: Callable[[], object], *, absence_counts: bool) -> Verdict:
             return "enforced"
         return "not_enforced" if err.errno in (errno.ECONNREFUSED, errno.ENETUNREACH) else "unknown"
     return "not_enforced"
+
+
+def _read_outside(canary: str) -> None:
+    """Succeeds when either can be read. The list of the root is open to every user, wherever the canary lies."""
+    try:
+        _open("/")
+    except PermissionError:
+        _open(canary)
 
 
 def _open(path: str) -> None:

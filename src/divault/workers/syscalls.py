@@ -43,7 +43,8 @@ _X86_64 = {name: number for number, name in enumerate(_X86_FIRST.split())} | {
     "symlinkat": 266, "readlinkat": 267, "faccessat": 269, "pselect6": 270, "ppoll": 271, "set_robust_list": 273,
     "epoll_pwait": 281, "fallocate": 285, "eventfd2": 290, "epoll_create1": 291, "dup3": 292, "pipe2": 293,
     "preadv": 295, "pwritev": 296, "prlimit64": 302, "getcpu": 309, "sched_getattr": 315, "renameat2": 316,
-    "seccomp": 317, "getrandom": 318, "memfd_create": 319, "membarrier": 324, "copy_file_range": 326, "statx": 332,
+    "seccomp": 317, "getrandom": 318, "memfd_create": 319, "membarrier": 324, "copy_file_range": 326,
+    "preadv2": 327, "statx": 332,
     "rseq": 334, "clone3": 435, "close_range": 436, "faccessat2": 439,
 }  # fmt: skip
 _AARCH64 = {
@@ -65,7 +66,8 @@ _AARCH64 = {
     "shutdown": 210, "sendmsg": 211, "brk": 214, "munmap": 215, "mremap": 216, "clone": 220, "mmap": 222,
     "fadvise64": 223, "mprotect": 226, "msync": 227, "mlock": 228, "munlock": 229, "mincore": 232, "madvise": 233,
     "get_mempolicy": 236, "wait4": 260, "prlimit64": 261, "sched_getattr": 275, "renameat2": 276, "seccomp": 277,
-    "getrandom": 278, "memfd_create": 279, "membarrier": 283, "copy_file_range": 285, "statx": 291, "rseq": 293,
+    "getrandom": 278, "memfd_create": 279, "membarrier": 283, "copy_file_range": 285, "preadv2": 286,
+    "statx": 291, "rseq": 293,
     "clone3": 435, "close_range": 436, "faccessat2": 439,
 }  # fmt: skip
 TABLES: Mapping[str, Table] = {"x86_64": Table(0xC000003E, _X86_64), "aarch64": Table(0xC00000B7, _AARCH64)}
