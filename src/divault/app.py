@@ -341,6 +341,9 @@ async def require_sandbox(settings: Settings, workers: WorkerPool) -> None:
         )
     if have not in ("standard", "strict"):
         _log.warning("workers are not fully confined", level=have, lacking=lacking, accepts="formats without code only")
+    shared = workers.shared_user
+    if shared is not None and shared.reason in ("no_capability", "not_mapped", "python_unreadable"):
+        _log.warning("workers run as the node's user, which is root", why=shared.words)
 
 
 def _probes(

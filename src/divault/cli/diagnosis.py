@@ -161,6 +161,7 @@ async def _sandbox(settings: Settings) -> str:
     )
     try:
         await app.require_sandbox(settings, workers)
-        return f"workers are confined at the level {workers.sandbox_level}"
+        whose = f"as this one's user ({shared.words})" if (shared := workers.shared_user) else "as users of their own"
+        return f"workers are confined at the level {workers.sandbox_level}, {whose}"
     finally:
         await workers.close()

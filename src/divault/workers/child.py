@@ -77,6 +77,7 @@ def _policy(order: wire.Load, channel: int) -> Policy:
         level=order.level,
         canary=order.canary,
         namespaces=order.namespaces,
+        own_user=order.own_user,
         keep=(channel, *(file.fd for file in order.files)),
         environment=ENVIRONMENT,
         address_space=IDLE_ADDRESS_SPACE + order.memory_bytes,

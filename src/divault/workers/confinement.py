@@ -16,6 +16,7 @@ from divault.values import MemoryFile
 from divault.workers import landlock, seccomp, wire
 from divault.workers.sandbox import CHECKS, Level, level_of, missing_for
 from divault.workers.selfcheck import namespaces_here
+from divault.workers.users import Shared, why_shared
 
 Requested = Literal["auto", "strict", "standard", "off"]
 
@@ -38,6 +39,7 @@ class Confinement:
         self._canary.write_text("Nothing is secret here; a worker that reads this is not confined.\n", encoding="ascii")
         self._canary.chmod(0o644)
         self._namespaces = namespaces_here()
+        self._why_shared = why_shared()
 
     @property
     def effective(self) -> str:
@@ -48,6 +50,14 @@ class Confinement:
     def separate(self) -> str | None:
         """The program that gives workers namespaces of their own, where they are to have them."""
         return self._bwrap if self.level == "strict" else None
+
+    @property
+    def why_shared(self) -> Shared | None:
+        """Why workers have the user of the node; None where each has one of its own."""
+        if self.level == "standard":
+            return self._why_shared
+        words = "workers in namespaces are nobody there" if self.level == "strict" else "workers are not confined"
+        return Shared("namespaces" if self.level == "strict" else "off", words)
 
     def candidates(self) -> tuple[Level, ...]:
         """The levels to try at the start, the best first."""
@@ -75,6 +85,7 @@ class Confinement:
             canary=str(self._canary),
             namespaces=self._namespaces,
             allow_code=self.allow_code and self.effective in ("standard", "strict"),
+            own_user=self.why_shared is None,
             recognise=recognise,
         )
 
@@ -85,6 +96,7 @@ class Confinement:
             "requested": self.requested,
             "effective": self.effective,
             "checks": dict(self.checks),
+            "shared_user": self.why_shared.reason if self.why_shared else None,
             "landlock_abi": landlock.abi() if confined else 0,
             "seccomp_allowed": seccomp.allowed_here(seccomp.WORKER) if confined and seccomp.supported() else 0,
             "memory_mechanism": "rlimit" if confined else "none",

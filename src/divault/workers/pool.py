@@ -29,6 +29,7 @@ from divault.workers import wire
 from divault.workers.confinement import Confinement
 from divault.workers.process import Process
 from divault.workers.template import Templates
+from divault.workers.users import Shared
 from divault.workers.worker import SIZES, Deadlines, Surroundings, Tuning, Worker
 
 _log = log("workers")
@@ -106,6 +107,11 @@ class WorkerPool:
     def sandbox_level(self) -> str:
         """How far workers are confined, as one of them saw it: `strict`, `standard`, `partial` or `off`."""
         return self._confinement.effective
+
+    @property
+    def shared_user(self) -> Shared | None:
+        """Why workers have the user of the node; None where each has one of its own."""
+        return self._confinement.why_shared
 
     def sandbox_report(self) -> dict[str, Any]:
         """What the newest worker saw to hold; `unknown` before the first one was started."""

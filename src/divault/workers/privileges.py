@@ -14,6 +14,8 @@ from collections.abc import Mapping
 _PR_SET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 3, 4, 38
 _CAPABILITY_VERSION_3 = 0x20080522
 _SIGKILL = 9
+FIRST_USER = 0x7000_0000
+"""Above what systemd and container tools hand out, and below 2**31, where some file systems end: see `users`."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -44,6 +46,25 @@ def drop_capabilities() -> None:
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     if _libc.capset(header, (ctypes.c_uint32 * 6)()) != 0:
         raise OSError(ctypes.get_errno(), "capset")
+
+
+def own_user() -> int:
+    """The number of the user that is this process' own."""
+    return FIRST_USER + os.getpid()
+
+
+def become_own_user() -> None:
+    """Leave the node's user and all groups, for good. Ends `hide` and `end_with`. Raises OSError."""
+    user = own_user()
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+
+
+def is_own_user() -> bool:
+    """Whether that happened."""
+    user = own_user()
+    return os.getresuid() == os.getresgid() == (user, user, user) and not os.getgroups()
 
 
 def limit(values: Mapping[int, int]) -> None:

@@ -12,8 +12,8 @@ forbidden act is *tried*: a check is `enforced` only when the kernel refused the
 The level of a worker is the highest whose every check is enforced; nobody claims more.
 
 Descriptors bypass every later rule, so they are closed first; the death signal and the group make sure that nothing
-outlives the node; dumpable 0 keeps siblings of one user from reading this memory, and it gives /proc/self to root,
-hence after the last write there.
+outlives the node, and the kernel forgets the signal when the user changes, so it is asked for again; dumpable 0 keeps
+siblings of one user from reading this memory, and it gives /proc/self to root, hence after the last write there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ STANDARD = (*FORBIDDEN, "mem_limit", *OWN)
 """Checks of the level `standard`."""
 STRICT = (*SEPARATE, "proc_limit")
 """Checks that `strict` needs beside them."""
-CHECKS = (*STANDARD, *STRICT)
+CHECKS = (*STANDARD, *STRICT, "own_user")
+"""All that is told. No level needs a user of its own: who does not run as root can't give one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,9 @@ class Policy:
     descriptors: int = 256
     """RLIMIT_NOFILE: bounds descriptor bombs; libraries need some dozens."""
     processes: int = 64
-    """RLIMIT_NPROC at `strict`: threads count, and the user is this worker's alone."""
+    """RLIMIT_NPROC at `strict` and for a user of its own: threads count."""
+    own_user: bool = False
+    """Leave the node's user for one of its own; `users` says where that can be."""
     leave_out: frozenset[str] = frozenset()
     """Mechanisms that tests leave out, to see that the report tells: `landlock`, `seccomp`, `limits`."""
 
@@ -76,10 +79,11 @@ def confine(policy: Policy) -> dict[str, Verdict]:
 
     Raises OSError when a step fails: the worker must end then.
     """
+    parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
-    privileges.end_with(os.getppid())
+    privileges.end_with(parent)
     _close_all_but(policy.keep)
     for name in set(os.environ) - policy.environment:
         del os.environ[name]
@@ -87,7 +91,7 @@ def confine(policy: Policy) -> dict[str, Verdict]:
     tempfile.tempdir = "/nonexistent"
     os.umask(0o077)
     if policy.level != "off":
-        _give_up(policy)
+        _give_up(policy, parent)
     return _report(policy)
 
 
@@ -102,12 +106,15 @@ def level_of(checks: Mapping[str, str], asked: Level) -> str:
 
 def missing_for(level: str, checks: Mapping[str, str]) -> list[str]:
     """Names of the checks that keep this level from being reached."""
-    needed = {"standard": STANDARD, "strict": CHECKS}.get(level, ())
+    needed = {"standard": STANDARD, "strict": (*STANDARD, *STRICT)}.get(level, ())
     return [name for name in needed if checks.get(name) != "enforced"]
 
 
-def _give_up(policy: Policy) -> None:
+def _give_up(policy: Policy, parent: int) -> None:
     _offer_to_the_memory_killer()
+    if policy.own_user:
+        privileges.become_own_user()
+        privileges.end_with(parent)
     privileges.hide()
     if "limits" not in policy.leave_out:
         privileges.limit(_limits(policy))
@@ -147,7 +154,12 @@ def _limits(policy: Policy) -> dict[int, int]:
         resource.RLIMIT_AS: policy.address_space,
         resource.RLIMIT_DATA: policy.data,
     }
-    return found | ({resource.RLIMIT_NPROC: policy.processes} if policy.level == "strict" else {})
+    return found | ({resource.RLIMIT_NPROC: policy.processes} if _counted_alone(policy) else {})
+
+
+def _counted_alone(policy: Policy) -> bool:
+    """Whether processes of this worker's user are its own: threads of others would count otherwise."""
+    return policy.level == "strict" or policy.own_user
 
 
 def _report(policy: Policy) -> dict[str, Verdict]:
@@ -163,7 +175,8 @@ def _report(policy: Policy) -> dict[str, Verdict]:
         "no_new_privs": _field("NoNewPrivs") == "1",
         "not_dumpable": privileges.hidden(),
         "no_capability": int(_field("CapEff"), 16) == int(_field("CapPrm"), 16) == 0,
-        "proc_limit": policy.level == "strict" and resource.getrlimit(resource.RLIMIT_NPROC)[0] == policy.processes,
+        "own_user": policy.own_user and privileges.is_own_user(),
+        "proc_limit": _counted_alone(policy) and resource.getrlimit(resource.RLIMIT_NPROC)[0] == policy.processes,
     }
     for name, holds in own.items():
         found[name] = "enforced" if holds else "not_enforced"

@@ -76,6 +76,8 @@ class Load(Frame, frozen=True, tag="load"):
     """Of the node, to compare yours with."""
     allow_code: bool = False
     """Formats that carry code may run."""
+    own_user: bool = False
+    """Leave the node's user for one of your own."""
     recognise: bool = False
     """Load nothing: say which template loads these files. Answered by Known or Failed."""
 
