@@ -27,13 +27,16 @@ HEAD = """
 import ctypes, errno, fcntl, json, os, socket, sys, threading
 from divault.workers.sandbox import Policy, confine
 settings = json.loads(sys.argv[1])
-kept, model = os.open("/etc/hostname", os.O_RDONLY), os.memfd_create("model")
+kept, model = os.open("/etc/hostname", os.O_RDONLY), os.memfd_create("model", os.MFD_ALLOW_SEALING)
 os.write(model, b"weights")
+fcntl.fcntl(model, fcntl.F_ADD_SEALS, 15)
+line, far = socket.socketpair()
 if settings.get("user"):
     os.setgroups([]); os.setresgid(*[settings["user"]] * 3); os.setresuid(*[settings["user"]] * 3)
 checks = confine(Policy(
-    level="standard", keep=(kept, model), environment=frozenset({"PATH", "LANG", "LC_CTYPE"}), address_space=4 << 30,
-    data=1 << 30, canary=settings["canary"], namespaces=settings["namespaces"],
+    level="standard", keep=(kept, model, line.fileno(), far.fileno()),
+    environment=frozenset({"PATH", "LANG", "LC_CTYPE"}), address_space=4 << 30, data=1 << 30,
+    canary=settings["canary"], namespaces=settings["namespaces"],
     leave_out=frozenset(settings.get("leave_out", ())),
 ))
 """
@@ -47,11 +50,16 @@ def canary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder.close()
 
 
+def environment() -> dict[str, str]:
+    """Of such a process."""
+    return {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": str(Path(app.__file__).parent.parent)}
+
+
 def confined(script: str, canary: str, **settings: Any) -> Any:
     told = json.dumps({"canary": canary, "namespaces": namespaces_here(), **settings})
     done = subprocess.run(
         [sys.executable, "-c", script, told],
-        env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": str(Path(app.__file__).parent.parent)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=30,
@@ -155,7 +163,7 @@ WORKS = {
     "randomness": "os.urandom(8); open('/dev/urandom', 'rb').read(1)",
     "clocks": "import time; time.sleep(0.001); time.clock_gettime(time.CLOCK_MONOTONIC)",
 }
-_TRY = (
+TRY = (
     HEAD
     + """
 libc = ctypes.CDLL(None, use_errno=True)
@@ -174,14 +182,14 @@ print(json.dumps(found))
 
 
 def test_what_a_worker_must_not_do_is_refused_by_the_kernel(canary: str) -> None:
-    found = confined(_TRY, canary, acts=ACTS)
+    found = confined(TRY, canary, acts=ACTS)
 
     assert {name: how for name, how in found.items() if how not in ("EPERM", "EACCES")} == {}
     assert len(found) == len(ACTS)
 
 
 def test_what_a_worker_needs_works(canary: str) -> None:
-    found = confined(_TRY, canary, acts=WORKS)
+    found = confined(TRY, canary, acts=WORKS)
 
     assert {name: how for name, how in found.items() if how != "done"} == {}
 
@@ -254,6 +262,31 @@ async def test_without_namespaces_as_in_a_container_standard_is_reached(
     assert await start(monkeypatch, path=path) == "standard"
     with pytest.raises(SettingsInvalid, match="DIVAULT_SANDBOX=strict"):
         await start(monkeypatch, path=path, DIVAULT_SANDBOX="strict")
+
+
+@pytest.mark.parametrize(
+    ("setting", "place"),
+    [
+        ("DIVAULT_STATE_DIR", "state"),
+        ("DIVAULT_NODE_KEY_FILE", "node.key"),
+        ("DIVAULT_AGE_IDENTITY_FILE", "lib/../age.key"),
+        ("MODEL_CACHE_DIR", "cache"),
+        ("DIVAULT_LOG_DIR", "logs"),
+    ],
+)
+async def test_what_a_node_keeps_may_not_lie_where_models_read_libraries(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str, place: str
+) -> None:
+    """Landlock opens these folders whole, and the key files' modes keep nobody out who is the same user."""
+    for folder in (sys.prefix, "/usr/local"):
+        with pytest.raises(SettingsInvalid, match=setting) as caught:
+            await start(monkeypatch, DIVAULT_SANDBOX="off", **{setting: f"{folder}/{place}"})
+        assert caught.value.data["setting"] == setting
+    (tmp_path / "way").symlink_to(sys.prefix)
+    with pytest.raises(SettingsInvalid, match=setting):
+        await start(monkeypatch, DIVAULT_SANDBOX="off", **{setting: str(tmp_path / "way" / place)})
+
+    assert await start(monkeypatch, DIVAULT_SANDBOX="off", **{setting: str(tmp_path / place)}) == "off"
 
 
 async def test_code_needs_workers_that_are_confined(monkeypatch: pytest.MonkeyPatch) -> None:

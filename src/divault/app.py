@@ -50,6 +50,7 @@ from divault.values import Address, Digest, Receipt, Secret, Usdc
 from divault.vault.age import Identity
 from divault.vault.keys import NodeIdentity
 from divault.workers.confinement import Confinement
+from divault.workers.libraries import library_paths
 from divault.workers.opening import Opener
 from divault.workers.pool import WorkerPool
 from divault.workers.worker import Tuning
@@ -326,6 +327,7 @@ def _head_of(chain: Chain) -> tuple[int, float] | None:
 
 async def require_sandbox(settings: Settings, workers: WorkerPool) -> None:
     """Return only if a worker proves that it is confined as far as the operator asked. Raises SettingsInvalid."""
+    _require_apart(settings)
     wanted, have = settings.divault_sandbox, await workers.prove_sandbox()
     lacking = workers.sandbox_lacking(wanted)
     if wanted in ("strict", "standard") and have != wanted and not settings.divault_sandbox_allow_downgrade:
@@ -344,6 +346,23 @@ async def require_sandbox(settings: Settings, workers: WorkerPool) -> None:
     shared = workers.shared_user
     if shared is not None and shared.reason in ("no_capability", "not_mapped", "python_unreadable"):
         _log.warning("workers run as the node's user, which is root", why=shared.words)
+
+
+def _require_apart(settings: Settings) -> None:
+    """Keys, ledger, cache and log don't lie where every worker reads libraries. Raises SettingsInvalid."""
+    kept = {
+        "DIVAULT_STATE_DIR": settings.divault_state_dir,
+        "DIVAULT_NODE_KEY_FILE": settings.node_key_file,
+        "DIVAULT_AGE_IDENTITY_FILE": settings.age_identity_file,
+        "MODEL_CACHE_DIR": settings.model_cache_dir,
+        "DIVAULT_LOG_DIR": settings.divault_log_dir,
+    }
+    for name, path in kept.items():
+        if path is not None and any(path.resolve().is_relative_to(library) for library in library_paths()):
+            raise SettingsInvalid(
+                f"{name} lies among Python's files or the system's libraries, which every model may read: set another",
+                setting=name,
+            )
 
 
 def _probes(
