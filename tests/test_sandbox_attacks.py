@@ -110,7 +110,7 @@ REFUSED = {
     "flags of a file": "fcntl.ioctl(kept, 0x40086602, bytes(8))",
     "an owner of a descriptor, by ioctl": "fcntl.ioctl(kept, 0x8901, bytes(4))",
     "writing to a device": "os.open('/dev/null', os.O_WRONLY)",
-    "a device of its own": "os.mknod('/tmp/divault-x')",
+    "a device of its own": "os.mknod(f'/tmp/divault-{os.getpid()}')",
     # files
     "a file without a name": "os.open('/tmp', os.O_TMPFILE | os.O_RDWR)",
     "a file among libraries": "os.open(os.path.dirname(os.__file__) + '/x', os.O_CREAT | os.O_WRONLY)",
@@ -118,7 +118,7 @@ REFUSED = {
     "shortening a library": "os.truncate(os.__file__, 1)",
     "moving a library": "os.rename(os.__file__, os.__file__ + 'x')",
     "removing a library": "os.unlink(os.__file__)",
-    "a library out of its folder": "os.link(os.__file__, '/tmp/divault-x')",
+    "a library out of its folder": "os.link(os.__file__, os.path.dirname(os.__file__) + f'/../{os.getpid()}')",
     "out through a descriptor": "os.open('..', os.O_RDONLY, dir_fd=os.open('/usr', os.O_PATH))",
     "out by a longer way": "os.open('/usr/../etc/hostname', os.O_RDONLY)",
     "writing back through its own descriptor": "os.open(f'/proc/self/fd/{kept}', os.O_RDWR)",
