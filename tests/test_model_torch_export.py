@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -12,14 +11,12 @@ import torch
 from divault import models
 from divault.errors import InputInvalid, SealedFileDamaged, UnsupportedModel
 from divault.models.base import Inputs
-from divault.models.torch_export import TorchExport
-from divault.workers.confinement import Confinement
-from divault.workers.pool import WorkerPool
+from divault.models.torch_export import TORCH_EXPORT
 from tests.memory_models import as_json, load, memory_files
 from tests.test_model_torch_worker import opened
-from tests.worker_calls import run
+from tests.worker_calls import MakePool, confined_pool, run
 
-MakePool = Callable[[], WorkerPool]
+__all__ = ["confined_pool"]  # a fixture
 TOLD = as_json({"input_shape": [3], "labels": ["no", "yes"], "task": "classification"})
 
 
@@ -45,28 +42,15 @@ def archive(request: pytest.FixtureRequest) -> bytes:
     return exported(any_batch=request.param)
 
 
-@pytest.fixture
-async def make() -> AsyncIterator[MakePool]:
-    pools: list[WorkerPool] = []
-
-    def pool() -> WorkerPool:
-        confinement = Confinement("standard", allow_code=True)
-        pools.append(WorkerPool(predict_timeout_s=20, load_timeout_s=60, confinement=confinement))
-        return pools[-1]
-
-    yield pool
-    for one in pools:
-        await one.close()
-
-
-async def test_it_answers_in_a_confined_worker(make: MakePool, archive: bytes) -> None:
-    pool, model = make(), opened("sums", {"model.pt2": archive, "divault.json": TOLD})
+async def test_it_answers_in_a_confined_worker(confined_pool: MakePool, archive: bytes) -> None:
+    pool, model = confined_pool(True), opened("sums", {"model.pt2": archive, "divault.json": TOLD})
     assert await pool.prove_sandbox() == "standard"
     loaded = await pool.load(model)
     answer = await run(pool, model, {"tensor": [[1.0, 2.0, 3.0], [-4.0, 0.0, 1.0]]})
 
     assert [(row["label"], row["score"]) for row in answer["predictions"]] == [("yes", 6.0), ("no", 3.0)]
     assert loaded.description.code
+    assert loaded.description.runtime["adapter"] == "torch-export"
     with pytest.raises(InputInvalid):
         await run(pool, model, {"tensor": [[1.0, 2.0]]})
 
@@ -80,11 +64,11 @@ def test_where_code_is_not_allowed_it_is_refused_by_name(archive: bytes) -> None
 
 def test_it_needs_to_be_told_what_goes_in(archive: bytes) -> None:
     with pytest.raises(UnsupportedModel, match="input_shape"):
-        load(TorchExport(), {"model.pt2": archive})
+        load(TORCH_EXPORT, {"model.pt2": archive})
 
 
 def test_a_damaged_archive_is_told(archive: bytes) -> None:
     place = archive.index(b'"graph_module"') if b'"graph_module"' in archive else len(archive) // 2
     broken = archive[:place] + b"\0" * 40 + archive[place + 40 :]
     with pytest.raises((SealedFileDamaged, UnsupportedModel)):
-        load(TorchExport(), {"model.pt2": broken, "divault.json": TOLD})
+        load(TORCH_EXPORT, {"model.pt2": broken, "divault.json": TOLD})

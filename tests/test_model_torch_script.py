@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import AsyncIterator, Callable
 
 import pytest
 import torch
 
 from divault.errors import DeadlineExceeded, InputInvalid, UnsupportedModel
-from divault.workers.confinement import Confinement
-from divault.workers.pool import WorkerPool
 from tests.memory_models import as_json
 from tests.test_model_torch_worker import opened
-from tests.worker_calls import run
+from tests.worker_calls import MakePool, confined_pool, run
 
-MakePool = Callable[[bool], WorkerPool]
+__all__ = ["confined_pool"]  # a fixture
 TOLD = {"input_shape": [3], "labels": ["no", "yes"], "task": "classification"}
 
 
@@ -52,22 +49,8 @@ def scorer() -> bytes:
     return script(Scorer())
 
 
-@pytest.fixture
-async def make() -> AsyncIterator[MakePool]:
-    pools: list[WorkerPool] = []
-
-    def pool(allow: bool) -> WorkerPool:
-        confinement = Confinement("standard", allow_code=allow)
-        pools.append(WorkerPool(predict_timeout_s=20, load_timeout_s=60, confinement=confinement))
-        return pools[-1]
-
-    yield pool
-    for one in pools:
-        await one.close()
-
-
-async def test_it_answers_where_code_is_allowed(make: MakePool, scorer: bytes) -> None:
-    pool, model = make(True), opened("scorer", {"model.pt": scorer, "divault.json": as_json(TOLD)})
+async def test_it_answers_where_code_is_allowed(confined_pool: MakePool, scorer: bytes) -> None:
+    pool, model = confined_pool(True), opened("scorer", {"model.pt": scorer, "divault.json": as_json(TOLD)})
     assert await pool.prove_sandbox() == "standard"
     loaded = await pool.load(model)
 
@@ -83,17 +66,19 @@ async def test_it_answers_where_code_is_allowed(make: MakePool, scorer: bytes) -
 
 
 @pytest.mark.parametrize("proven", [False, True])
-async def test_it_is_refused_by_name_where_code_is_not_allowed(make: MakePool, scorer: bytes, proven: bool) -> None:
+async def test_it_is_refused_by_name_where_code_is_not_allowed(
+    confined_pool: MakePool, scorer: bytes, proven: bool
+) -> None:
     """Also where it is allowed and no worker has proven its confinement yet."""
-    pool = make(not proven)
+    pool = confined_pool(not proven)
     if proven:
         await pool.prove_sandbox()
     with pytest.raises(UnsupportedModel, match="TorchScript"):
         await pool.load(opened("scorer", {"model.pt": scorer, "divault.json": as_json(TOLD)}))
 
 
-async def test_it_needs_to_be_told_what_goes_in(make: MakePool, scorer: bytes) -> None:
-    pool = make(True)
+async def test_it_needs_to_be_told_what_goes_in(confined_pool: MakePool, scorer: bytes) -> None:
+    pool = confined_pool(True)
     await pool.prove_sandbox()
     with pytest.raises(UnsupportedModel, match="input_shape"):
         await pool.load(opened("scorer", {"model.pt": scorer}))
@@ -101,8 +86,8 @@ async def test_it_needs_to_be_told_what_goes_in(make: MakePool, scorer: bytes) -
         await pool.load(opened("broken", {"model.pt": scorer[:-400] + bytes(400), "divault.json": as_json(TOLD)}))
 
 
-async def test_a_program_that_never_ends_is_stopped(make: MakePool) -> None:
-    pool = make(True)
+async def test_a_program_that_never_ends_is_stopped(confined_pool: MakePool) -> None:
+    pool = confined_pool(True)
     await pool.prove_sandbox()
     model = opened("slow", {"model.pt": script(Slow()), "divault.json": as_json({"input_shape": [2]})})
     await pool.load(model)

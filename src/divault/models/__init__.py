@@ -32,10 +32,10 @@ def formats() -> list[ModelFormat]:
 
 def code_formats() -> list[ModelFormat]:
     """Formats whose files bring code that runs while they load or answer."""
-    from divault.models.torch_export import TorchExport
-    from divault.models.torch_script import TorchScript
+    from divault.models.torch_export import TORCH_EXPORT
+    from divault.models.torch_script import TORCH_SCRIPT
 
-    return [TorchScript(), TorchExport()]
+    return [TORCH_SCRIPT, TORCH_EXPORT]
 
 
 def recognise(files: Sequence[MemoryFile], *, allow_code: bool = False) -> ModelFormat:

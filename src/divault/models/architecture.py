@@ -65,6 +65,10 @@ class Network:
     """Shape of one item without the batch; None is any size."""
     vocabulary: int | None = None
     """Inputs are whole numbers below this, for an embedding; None: float32."""
+    adapter: str = "torch-state"
+    """How it came, for the runtime object of receipts."""
+    code: bool = False
+    """Whether it came as a program."""
 
 
 def build(architecture: Any, input_shape: Any, weights: Mapping[str, Tensor]) -> Network:

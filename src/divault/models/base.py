@@ -99,3 +99,8 @@ class ModelFormat(Protocol):
 
     def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:
         """The model in memory. Raises UnsupportedModel (seen, supported), SealedFileDamaged for broken content."""
+
+
+def words_of(err: Exception) -> str:
+    """The first line of what a library says, in ASCII: a stack with paths of this machine may follow it."""
+    return str(err).partition("\n")[0].encode("ascii", "backslashreplace").decode()[:200]

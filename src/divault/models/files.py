@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from divault.errors import SealedFileDamaged
+from divault.errors import SealedFileDamaged, UnsupportedModel
 from divault.values import MemoryFile
 
 HEAD_BYTES = 4096
@@ -75,6 +75,14 @@ def only_file(files: Sequence[MemoryFile]) -> MemoryFile | None:
     """The one file that isn't for people or for this node (`README`, `LICENSE`, `divault.json`); None for several."""
     rest = [file for file in files if not base_name(file).upper().startswith(_FOR_PEOPLE)]
     return rest[0] if len(rest) == 1 else None
+
+
+def the_file(files: Sequence[MemoryFile], what: str) -> MemoryFile:
+    """The same for a format that was recognised by it. Raises UnsupportedModel for several."""
+    file = only_file(files)
+    if file is None:
+        raise UnsupportedModel(f"{what} is one file", seen="several files")
+    return file
 
 
 def base_name(file: MemoryFile) -> str:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from divault.errors import ModelFailed, SealedFileDamaged, UnsupportedModel
 from divault.models import lightgbm_file
-from divault.models.base import LoadedModel
+from divault.models.base import LoadedModel, words_of
 from divault.models.boosters import Boosted, Boosting, Kind
-from divault.models.files import Folder, only_file
+from divault.models.files import Folder, only_file, the_file
 from divault.models.labels import labels_of
 from divault.models.runtimes import seed, threads
 from divault.values import MemoryFile
@@ -48,9 +48,7 @@ class LightgbmModelFile:
 
     def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
         """The booster. Raises UnsupportedModel (categories, linear trees, an unknown objective), SealedFileDamaged."""
-        file = only_file(files)
-        if file is None:
-            raise UnsupportedModel("a LightGBM model is one file", seen="several files")
+        file = the_file(files, "a LightGBM model")
         found = lightgbm_file.read(file)
         kind = _kind(found)
         seed()
@@ -84,7 +82,7 @@ def _loaded(text: str) -> Booster:
     try:
         return lgb.Booster(model_str=text)
     except (lgb.basic.LightGBMError, ValueError) as err:
-        raise SealedFileDamaged(f"LightGBM does not take the file: {_clean(err)}", stage="payload") from None
+        raise SealedFileDamaged(f"LightGBM does not take the file: {words_of(err)}", stage="payload") from None
 
 
 def _runner(booster: Booster) -> Callable[[NDArray[Any]], NDArray[Any]]:
@@ -95,10 +93,6 @@ def _runner(booster: Booster) -> Callable[[NDArray[Any]], NDArray[Any]]:
         try:
             return np.asarray(booster.predict(rows, validate_features=False, num_threads=threads()))
         except lgb.basic.LightGBMError as err:
-            raise ModelFailed(f"LightGBM: {_clean(err)}", kind="raised") from None
+            raise ModelFailed(f"LightGBM: {words_of(err)}", kind="raised") from None
 
     return run
-
-
-def _clean(err: Exception) -> str:
-    return str(err).encode("ascii", "backslashreplace").decode()[:200]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
 from divault.models import onnx_file
-from divault.models.base import Answer, Description, Inputs
+from divault.models.base import Answer, Description, Inputs, words_of
 from divault.models.files import Folder, path_of
 from divault.models.labels import labelled, labelled_schema, labels_of
 from divault.models.runtimes import runtime_object, seed, threads
@@ -78,13 +78,9 @@ def _session(file: MemoryFile) -> InferenceSession:
     try:
         return ort.InferenceSession(path_of(file), options, providers=["CPUExecutionProvider"])
     except (problems.NotImplemented, problems.NoSuchFile, problems.NoModel) as err:
-        raise _refused(f"an ONNX model that needs what this node lacks ({_clean(err)})") from None
+        raise _refused(f"an ONNX model that needs what this node lacks ({words_of(err)})") from None
     except (*broken, problems.Fail, problems.RuntimeException, ValueError) as err:
-        raise SealedFileDamaged(f"onnxruntime does not take the ONNX file: {_clean(err)}", stage="payload") from None
-
-
-def _clean(err: Exception) -> str:
-    return str(err).encode("ascii", "backslashreplace").decode()[:200]
+        raise SealedFileDamaged(f"onnxruntime does not take the ONNX file: {words_of(err)}", stage="payload") from None
 
 
 def _refused(seen: str) -> UnsupportedModel:
@@ -210,7 +206,7 @@ class LoadedOnnx:
         try:
             found = self._session.run(names, arrays)
         except (problems.InvalidArgument, problems.Fail, problems.RuntimeException) as err:
-            raise ModelFailed(f"onnxruntime: {_clean(err)}", kind="raised") from None
+            raise ModelFailed(f"onnxruntime: {words_of(err)}", kind="raised") from None
         outputs = {name: _plain(value) for name, value in zip(names, found, strict=True)}
         result: dict[str, Any] = {"outputs": outputs}
         if self._labels:

@@ -14,7 +14,7 @@ from typing import Any
 from divault.errors import UnsupportedModel
 from divault.models import native, pickles
 from divault.models.base import Answer, Description, Inputs, LoadedModel
-from divault.models.files import only_file
+from divault.models.files import only_file, the_file
 from divault.models.rows import MAX_ROWS, RowSpec, TextSpec
 from divault.models.runtimes import runtime_object, seed
 from divault.values import MemoryFile
@@ -45,9 +45,7 @@ class SklearnPickle:
 
     def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
         """The estimator. Raises UnsupportedModel naming the first global that is not allowed."""
-        file = only_file(files)
-        if file is None:
-            raise UnsupportedModel("a scikit-learn model is one file", seen="several files")
+        file = the_file(files, "a scikit-learn model")
         configure()
         return Estimator(fitted(pickles.load(file)))
 

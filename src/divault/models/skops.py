@@ -19,7 +19,7 @@ from divault.errors import UnsupportedModel
 from divault.models import allowed
 from divault.models.base import LoadedModel
 from divault.models.containers import MAX_ENTRIES
-from divault.models.files import head, only_file, path_of
+from divault.models.files import head, only_file, path_of, the_file
 from divault.models.pickles import FREE_BYTES, RATIO
 from divault.models.sklearn import Estimator, configure, fitted
 from divault.values import MemoryFile
@@ -57,9 +57,7 @@ class SkopsFile:
 
     def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
         """The estimator. Raises UnsupportedModel naming the first type that is not allowed, or the damage."""
-        file = only_file(files)
-        if file is None:
-            raise UnsupportedModel("a skops model is one file", seen="several files")
+        file = the_file(files, "a skops model")
         configure()
         try:
             _check_sizes(file)

@@ -64,12 +64,8 @@ def _without_architecture(folder: Folder) -> UnsupportedModel:
 class LoadedNetwork:
     """A network with its weights, ready to run."""
 
-    def __init__(
-        self, network: Network, labels: tuple[str, ...], device: torch.device, task: str, *, code: bool = False
-    ) -> None:
-        """`code`: the network came as a program."""
+    def __init__(self, network: Network, labels: tuple[str, ...], device: torch.device, task: str) -> None:
         self._network = network
-        self._code = code
         self._labels = labels
         self._device = device
         dtype = "float32" if network.vocabulary is None else "int64"
@@ -161,8 +157,8 @@ class LoadedNetwork:
                 "properties": {"predictions": {"type": "array", "items": self._row_schema()}},
             },
             example=self._spec.example,
-            runtime=runtime("torch-script" if self._code else "torch-state", self._device, ("safetensors",)),
-            code=self._code,
+            runtime=runtime(self._network.adapter, self._device, ("safetensors",)),
+            code=self._network.code,
         )
 
     def _row_schema(self) -> dict[str, Any]:

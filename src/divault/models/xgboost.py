@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from divault.errors import ModelFailed, SealedFileDamaged, UnsupportedModel
 from divault.models import xgboost_file
-from divault.models.base import LoadedModel
+from divault.models.base import LoadedModel, words_of
 from divault.models.boosters import Boosted, Boosting, Kind
-from divault.models.files import Folder, only_file
+from divault.models.files import Folder, only_file, the_file
 from divault.models.labels import labels_of
 from divault.models.runtimes import seed, threads
 from divault.values import MemoryFile
@@ -55,9 +55,7 @@ class XgboostModelFile:
 
     def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
         """The booster. Raises UnsupportedModel (categories, an unknown objective, a newer file), SealedFileDamaged."""
-        file = only_file(files)
-        if file is None:
-            raise UnsupportedModel("an XGBoost model is one file", seen="several files")
+        file = the_file(files, "an XGBoost model")
         found = xgboost_file.read(file)
         kind = _kind(found)
         seed()
@@ -107,7 +105,7 @@ def _loaded(model: xgboost_file.XgboostModel) -> Booster:
         with xgb.config_context(verbosity=0):
             booster.load_model(model.content)
     except (xgb.core.XGBoostError, ValueError, TypeError) as err:
-        raise SealedFileDamaged(f"XGBoost does not take the file: {_clean(err)}", stage="payload") from None
+        raise SealedFileDamaged(f"XGBoost does not take the file: {words_of(err)}", stage="payload") from None
     return booster
 
 
@@ -124,11 +122,6 @@ def _runner(booster: Booster, model: xgboost_file.XgboostModel) -> Callable[[NDA
             matrix = xgb.DMatrix(rows, nthread=threads())
             return booster.predict(matrix, iteration_range=limits, validate_features=False)
         except xgb.core.XGBoostError as err:
-            raise ModelFailed(f"XGBoost: {_clean(err)}", kind="raised") from None
+            raise ModelFailed(f"XGBoost: {words_of(err)}", kind="raised") from None
 
     return run
-
-
-def _clean(err: Exception) -> str:
-    """The first line: a stack with paths of this machine follows it."""
-    return str(err).partition("\n")[0].encode("ascii", "backslashreplace").decode()[:200]

@@ -1,0 +1,70 @@
+"""What the formats of PyTorch that are programs have in common: they load only where the operator allows code.
+
+What goes in doesn't stand in such a file: `divault.json` beside it in a tar says `input_shape` of one item, perhaps
+`labels` and `task`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from divault.errors import SealedFileDamaged, UnsupportedModel
+from divault.models.architecture import Network, input_shape_of
+from divault.models.containers import Container, container_of
+from divault.models.files import Folder
+from divault.models.labels import labels_of
+from divault.models.torch_runtime import prepare
+from divault.models.torch_state import LoadedNetwork
+from divault.values import MemoryFile
+
+if TYPE_CHECKING:
+    import torch
+
+    Shape = tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A format whose files are programs. `read` and `fitted` are what one has of its own."""
+
+    adapter: str
+    """Its name in the runtime object of receipts."""
+    kind: Container
+    words: str
+    """What the file is, for people."""
+    read: Callable[[MemoryFile, torch.device], torch.nn.Module]
+    """The program on the device. Raises SealedFileDamaged."""
+    fitted: Callable[[torch.nn.Module, Shape, torch.device], torch.nn.Module] = lambda module, _shape, _device: module
+    """One that takes any number of items of the shape."""
+    template: str = ""
+
+    def recognises(self, files: Sequence[MemoryFile]) -> bool:
+        """Whether such a program is among the files."""
+        return any(container_of(file) is self.kind for file in files)
+
+    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedNetwork:
+        """The program in memory. Raises UnsupportedModel, SealedFileDamaged; SettingsInvalid for the device."""
+        folder = Folder(files)
+        programs = [file for file in folder.files if container_of(file) is self.kind]
+        told = folder.json_object("divault.json")
+        if len(programs) != 1 or told.get("input_shape") is None:
+            raise UnsupportedModel(
+                f"{self.words} is loaded from a tar with it and a divault.json that says what goes in: for example "
+                '{"input_shape": [3, 32, 32]}',
+                seen=f"{self.words} without input_shape"
+                if len(programs) == 1
+                else f"{len(programs)} times {self.words}",
+                supported=f"{self.words} in a tar with divault.json",
+            )
+        place = prepare(device)
+        shape = input_shape_of(told["input_shape"])
+        module = self.fitted(self.read(programs[0], place), shape, place)
+        network = Network(module, shape, adapter=self.adapter, code=True)
+        return LoadedNetwork(network, labels_of(told), place, str(told.get("task") or "prediction"))
+
+
+def broken(words: str, err: Exception) -> SealedFileDamaged:
+    """What is raised for a file that its library does not read."""
+    return SealedFileDamaged(f"{words} is broken: {str(err)[:200]}", stage="payload")
