@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import tarfile
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import tritonclient.http as triton
 
 from divault import receipts
 from divault.api.openai import covered_choices
+from divault.cli.top import read
 from divault.client import Client
 from divault.values import Secret, Usdc
 from tests.e2e.conftest import MINIMUM, World
@@ -150,13 +152,71 @@ async def test_a_triton_client_runs_a_model_and_its_answer_has_a_receipt(world: 
         assert (answer.as_numpy("probabilities").argmax(1) == answer.as_numpy("predictions")).all()
         response = answer.get_response()
         assert response["id"] == "q1"
-        covered = orjson.dumps(response["outputs"])
+        # Asked for no output by name, this client takes all of them as bytes.
+        assert [output["parameters"]["binary_data_size"] for output in response["outputs"]] == [40, 80, 16]
+        tensors = [answer.as_numpy(output["name"]).tobytes() for output in response["outputs"]]
+        covered = orjson.dumps(response["outputs"]) + b"".join(tensors)
         check(world, ours, response["parameters"]["receipt"], body, covered)
         with pytest.raises(triton.InferenceServerException) as replayed:
             client.infer(model, inputs, request_id="q1", headers=headers)
         assert "401" in str(replayed.value.status())
 
     await on_a_thread(story)
+
+
+async def test_a_wrong_name_of_an_output_costs_no_run(world: World) -> None:
+    model = (await world.publish("outputs-v2")).text
+    key = await world.consumer()
+
+    def runs() -> float:
+        return read(world.node.url).value("divault_model_pass_callers_count", model=model)
+
+    def story() -> None:
+        client, ours = triton_client(world), our_client(world, key)
+        ours.load(model)
+        inputs = [rows_as_tensor(world.trained.rows[:2], binary=True)]
+
+        def infer(name: str, *, binary: bool) -> Any:
+            outputs = [triton.InferRequestedOutput(name, binary_data=binary)]
+            body, _ = triton.InferenceServerClient.generate_request_body(inputs, outputs=outputs)
+            headers = ours.headers("POST", f"/v2/models/{model}/infer", body)
+            return client.infer(model, inputs, outputs=outputs, headers=headers)
+
+        before = runs()
+        with pytest.raises(triton.InferenceServerException) as caught:
+            infer("logits", binary=False)
+        assert "input_invalid" in str(caught.value)
+        assert runs() == before
+        as_bytes, as_json = (infer("probabilities", binary=binary) for binary in (True, False))
+        assert runs() == before + 2
+        assert (as_bytes.as_numpy("probabilities") == as_json.as_numpy("probabilities")).all()
+        assert "data" in as_json.get_output("probabilities")
+        assert "data" not in as_bytes.get_output("probabilities")
+
+    await on_a_thread(story)
+
+
+async def test_a_kept_answer_with_bytes_is_the_same_again(world: World) -> None:
+    model = (await world.publish("kept-bytes-v2", price="0.02")).text
+    key = await world.consumer()
+    async with world.client(key) as client:
+        transfer = await pay(world, key, Usdc.parse("0.10"))
+        await client.run(model, {"features": world.trained.rows[0]}, max_price="0.02", payment=transfer)
+        tensor = {"name": "features", "datatype": "FP64", "shape": [30], "data": world.trained.rows[0]}
+        asked = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
+        body, path = json.dumps(asked).encode(), f"/v2/models/{model}/infer"
+        headers = await client.headers("POST", path, body, max_price="0.02")
+
+    def post() -> tuple[bytes, str]:
+        request = urllib.request.Request(world.node.url + path, body, dict(headers))
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.read(), answer.headers["inference-header-content-length"]
+
+    first, again = await asyncio.to_thread(post), await asyncio.to_thread(post)
+    told = json.loads(first[0][: int(first[1])])
+
+    assert again == first
+    assert sum(one["parameters"]["binary_data_size"] for one in told["outputs"]) == len(first[0]) - int(first[1])
 
 
 @pytest.mark.parametrize("path", ["/v2/models/{m}/infer", "/v2/models/{m}/versions/1/infer"])

@@ -6,14 +6,16 @@
 | input tensors | the members of `input_data`; a single tensor is the model's one input, whatever its name |
 | `parameters` of a request | `parameters` of the call, without the protocol's own |
 | output tensors | the members of `result`; what is no tensor becomes texts of JSON |
+| `binary_data_output`, an output's `binary_data` | these outputs come as bytes behind the JSON, in its order |
 | repository `load`, `unload` | the node's load and unload, signed |
 
 Every call is signed in its headers (ERC-8128), over the raw body. The receipt's input hash covers that whole body, its
-output hash the value of `outputs` as it stands in the answer.
+output hash the value of `outputs` as it stands in the answer, and right after it whatever bytes follow the JSON.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from divault.api.tensors import read_tensor, written_tensor
+from divault.api.tensors import bytes_of, read_tensor, written_tensor
 from divault.errors import BadRequest, InputInvalid
 from divault.models.base import Description
 from divault.service import Dialect
@@ -43,8 +45,15 @@ class Asked:
     inputs: tuple[tuple[str, Any], ...]
     """Name and nested values of each tensor."""
     parameters: Mapping[str, Any]
-    outputs: tuple[str, ...]
-    """Names of the outputs that are wanted; none: all."""
+    outputs: Mapping[str, bool]
+    """Names of the outputs that are wanted, and whether as bytes; none: all."""
+    as_bytes: bool = False
+    """Whether outputs come as bytes that are not named."""
+
+    @property
+    def wants_bytes(self) -> bool:
+        """Whether bytes follow the JSON of the answer."""
+        return any(self.outputs.values()) if self.outputs else self.as_bytes
 
 
 def read_request(raw: bytes, header_length: str) -> Asked:
@@ -63,43 +72,76 @@ def read_request(raw: bytes, header_length: str) -> Asked:
     parameters = told.get("parameters", {})
     if not isinstance(parameters, dict):
         raise BadRequest("parameters is an object", field="parameters")
+    as_bytes = _truth(parameters, "binary_data_output", default=False)
     return Asked(
         _text(told, "id"),
         tuple(_tensors(inputs, raw[size:])),
         {name: value for name, value in parameters.items() if name not in _OWN_PARAMETERS},
-        _wanted(told.get("outputs", [])),
+        _wanted(told.get("outputs", []), as_bytes=as_bytes),
+        as_bytes,
     )
 
 
-def dialect(raw: bytes, header_length: str) -> Dialect:
-    """How a request of this protocol is put to a model, and its answer worded. `ask` tells what is wrong with it."""
-    asked: list[Asked] = []
+class Translation:
+    """One request of this protocol in words that its model takes, and the answer in those of the protocol."""
 
-    def ask(call: SignedCall, description: Description) -> SignedCall:
-        asked.append(read_request(raw, header_length))
-        data = _input_data(asked[0], description)
-        parameters = orjson.dumps(asked[0].parameters) if asked[0].parameters else None
+    def __init__(self, raw: bytes, header_length: str) -> None:
+        self._raw = raw
+        self._header_length = header_length
+        self._told: Asked | None = None
+        self._json_size = 0
+        """Bytes of `outputs` in the result of `tell`; tensors follow them."""
+
+    @property
+    def _asked(self) -> Asked:
+        if self._told is None:
+            self._told = read_request(self._raw, self._header_length)
+        return self._told
+
+    @property
+    def dialect(self) -> Dialect:
+        """For `Service.infer`."""
+        return Dialect(self.ask, self.tell, self.wording)
+
+    def ask(self, call: SignedCall, description: Description) -> SignedCall:
+        """The call as its model takes it. Raises BadRequest, InputInvalid: also for an output that the model lacks."""
+        if gives := _given(description):
+            self._require(gives)
+        data = _input_data(self._asked, description)
+        parameters = orjson.dumps(self._asked.parameters) if self._asked.parameters else None
         return replace(call, input_data=orjson.dumps(data), parameters=parameters)
 
-    def tell(output: Output) -> Output:
-        result = orjson.loads(output.result)
-        members = _outputs(result)
-        chosen = asked[0].outputs or tuple(members)
-        for name in chosen:
-            if name not in members:
-                raise InputInvalid(
-                    f"this model gives no output {name[:80]}: it gives {', '.join(members)[:200]}", field="outputs"
-                )
-        return replace(output, result=orjson.dumps([written_tensor(name, members[name]) for name in chosen]))
+    def tell(self, output: Output) -> Output:
+        """The output with `outputs` as its result, and behind it the tensors that are wanted as bytes."""
+        members = _outputs(orjson.loads(output.result))
+        self._require(members)  # a parameter of the model may have left one out
+        wanted = self._asked.outputs or dict.fromkeys(members, self._asked.as_bytes)
+        tensors = [written_tensor(name, members[name]) for name in wanted]
+        tail = [bytes_of(tensor) for tensor, as_bytes in zip(tensors, wanted.values(), strict=True) if as_bytes]
+        told = orjson.dumps(tensors)
+        self._json_size = len(told)
+        return replace(output, result=b"".join((told, *tail)))
 
-    def wording(model_id: str, result: bytes, envelope: dict[str, Any]) -> bytes:
+    def wording(self, model_id: str, result: bytes, envelope: dict[str, Any]) -> bytes:
+        """The body of the answer, after `tell`."""
         body: dict[str, Any] = {"model_name": model_id, "model_version": "1"}
-        if asked[0].id is not None:
-            body["id"] = asked[0].id
-        body |= {"outputs": msgspec.Raw(result), "parameters": {"receipt": envelope}}
-        return msgspec.json.encode(body)
+        if self._asked.id is not None:
+            body["id"] = self._asked.id
+        body |= {"outputs": msgspec.Raw(result[: self._json_size]), "parameters": {"receipt": envelope}}
+        return msgspec.json.encode(body) + result[self._json_size :]
 
-    return Dialect(ask, tell, wording)
+    def header_size(self, body: bytes) -> int | None:
+        """How many bytes of an answer to this request, just made or kept, are JSON; None where all of them are."""
+        if not self._asked.wants_bytes:
+            return None
+        return json.JSONDecoder().raw_decode(body.decode("latin-1"))[1]
+
+    def _require(self, gives: Mapping[str, Any]) -> None:
+        for name in self._asked.outputs:
+            if name not in gives:
+                raise InputInvalid(
+                    f"this model gives no output {name[:80]}: it gives {', '.join(gives)[:200]}", field="outputs"
+                )
 
 
 def _outputs(result: Any) -> dict[str, Any]:
@@ -112,9 +154,8 @@ def _outputs(result: Any) -> dict[str, Any]:
 
 def metadata(model_id: str, description: Description) -> dict[str, Any]:
     """What the protocol calls model metadata. Shapes that the model leaves open are -1."""
-    fields = description.input_schema.get("properties", {})
-    gives = dict(description.output_schema.get("properties", {}))
-    gives |= gives.pop("outputs", {}).get("properties", {})
+    fields = _properties(description.input_schema)
+    gives = _given(description)
     return {
         "name": model_id,
         "versions": ["1"],
@@ -123,6 +164,20 @@ def metadata(model_id: str, description: Description) -> dict[str, Any]:
         "outputs": [_described(name, schema) for name, schema in gives.items()],
         "parameters": {"task": description.task, "example": dict(description.example)},
     }
+
+
+def _given(description: Description) -> dict[str, Mapping[str, Any]]:
+    """The schemas of what `_outputs` finds in a result."""
+    gives = _properties(description.output_schema)
+    named = _properties(gives.get("outputs", {}))
+    return {**named, **{name: schema for name, schema in gives.items() if name != "outputs"}} if named else gives
+
+
+def _properties(schema: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What a schema says of each member; nothing that is no schema, whoever wrote it."""
+    found = schema.get("properties")
+    pairs = found.items() if isinstance(found, Mapping) else ()
+    return {str(name): inner for name, inner in pairs if isinstance(inner, Mapping)}
 
 
 def _json_size(raw: bytes, header_length: str) -> int:
@@ -155,10 +210,23 @@ def _tensors(inputs: list[dict[str, Any]], tail: bytes) -> list[tuple[str, Any]]
     return found
 
 
-def _wanted(outputs: Any) -> tuple[str, ...]:
+def _wanted(outputs: Any, *, as_bytes: bool) -> dict[str, bool]:
     if not isinstance(outputs, list) or len(outputs) > _MAX_INPUTS or not all(map(_is_named, outputs)):
         raise BadRequest("outputs is a list of objects with a name", field="outputs")
-    return tuple(dict.fromkeys(told["name"] for told in outputs))
+    wanted = {}
+    for told in outputs:
+        how = told.get("parameters", {})
+        if not isinstance(how, dict) or how.keys() - {"binary_data"}:
+            raise BadRequest("the only parameter of an output is binary_data", field="outputs")
+        wanted[told["name"]] = _truth(how, "binary_data", default=as_bytes)
+    return wanted
+
+
+def _truth(told: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    value = told.get(name, default)
+    if type(value) is not bool:
+        raise BadRequest(f"{name} is true or false", field=name)
+    return value
 
 
 def _text(told: dict[str, Any], name: str) -> str | None:
@@ -170,7 +238,7 @@ def _text(told: dict[str, Any], name: str) -> str | None:
 
 def _input_data(asked: Asked, description: Description) -> dict[str, Any]:
     """The tensors as the members of `input_data`. A single one goes by whatever name the model has for its input."""
-    known = list(description.input_schema.get("properties", {}))
+    known = list(_properties(description.input_schema))
     if len(asked.inputs) == 1 and len(known) == 1:
         return {known[0]: asked.inputs[0][1]}
     return dict(asked.inputs)
@@ -182,14 +250,16 @@ def _described(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 def _forms(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The forms that a schema allows, the one with the most axes last."""
-    return sorted(schema.get("anyOf", [schema]), key=lambda form: len(_axes(form)))
+    told = schema.get("anyOf")
+    forms = [form for form in told if isinstance(form, Mapping)] if isinstance(told, list) else []
+    return sorted(forms or [schema], key=lambda form: len(_axes(form)))
 
 
 def _axes(schema: Mapping[str, Any]) -> list[int]:
     axes = []
     while schema.get("type") == "array":
         least, most = schema.get("minItems"), schema.get("maxItems")
-        axes.append(int(most) if most is not None and least == most else -1)
+        axes.append(most if type(most) is int and least == most else -1)
         inner = schema.get("items", {})
         schema = inner if isinstance(inner, Mapping) else {}
     return axes
@@ -204,5 +274,5 @@ def _datatype(schema: Mapping[str, Any]) -> str:
     while form.get("type") == "array" and isinstance(form.get("items"), Mapping):
         form = form["items"]
     kinds = form.get("type", "number")
-    names = {"integer": "INT64", "boolean": "BOOL", "number": "FP64"}
-    return names.get(kinds if isinstance(kinds, str) else kinds[0], "BYTES") if kinds else "FP64"
+    first = kinds[0] if isinstance(kinds, list) and kinds else kinds
+    return {"integer": "INT64", "boolean": "BOOL", "number": "FP64"}.get(str(first), "BYTES")

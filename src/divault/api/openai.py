@@ -16,12 +16,12 @@ import base64
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import orjson
 
-from divault.errors import BadRequest, InputInvalid, UnsupportedModel
+from divault.errors import BadRequest, InputInvalid, ModelFailed, UnsupportedModel
 from divault.messages import strict_object
 from divault.models.base import Description
 from divault.service import Dialect
@@ -53,6 +53,29 @@ class _Glance(msgspec.Struct, frozen=True):
 
     model: str
     stream: bool | None = None
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**32)]
+
+
+class _Embeddings(msgspec.Struct):
+    """The result of a model of the task `embeddings`."""
+
+    embeddings: list[list[float]]
+    tokens: list[_Count]
+
+
+class _Text(msgspec.Struct):
+    text: str
+    finish_reason: str
+    prompt_tokens: _Count
+    completion_tokens: _Count
+
+
+class _Texts(msgspec.Struct):
+    """The result of a model of the task `text-generation`."""
+
+    texts: list[_Text]
 
 
 _glances = msgspec.json.Decoder(_Glance)
@@ -126,41 +149,59 @@ class Asked:
         return value
 
 
-def dialect(asked: Asked, request_id: str, created: int, on_piece: Callable[..., None] | None = None) -> Dialect:
-    """How the request is put to a model, and its answer worded."""
-    usage: dict[str, int] = {}
+class Translation:
+    """One request in words that its model takes, and the answer in those of the interface."""
 
-    def ask(call: SignedCall, description: Description) -> SignedCall:
-        asked.read()
-        need = TASKS[asked.kind]
+    def __init__(self, asked: Asked, request_id: str, created: int) -> None:
+        self._asked = asked
+        self._request_id = request_id
+        self._created = created
+        self._usage: dict[str, int] = {}
+
+    def ask(self, call: SignedCall, description: Description) -> SignedCall:
+        """The call as its model takes it. Raises BadRequest, InputInvalid; UnsupportedModel for one of another task."""
+        self._asked.read()
+        need = TASKS[self._asked.kind]
         if description.task != need:
             raise UnsupportedModel(
                 f"this route is for models of the task {need}; this one does {description.task}",
                 seen=f"a model for {description.task}",
                 supported=need,
             )
-        parameters = asked.parameters()
-        data = orjson.dumps(asked.input_data(description))
+        parameters = self._asked.parameters()
+        data = orjson.dumps(self._asked.input_data(description))
         return replace(call, input_data=data, parameters=orjson.dumps(parameters) if parameters else None)
 
-    def tell(output: Output) -> Output:
-        result = orjson.loads(output.result)
-        if asked.kind == "embeddings":
-            usage.update(_usage(sum(result["tokens"]), None))
-            return replace(output, result=orjson.dumps(_embedded(result["embeddings"], as_base64=asked.base64)))
-        texts = result["texts"]
-        told, made = (sum(text[name] for text in texts) for name in ("prompt_tokens", "completion_tokens"))
-        usage.update(_usage(told, made))
-        return replace(output, result=covered_choices(asked.kind, [(t["text"], t["finish_reason"]) for t in texts]))
+    def tell(self, output: Output) -> Output:
+        """The output with `data` or `choices` as its result; counts the tokens. Raises ModelFailed."""
+        try:
+            return replace(output, result=self._told(output.result))
+        # A worker whose model is a program says of itself what it likes: it may not be what its task gives.
+        except (msgspec.DecodeError, OverflowError, orjson.JSONEncodeError):
+            raise ModelFailed(f"the model's answer is none of {TASKS[self._asked.kind]}", kind="answer_shape") from None
 
-    def wording(model_id: str, result: bytes, envelope: dict[str, Any]) -> bytes:
-        if asked.kind == "embeddings":
+    def _told(self, result: bytes) -> bytes:
+        if self._asked.kind == "embeddings":
+            found = msgspec.json.decode(result, type=_Embeddings)
+            self._usage = _usage(sum(found.tokens), None)
+            return orjson.dumps(_embedded(found.embeddings, as_base64=self._asked.base64))
+        texts = msgspec.json.decode(result, type=_Texts).texts
+        self._usage = _usage(sum(text.prompt_tokens for text in texts), sum(text.completion_tokens for text in texts))
+        return covered_choices(self._asked.kind, [(text.text, text.finish_reason) for text in texts])
+
+    def wording(self, model_id: str, result: bytes, envelope: dict[str, Any]) -> bytes:
+        """The body of the answer, after `tell`."""
+        if self._asked.kind == "embeddings":
             body: dict[str, Any] = {"object": "list", "data": msgspec.Raw(result)}
         else:
-            body = _head(asked, request_id, created) | {"choices": msgspec.Raw(result)}
-        return msgspec.json.encode(body | {"model": model_id, "usage": usage, "receipt": envelope})
+            body = _head(self._asked, self._request_id, self._created) | {"choices": msgspec.Raw(result)}
+        return msgspec.json.encode(body | {"model": model_id, "usage": self._usage, "receipt": envelope})
 
-    return Dialect(ask, tell, wording, on_piece)
+
+def dialect(asked: Asked, request_id: str, created: int, on_piece: Callable[..., None] | None = None) -> Dialect:
+    """How the request is put to a model, and its answer worded."""
+    translation = Translation(asked, request_id, created)
+    return Dialect(translation.ask, translation.tell, translation.wording, on_piece)
 
 
 def covered_choices(kind: Kind, texts: list[tuple[str, str]]) -> bytes:

@@ -12,7 +12,7 @@ from divault.api import schemas
 from divault.api.describing import JSON, answer_response, documented, json_response
 from divault.api.envelope import Incoming
 from divault.api.hot import Handler, incoming_of
-from divault.api.inference_protocol import BINARY_HEADER, EXTENSIONS, dialect, metadata
+from divault.api.inference_protocol import BINARY_HEADER, EXTENSIONS, Translation, metadata
 from divault.api.node import Node
 from divault.errors import ModelNotLoaded, RouteUnknown
 from divault.values import ModelId
@@ -32,8 +32,12 @@ def protocol_handler(node: Node, path: str) -> Handler | None:
     async def infer(incoming: Incoming) -> Response:
         _require_version(version)
         call = node.envelopes.foreign(incoming, ModelId.parse(name))
-        how = dialect(incoming.raw, incoming.header(BINARY_HEADER))
-        return answer_response(await node.service.infer(call, load=False, dialect=how))
+        translation = Translation(incoming.raw, incoming.header(BINARY_HEADER))
+        answer = await node.service.infer(call, load=False, dialect=translation.dialect)
+        response = answer_response(answer)
+        if (size := translation.header_size(answer.body)) is not None:
+            response.headers.update({BINARY_HEADER: str(size), "content-type": "application/octet-stream"})
+        return response
 
     return infer
 

@@ -1,7 +1,7 @@
 """Tensors of the Open Inference Protocol, version 2, to JSON values and back.
 
 Numbers come as JSON (nested or flat) or as the protocol's binary extension: little-endian bytes behind the JSON, in the
-order of the inputs. Texts are BYTES tensors. What goes out is JSON.
+order of the inputs. Texts are BYTES tensors. What goes out is JSON too, or such bytes where they are asked for.
 
 >>> read_tensor({"name": "x", "datatype": "INT64", "shape": [2, 2], "data": [1, 2, 3, 4]}, None)
 [[1, 2], [3, 4]]
@@ -79,6 +79,21 @@ def written_tensor(name: str, value: Any) -> dict[str, Any]:
             "data": [one if isinstance(one, str) else orjson.dumps(one).decode() for one in value],
         }
     return {"name": name, "datatype": datatype, "shape": shape or [1], "data": flat}
+
+
+def bytes_of(tensor: dict[str, Any]) -> bytes:
+    """The data of a written tensor as the protocol's bytes; in the tensor their number takes its place."""
+    data, datatype = tensor.pop("data"), tensor["datatype"]
+    if datatype == "BYTES":
+        texts = [text.encode() for text in data]
+        raw = b"".join(len(text).to_bytes(4, "little") + text for text in texts)
+    else:
+        values = array.array(_CODES[datatype], data)
+        if sys.byteorder == "big":
+            values.byteswap()
+        raw = values.tobytes()
+    tensor["parameters"] = {"binary_data_size": len(raw)}
+    return raw
 
 
 def _is_shape(shape: Any) -> bool:
@@ -165,7 +180,9 @@ def _datatype_of(flat: list[Any]) -> str | None:
     if not kinds or (kinds <= {float, int} and float in kinds):
         return "FP64"
     if kinds == {int}:
-        return "INT64" if all(-(2**63) <= one < 2**63 for one in flat) else "UINT64"
+        if max(flat) < 2**63:
+            return "INT64"
+        return "UINT64" if min(flat) >= 0 else None
     return {frozenset({bool}): "BOOL", frozenset({str}): "BYTES"}.get(frozenset(kinds))
 
 

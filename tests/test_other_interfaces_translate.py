@@ -1,0 +1,150 @@
+"""What the other interfaces make of a model's answer: typed errors whatever a worker says, and bytes that are exact."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from divault.api.inference_protocol import Translation, metadata
+from divault.api.openai import Asked, dialect
+from divault.errors import BadRequest, DivaultError, InputInvalid, ModelFailed
+from divault.models.base import Description
+from divault.values import Digest, Output
+from tests.worker_models import call, opened
+
+ROWS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}}
+GIVES = {"type": "object", "properties": {"predictions": {"type": "array"}, "probabilities": ROWS}}
+RESULT = {"predictions": [1, 0], "probabilities": [[0.25, 0.75], [1, 0.0]]}
+MODEL = opened(b"x")
+
+
+def description(task: str = "classification", gives: Any = GIVES, takes: Any = None) -> Description:
+    fields = {"properties": {"features": ROWS}} if takes is None else takes
+    return Description("sklearn", task, "cpu", fields, gives, {}, {})
+
+
+def output(result: Any) -> Output:
+    return Output(json.dumps(result).encode(), {}, Digest.ZERO, 1)
+
+
+def asked(**more: Any) -> bytes:
+    tensor = {"name": "features", "datatype": "FP64", "shape": [1, 2], "data": [1, 2]}
+    return json.dumps({"inputs": [tensor]} | more).encode()
+
+
+def answered(raw: bytes, result: Any = RESULT) -> tuple[dict[str, Any], bytes, bytes]:
+    """The JSON of the answer, the bytes behind it, and what the receipt covers."""
+    translation = Translation(raw, "")
+    translation.ask(call(MODEL, None), description())
+    told = translation.tell(output(result))
+    body = translation.wording("m", told.result, {"receipt": "世界 }"})
+    size = translation.header_size(body)
+    assert Translation(raw, "").header_size(body) == size, "a kept answer is taken apart alike"
+    end = len(body) if size is None else size
+    return json.loads(body[:end]), body[end:], told.result
+
+
+def test_an_output_that_the_model_lacks_is_told_before_it_runs() -> None:
+    translation = Translation(asked(outputs=[{"name": "logits"}]), "")
+    with pytest.raises(InputInvalid, match="no output logits: it gives predictions, probabilities"):
+        translation.ask(call(MODEL, None), description())
+    right = Translation(asked(outputs=[{"name": "probabilities"}]), "")
+
+    assert right.ask(call(MODEL, None), description()).input_data == b'{"features":[[1,2]]}'
+
+
+def test_named_outputs_of_a_graph_are_known_before_it_runs_too() -> None:
+    gives = {"properties": {"outputs": {"properties": {"logits": ROWS}}}}
+    Translation(asked(outputs=[{"name": "logits"}]), "").ask(call(MODEL, None), description(gives=gives))
+    with pytest.raises(InputInvalid, match="no output outputs"):
+        Translation(asked(outputs=[{"name": "outputs"}]), "").ask(call(MODEL, None), description(gives=gives))
+
+
+@pytest.mark.parametrize("how", [{"parameters": {"binary_data_output": True}}, {"outputs": [
+    {"name": name, "parameters": {"binary_data": True}} for name in RESULT]}], ids=["all", "each"])  # fmt: skip
+def test_outputs_come_as_bytes_where_they_are_asked_for(how: dict[str, Any]) -> None:
+    told, tail, covered = answered(asked(**how))
+    first, second = told["outputs"]
+
+    assert first == {"name": "predictions", "datatype": "INT64", "shape": [2], "parameters": {"binary_data_size": 16}}
+    assert second["parameters"] == {"binary_data_size": 32}
+    assert np.frombuffer(tail[:16], "<i8").tolist() == [1, 0]
+    assert np.frombuffer(tail[16:], "<f8").tolist() == [0.25, 0.75, 1.0, 0.0]
+    assert covered == json.dumps(told["outputs"], separators=(",", ":")).encode() + tail
+
+
+def test_one_output_as_bytes_and_one_as_json() -> None:
+    wanted = [{"name": "probabilities"}, {"name": "predictions", "parameters": {"binary_data": False}}]
+    told, tail, _ = answered(asked(outputs=wanted, parameters={"binary_data_output": True}))
+
+    assert [tensor["name"] for tensor in told["outputs"]] == ["probabilities", "predictions"]
+    assert told["outputs"][1]["data"] == [1, 0]
+    assert len(tail) == 32
+    assert answered(asked())[1] == b""
+
+
+def test_texts_truth_values_and_large_numbers_as_bytes() -> None:
+    result = {"t": ["a", "世界", ""], "b": [True, False], "u": [2**63, 1], "odd": [2**63, -1], "none": []}
+    translation = Translation(asked(parameters={"binary_data_output": True}), "")
+    told = translation.tell(output(result)).result
+    tensors, end = json.JSONDecoder().raw_decode(told.decode("latin-1"))
+
+    assert [one["datatype"] for one in tensors] == ["BYTES", "BOOL", "UINT64", "BYTES", "FP64"]
+    assert told[end:] == (
+        b"\1\0\0\0a\6\0\0\0" + "世界".encode() + b"\0\0\0\0" + b"\1\0" + (2**63).to_bytes(8, "little")
+        + (1).to_bytes(8, "little") + b"\x13\0\0\0009223372036854775808\2\0\0\0-1"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"parameters": {"binary_data_output": 1}},
+        {"outputs": [{"name": "predictions", "parameters": {"binary_data": "yes"}}]},
+        {"outputs": [{"name": "predictions", "parameters": {"classification": 2}}]},
+        {"outputs": [{"name": "predictions", "parameters": []}]},
+    ],
+)
+def test_other_ways_to_give_an_output_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest):
+        Translation(asked(**wrong), "").ask(call(MODEL, None), description())
+
+
+ODD_SCHEMAS: list[Any] = [
+    {"properties": []}, {"properties": {"x": 3}}, {"properties": {"outputs": {"properties": 3}}}, {"properties": None},
+    {"properties": {"x": {"anyOf": [3, None]}}}, {"properties": {"x": {"anyOf": 3, "type": []}}},
+    {"properties": {"x": {"type": "array", "minItems": "x", "maxItems": "x", "items": [1]}}},
+    {"properties": {"x": {"type": {"a": 1}}}}, {"properties": {"x": {"type": [[1]]}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", ODD_SCHEMAS)
+def test_whatever_a_program_says_of_itself_is_shown_or_told(schema: Any) -> None:
+    odd = description(gives=schema, takes=schema)
+    json.dumps(metadata("m", odd))
+    with contextlib.suppress(DivaultError):
+        Translation(asked(outputs=[{"name": "x"}]), "").ask(call(MODEL, None), odd)
+
+
+@pytest.mark.parametrize("result", [3, {}, {"embeddings": 1, "tokens": [1]}, {"embeddings": [["a"]], "tokens": [1]},
+    {"embeddings": [[1.0]], "tokens": [2**63]}, {"embeddings": [[1e300]], "tokens": [1]}])  # fmt: skip
+def test_an_answer_that_is_no_embedding_is_the_models_failure(result: Any) -> None:
+    raw = b'{"model": "m", "input": "x", "encoding_format": "base64"}'
+    how = dialect(Asked("embeddings", raw), "q", 0)
+    how.ask(call(MODEL, None), description("embeddings"))
+    with pytest.raises(ModelFailed):
+        how.tell(output(result))
+
+
+@pytest.mark.parametrize("result", [3, {}, {"texts": [{"text": 1}]}, {"texts": [{"text": "a", "finish_reason": "stop",
+    "prompt_tokens": -1, "completion_tokens": 1}]}])  # fmt: skip
+def test_an_answer_that_is_no_text_is_the_models_failure(result: Any) -> None:
+    how = dialect(Asked("completions", b'{"model": "m", "prompt": "x"}'), "q", 0)
+    how.ask(call(MODEL, None), replace(description("text-generation")))
+    with pytest.raises(ModelFailed):
+        how.tell(output(result))
