@@ -76,6 +76,8 @@ class Hostile:
             time.sleep(600)
         if self.behaviour == "load_exit":
             os._exit(1)
+        if self.behaviour in ("blab", "die_idle"):
+            os.write(2, b"before any run\x1b")
         if self.behaviour == "load_forbidden":
             self.send({"kind": "failed", "id": asked["id"], "v": 1, "problem": self.problem("access_denied")})
             time.sleep(600)
@@ -223,6 +225,11 @@ class Hostile:
             except BrokenPipeError:
                 break
         self.honest(asked)
+
+    def blab(self, asked: dict[str, Any]) -> None:
+        """Writes what a caller sent where the node's log could come by it, and dies."""
+        os.write(2, asked["items"][0]["data"])
+        os._exit(1)
 
     def deaf(self, asked: dict[str, Any]) -> None:
         """Hangs up and lives on."""

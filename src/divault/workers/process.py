@@ -4,7 +4,8 @@ Rules:
 
 1. It inherits its socket, its stderr and the memory files of one model, nothing else; its environment is spelled out.
 2. It leads a session and a process group of its own, and is killed as a group; its id stays reserved until then.
-3. What it writes to stderr is kept up to a bound, shown escaped in the log, and never put into an answer.
+3. What it writes to stderr before its first run is kept up to a bound, shown escaped in the log, and never put into an
+   answer. What it writes later is read and thrown away: a model may write there what a caller sent.
 """
 
 from __future__ import annotations
@@ -190,6 +191,8 @@ class Process:
         on_part: Callable[[wire.Part], None] | None = None,
     ) -> None:
         """As `Line.post`."""
+        if isinstance(request, wire.Run):
+            self._stderr.freeze()
         self._line.post(request, answered, on_part)
 
     def stop_run(self) -> None:
@@ -197,7 +200,7 @@ class Process:
         self._line.stop()
 
     def words(self) -> str:
-        """The end of what it wrote to stderr, escaped: for the log of the node alone."""
+        """The end of what it wrote to stderr before its first run, escaped: for the log of the node alone."""
         return self._stderr.text()
 
     def stop(self) -> None:
@@ -273,11 +276,19 @@ class Tail:
         self._kept = bytearray()
         self._read = 0
         self._open = True
+        self._frozen = False
+        os.set_blocking(fd, False)
         asyncio.get_running_loop().add_reader(fd, self._more)
 
     def text(self) -> str:
         """The end of it, escaped."""
         return wire.escaped(bytes(self._kept[-400:]).decode("utf-8", "backslashreplace"), 400)
+
+    def freeze(self) -> None:
+        """Keep what came until now, and nothing that comes later. Does nothing the second time."""
+        if not self._frozen:
+            self._more()
+            self._frozen = True
 
     def close(self) -> None:
         """Read what is there, and no more."""
@@ -292,7 +303,8 @@ class Tail:
         except BlockingIOError:
             return
         self._read += len(data)
-        self._kept = (self._kept + data)[-_STDERR_KEPT:]
+        if not self._frozen:
+            self._kept = (self._kept + data)[-_STDERR_KEPT:]
         if not data or self._read > _STDERR_READ:
             self._stop()
 
