@@ -28,6 +28,7 @@ from divault.cli.top import read
 from divault.client.signing import Signer
 from divault.messages import address_of
 from divault.values import ModelId, Usdc
+from tests.many_wallets import adder
 from tests.memory_models import mini_lm
 
 _PATH = "/api/v1/inference"
@@ -188,7 +189,8 @@ async def _rows_of_trouble(folder: Path) -> list[dict[str, Any]]:
         took = len(moment) * each
         return [
             await _hung_up(ask, _signed(signers, model, {"features": second}, 8), len(second) * each),
-            await _killed(ask, _signed(signers, model, {"features": moment}, 400)),
+            await _killed(ask, _signed(signers, model, {"features": moment}, 400), "started", 1.5),
+            await _killed(ask, await _of_data(world, folder), "forked", 0.5),
             *await _overload(ask, _signed(signers, model, {"features": moment}, 400), took),
         ]
 
@@ -203,21 +205,36 @@ async def _hung_up(ask: _Asking, calls: list[Any], run_s: float) -> dict[str, An
     return _row(name, ran, "runs", "8 callers", ratio=ran / 8, target="<= 1", holds=ran <= 1)
 
 
-async def _killed(ask: _Asking, calls: list[Any]) -> dict[str, Any]:
+async def _of_data(world: Serving, folder: Path) -> list[Any]:
+    """Calls of a model that is data, whose worker is forked."""
+    path = folder / "adder.onnx"
+    path.write_bytes(adder(1))
+    return _signed(await world.signers(), await world.publish("adder", path), {"inputs": [1]}, 400)
+
+
+async def _killed(ask: _Asking, calls: list[Any], how: str, limit_s: float) -> dict[str, Any]:
     taken, node = [], ask.world.node.process.pid
     for _ in range(3):
-        for pid in tree(node):
-            if pid != node:
-                os.kill(pid, signal.SIGKILL)
+        for pid in filter(_holds_a_model, tree(node)):
+            os.kill(pid, signal.SIGKILL)
         began, status = time.perf_counter(), 0
         while status != 200:  # the node says so while it has no worker
             await asyncio.sleep(0.01)
             status, _ = await ask(calls.pop()[0])
         taken.append(time.perf_counter() - began)
-        await asyncio.sleep(1)
+        await asyncio.sleep(3)
     middle = sorted(taken)[1]
-    target: dict[str, Any] = {"target": "<= 1.5 s", "holds": middle <= 1.5}
-    return _row("worker killed: next answer, fresh process", middle, "s", f"slowest of 3: {max(taken):.2f} s", **target)
+    told = f"slowest of 3: {max(taken):.2f} s"
+    target: dict[str, Any] = {"target": f"<= {limit_s:g} s", "holds": middle <= limit_s}
+    return _row(f"worker killed: next answer, {how} anew", middle, "s", told, **target)
+
+
+def _holds_a_model(pid: int) -> bool:
+    """Whether a model's memory file is among the process' descriptors."""
+    try:
+        return any(str(entry.readlink()).startswith("/memfd:") for entry in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:  # it ended
+        return False
 
 
 async def _overload(ask: _Asking, calls: list[Any], took: float) -> list[dict[str, Any]]:

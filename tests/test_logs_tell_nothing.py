@@ -14,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from divault.api.measured import Measured, Routes
-from divault.errors import BadRequest
+from divault.errors import BadRequest, ModelFailed
 from divault.metrics import Metrics
 from divault.telemetry import configure_logs, log, new_request_id
+from divault.workers.pool import WorkerPool
+from tests.worker_models import answer, hostile, opened
 
 SECRETS = st.text("abcdefghijklmnopqrstuvwxyzABCDEF0123456789+/=", min_size=12, max_size=40).map("zq".__add__)
 MASKED = st.sampled_from(["decryption_key", "user_signature", "input_data", "Authorization", "X-Payment", "passphrase"])
@@ -184,3 +186,24 @@ def test_a_log_that_cannot_be_written_repeats_nothing_either(
     told = capsys.readouterr().err
 
     assert told == "a line of the log could not be written: ValueError\n"
+
+
+@pytest.mark.parametrize("behaviour", ["blab", "die_idle"])
+async def test_of_a_worker_only_what_it_wrote_before_its_first_run(
+    behaviour: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin()
+    pool, model = WorkerPool(predict_timeout_s=5, load_timeout_s=10, tuning=hostile(behaviour)), opened(b"any")
+    await pool.load(model)
+    if behaviour == "blab":
+        with pytest.raises(ModelFailed):
+            await answer(pool, model, {"text": "zq-nobody-else-may-see-this"})
+    told = ""
+    async with asyncio.timeout(10):
+        while "worker died" not in told:
+            await asyncio.sleep(0.02)
+            told += capsys.readouterr().out
+    await pool.close()
+
+    assert "before any run" in told
+    assert "zq-nobody" not in told

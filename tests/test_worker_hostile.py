@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from divault.errors import DeadlineExceeded, ModelFailed, NotReady
-from divault.telemetry import configure_logs
 from divault.workers.pool import WorkerPool
 from tests.worker_models import alive, answer, children, hostile, opened, output
 
@@ -190,26 +189,6 @@ async def test_a_flood_on_stderr_costs_no_memory_and_no_answer(make_pool: MakePo
 
     assert found.result == b'{"predictions":[1]}'
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 8 << 10
-
-
-@pytest.mark.parametrize("behaviour", ["blab", "die_idle"])
-async def test_the_log_has_what_it_wrote_before_its_first_run_and_nothing_of_a_caller(
-    make_pool: MakePool, behaviour: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    configure_logs(None, debug=True)
-    pool, model = make_pool(behaviour), opened(b"any")
-    await pool.load(model)
-    if behaviour == "blab":
-        with pytest.raises(ModelFailed):
-            await answer(pool, model, {"text": "zq-nobody-else-may-see-this"})
-    told = ""
-    async with asyncio.timeout(10):
-        while "worker died" not in told:
-            await asyncio.sleep(0.02)
-            told += capsys.readouterr().out
-
-    assert "before any run" in told
-    assert "zq-nobody" not in told
 
 
 async def test_what_it_started_ends_with_it(make_pool: MakePool) -> None:
