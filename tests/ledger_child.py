@@ -45,7 +45,7 @@ def stop_at(point: str) -> None:
     """Wrap `State.write` so that this process stops at the point."""
     original, seen = State.write, 0
 
-    async def write(self: State, work: Any) -> Any:
+    async def write(self: State, work: Any, then: Any = None) -> Any:
         nonlocal seen
         seen += 1
         number = seen
@@ -56,7 +56,7 @@ def stop_at(point: str) -> None:
             return result
 
         stand_still(f"before-write-{number}", point)
-        result = await original(self, inside)
+        result = await original(self, inside, then)
         stand_still(f"after-write-{number}", point)
         return result
 

@@ -206,7 +206,7 @@ class Worker:
         finally:
             if self._state != "ready":
                 await self.close()
-        self._pump()
+        self._go_on()
 
     async def run(
         self,
@@ -525,8 +525,15 @@ class Worker:
                     await self._process.kill()
             else:
                 self._state = "ready"
-                self._pump()
+                self._go_on()
                 return
+
+    def _go_on(self) -> None:
+        """Begin with what waits; a process that died as soon as it was ready was not missed before (`_lost`)."""
+        if self._process is not None and self._process.lost:
+            self._revive_soon()
+        else:
+            self._pump()
 
     def _count_death(self) -> None:
         now = time.monotonic()
