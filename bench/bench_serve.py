@@ -190,8 +190,9 @@ async def _rows_of_trouble(folder: Path) -> list[dict[str, Any]]:
         return [
             await _hung_up(ask, _signed(signers, model, {"features": second}, 8), len(second) * each),
             await _killed(ask, _signed(signers, model, {"features": moment}, 400), "started", 1.5),
-            await _killed(ask, await _of_data(world, folder), "forked", 0.5),
             *await _overload(ask, _signed(signers, model, {"features": moment}, 400), took),
+            # the last, because it ends the other model's worker too, and who dies too often is not started again
+            await _killed(ask, await _of_data(world, folder), "forked", 0.5),
         ]
 
 
@@ -215,7 +216,7 @@ async def _of_data(world: Serving, folder: Path) -> list[Any]:
 async def _killed(ask: _Asking, calls: list[Any], how: str, limit_s: float) -> dict[str, Any]:
     taken, node = [], ask.world.node.process.pid
     for _ in range(3):
-        for pid in filter(_holds_a_model, tree(node)):
+        for pid in filter(_holds_a_model, set(tree(node)) - {node}):
             os.kill(pid, signal.SIGKILL)
         began, status = time.perf_counter(), 0
         while status != 200:  # the node says so while it has no worker

@@ -30,6 +30,7 @@ from divault.messages import (
     verify_headers,
 )
 from divault.receipts import ReceiptDraft, ReceiptIssuer, check, require_valid
+from divault.sessions import Home
 from divault.values import (
     Address,
     BodySignature,
@@ -100,7 +101,7 @@ def _headers() -> Callable[[], Any]:
 def _principal() -> Callable[[], Any]:
     proof = BodySignature(_SIGNATURE, _REQUEST.nonce, _NOW - 10, _NOW + 60, _REQUEST.body_hash)
     call = SignedCall(_USER, "POST", _PATH, _BODY, proof, ModelId.parse("m1"), Usdc(5))
-    node = Authenticator(chain_id=_CHAIN, vault=_VAULT, node=_NODE, authority=_AUTHORITY, clock=lambda: _NOW)
+    node = Authenticator(Home(_CHAIN, _VAULT, _NODE, f"https://{_AUTHORITY}"), clock=lambda: _NOW)
     loop = asyncio.new_event_loop()
     return lambda: loop.run_until_complete(node.authenticate(call))
 

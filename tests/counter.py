@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from divault.chain.records import Log, Transaction, TransactionReceipt
+from divault.messages import SessionCall
 from divault.payments import Account, Ledger, Payments, Terms, TransferCredit, binding_of
 from divault.payments.transfer import TRANSFER_TOPIC
 from divault.receipts import ReceiptIssuer
 from divault.state import State
 from divault.values import (
+    UINT256_MAX,
     Address,
     Answer,
     BlockRef,
@@ -31,6 +33,7 @@ from divault.values import (
     Principal,
     PrincipalKind,
     Secret,
+    SessionToken,
     SignedCall,
     TransferClaim,
     Usdc,
@@ -103,6 +106,15 @@ class TransfersInMemory:
         return BlockRef(self.head_number, self._hash(self.head_number), int(time.time()))
 
 
+def of_session(login: Digest, key: str | None, *, body: bytes = b"{}", tx: str | None = None) -> SignedCall:
+    """A call that came by a session, with or without an idempotency key."""
+    proof = SessionToken(Secret(login.raw), None, key)
+    paying = TransferClaim(tx) if tx is not None else None
+    return SignedCall(
+        USER, "POST", "/api/v1/inference", body, proof, MODEL, Usdc(UINT256_MAX), input_data=body, payment=paying
+    )
+
+
 def signed(
     *, tx: str | None = None, max_price: int = PRICE.atomic, user: Address = USER, nonce: object = None, body: str = "x"
 ) -> tuple[Principal, SignedCall]:
@@ -126,11 +138,29 @@ def signed(
 
 def principal_of(call: SignedCall) -> Principal:
     """What authentication makes of it: a new proof each time, with the same request id."""
-    assert isinstance(call.proof, BodySignature)
     proof = call.proof
+    if isinstance(proof, SessionToken):
+        return _principal_of_session(call, proof)
+    assert isinstance(proof, BodySignature)
     request = Digest.keccak(proof.nonce.raw + proof.body_hash.raw + call.user.raw)
     return Principal(
         call.user, PrincipalKind.BODY, request, proof.nonce, proof.expires_at, proof.issued_at, call.max_price
+    )
+
+
+def _principal_of_session(call: SignedCall, proof: SessionToken) -> Principal:
+    now, login, key = int(time.time()), Digest(proof.token.reveal()), proof.idempotency_key
+    made = SessionCall(Digest.keccak(call.body), login, call.method, call.path, key or os.urandom(8).hex())
+    return Principal(
+        call.user,
+        PrincipalKind.SESSION,
+        made.digest,
+        Nonce(digest_of(made.request_id).raw),
+        now + 600,
+        now,
+        call.max_price,
+        login=login,
+        repeatable=key is not None,
     )
 
 
@@ -174,6 +204,17 @@ class Counter:
                 self.runs += 1
                 output = output_of(await work(hold))
                 return await self.ledger.charge(hold, call, output)
+
+    async def allow(self, login: Digest, most: int, token: Address = TOKEN) -> None:
+        """What `login` may spend, as signing in writes it."""
+        row = (login.raw, token.raw, str(most))
+        await self.state.write(lambda db: db.execute("INSERT INTO allowance(login, token, most) VALUES (?, ?, ?)", row))
+
+    async def used(self, login: Digest) -> int:
+        found = self.state.look(
+            lambda db: db.execute("SELECT used FROM allowance WHERE login = ?", (login.raw,)).fetchone()
+        )
+        return int(found[0])
 
     async def credit(self, payer: Address = USER, owner: Address = OWNER) -> int:
         return (await self.ledger.credit(Account(CHAIN_ID, TOKEN, payer, owner))).atomic

@@ -1,7 +1,7 @@
-"""A process of its own that serves paid calls from a ledger, to be killed: `python -m tests.ledger_child FOLDER POINT`.
+"""A process of its own that serves paid calls from a ledger, to be killed.
 
-It says `at POINT` and then stands still there, in whatever thread it is; without a point it serves call after call and
-says `answered N SHA256` after each.
+`python -m tests.ledger_child FOLDER POINT [session]`. It says `at POINT` and then stands still there, in whatever
+thread it is; without a point it serves call after call and says `answered N SHA256` after each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from divault.state import State
 from divault.values import Hold, SignedCall
-from tests.counter import PRICE, Counter, signed
+from tests.counter import PRICE, Counter, digest_of, of_session, signed
 
 POINTS = (
     "before-write-1",
@@ -30,9 +30,13 @@ POINTS = (
 """Reserve is the first write, charge the second; "inside" is in its transaction, before the commit."""
 
 
-def call_number(counter: Counter, number: int) -> SignedCall:
-    """The same call in every process: a transfer of its own, and its nonce."""
-    return signed(tx=counter.chain.pay(PRICE.atomic), nonce=f"crash {number}")[1]
+LOGIN = digest_of("a session")
+
+
+def call_number(counter: Counter, number: int, *, session: bool = False) -> SignedCall:
+    """The same call in every process: a transfer of its own, and its nonce, or its idempotency key."""
+    tx = counter.chain.pay(PRICE.atomic)
+    return of_session(LOGIN, f"crash {number}", tx=tx) if session else signed(tx=tx, nonce=f"crash {number}")[1]
 
 
 def stand_still(name: str, wanted: str) -> None:
@@ -63,7 +67,10 @@ def stop_at(point: str) -> None:
     State.write = write  # type: ignore[method-assign]  # this process exists to be stopped there
 
 
-async def serve_one(folder: Path, point: str) -> None:
+async def serve_one(folder: Path, point: str, *, session: bool) -> None:
+    if session:
+        async with Counter(folder) as counter:
+            await counter.allow(LOGIN, 2 * PRICE.atomic)
     stop_at(point)
 
     async def work(_: Hold) -> bytes:
@@ -71,7 +78,7 @@ async def serve_one(folder: Path, point: str) -> None:
         return b'"from the child"'
 
     async with Counter(folder) as counter:
-        await counter.infer(call_number(counter, 0), work)
+        await counter.infer(call_number(counter, 0, session=session), work)
         stand_still("before-answer", point)
 
 
@@ -87,4 +94,6 @@ async def serve_many(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve_one(Path(sys.argv[1]), sys.argv[2]) if len(sys.argv) > 2 else serve_many(Path(sys.argv[1])))
+    told = [*sys.argv[1:], "", ""]
+    one = serve_one(Path(told[0]), told[1], session=told[2] == "session") if told[1] else serve_many(Path(told[0]))
+    asyncio.run(one)

@@ -36,6 +36,7 @@ from divault.messages import (
     signature_text,
     strict_object,
 )
+from divault.sessions import Home
 from divault.values import (
     Address,
     BodySignature,
@@ -58,10 +59,10 @@ AUTHORITY = "node.example.org"
 BODY = b'{"model_id":"m1","user_address":"%b","input_data":{"text":"hi"}}' % str(USER).encode()
 
 
-def node(**other: Any) -> Authenticator:
+def node(longest_s: int = 60, **other: Any) -> Authenticator:
     """The node that the calls here are signed for, or one that differs in one thing."""
-    identity: dict[str, Any] = {"chain_id": CHAIN, "vault": VAULT, "node": NODE, "authority": AUTHORITY}
-    return Authenticator(**identity | {"clock": lambda: float(NOW)} | other)
+    home: dict[str, Any] = {"chain_id": CHAIN, "vault": VAULT, "node": NODE, "url": f"https://{AUTHORITY}"}
+    return Authenticator(Home(**home | other), clock=lambda: float(NOW), max_header_ttl_s=longest_s)
 
 
 def request(body: bytes = BODY, **changed: Any) -> InferenceRequest:
@@ -228,7 +229,7 @@ async def test_signed_headers_prove_their_wallet_whatever_the_host_header_says()
 
 
 async def test_signed_headers_to_another_node_or_chain_prove_nothing() -> None:
-    assert await refusal(node(authority="other.example.org"), header_call()) == (SignatureInvalid, "signer_mismatch")
+    assert await refusal(node(url="https://other.example.org"), header_call()) == (SignatureInvalid, "signer_mismatch")
     assert await refusal(node(chain_id=1), header_call()) == (WrongChain, "wrong_chain")
 
 
@@ -243,9 +244,9 @@ async def test_signed_headers_with_another_body_path_or_user_prove_nothing() -> 
 
 
 async def test_header_window_is_bounded_by_the_node() -> None:
-    assert await refusal(node(max_header_ttl_s=30), header_call()) == (SignatureInvalid, "ttl_too_long")
+    assert await refusal(node(longest_s=30), header_call()) == (SignatureInvalid, "ttl_too_long")
     with pytest.raises(ValueError, match="window"):
-        await node(max_header_ttl_s=301).authenticate(header_call())
+        await node(longest_s=301).authenticate(header_call())
 
 
 # --- what is missing ----------------------------------------------------------------------------------------------

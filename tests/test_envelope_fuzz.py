@@ -13,10 +13,11 @@ from divault.api.envelope import MAX_SELF_SIGNED_BYTES, Envelopes, Incoming
 from divault.api.problems import STATUS, problem
 from divault.auth import Authenticator
 from divault.errors import DivaultError
+from divault.sessions import Home
 from divault.values import Address, BodySignature, HeaderSignature, SignedCall
 
 NODE, VAULT = Address(b"\x01" * 20), Address(b"\x02" * 20)
-ENVELOPES = Envelopes(Authenticator(chain_id=77001, vault=VAULT, node=NODE, authority="node.example"))
+ENVELOPES = Envelopes(Authenticator(Home(77001, VAULT, NODE, "https://node.example")))
 WALLET = "0xb2a1c543abe6c496fe658f34dda1e023885d293e"
 GOOD: dict[str, Any] = {
     "model_id": "m1",

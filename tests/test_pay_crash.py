@@ -38,8 +38,8 @@ def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()  # SIGKILL: nothing in it can tidy up
 
 
-def killed_at(folder: Path, point: str) -> None:
-    with child(str(folder), point) as process:
+def killed_at(folder: Path, point: str, *how: str) -> None:
+    with child(str(folder), point, *how) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from divault.errors import DivaultError, ModelFailed, Overloaded
-from divault.values import Answer, Hold, SignedCall
-from tests.counter import PRICE, Counter, TransfersInMemory, signed
+from divault.values import Answer, Hold, SessionToken, SignedCall
+from tests.counter import PRICE, Counter, TransfersInMemory, digest_of, of_session, signed
 
 LEASE_S = 180
+LOGIN = digest_of("a session")
 ENDS = {
     "answer": None,
     "fail": ModelFailed("it raised"),
@@ -38,6 +39,12 @@ class Run:
     started: list[None] = field(default_factory=list)
 
 
+def _name(call: SignedCall) -> bytes:
+    """What tells a call from others of the wallet."""
+    proof = call.proof
+    return (proof.idempotency_key or "").encode() if isinstance(proof, SessionToken) else proof.nonce.raw  # type: ignore[union-attr]
+
+
 class Books(RuleBasedStateMachine):
     """The machine knows what was paid in and what was answered; the ledger has to agree after every step."""
 
@@ -53,6 +60,11 @@ class Books(RuleBasedStateMachine):
         self.runs: list[Run] = []
         self.answers: dict[bytes, bytes] = {}
         self.counter = self._open()
+
+    @initialize(prices=st.integers(0, 3))
+    def sign_in(self, prices: int) -> None:
+        """One wallet opens a session that may spend so many prices."""
+        self.do(self.counter.allow(LOGIN, prices * PRICE.atomic))
 
     def _open(self) -> Counter:
         async def opened() -> Counter:
@@ -70,6 +82,11 @@ class Books(RuleBasedStateMachine):
     @rule()
     def sign_a_call_on_credit(self) -> None:
         self.calls.append(signed()[1])
+
+    @rule(paying=st.booleans(), named=st.sampled_from([True, True, True, False]))
+    def make_a_call_of_the_session(self, paying: bool, named: bool) -> None:
+        tx = self.chain.pay(PRICE.atomic) if paying else None
+        self.calls.append(of_session(LOGIN, f"key {len(self.calls)}" if named else None, tx=tx))
 
     @precondition(lambda self: self.calls)
     @rule(data=st.data())
@@ -131,7 +148,7 @@ class Books(RuleBasedStateMachine):
         error = run.task.exception()
         assert error is None or isinstance(error, DivaultError | RuntimeError)
         if error is None:
-            body = self.answers.setdefault(run.call.proof.nonce.raw, run.task.result().body)  # type: ignore[union-attr]
+            body = self.answers.setdefault(_name(run.call), run.task.result().body)
             assert body == run.task.result().body
 
     @invariant()
@@ -143,11 +160,18 @@ class Books(RuleBasedStateMachine):
             charges = [request for (request,) in await counter.rows("SELECT request FROM charge")]
             credit = await counter.rows("SELECT balance, reserved FROM credit")
             held = await counter.rows("SELECT price FROM request WHERE stage = 'reserved'")
+            ((most, used),) = await counter.rows("SELECT most, used FROM allowance") or [("0", "0")]
+            spent = await counter.rows(
+                "SELECT request.price FROM request LEFT JOIN charge ON charge.request = request.digest"
+                " WHERE login IS NOT NULL AND (stage = 'reserved' OR charge.payment_key IS NOT NULL)"
+            )
             balance = sum(int(amount) for amount, _ in credit)
 
             assert balance == credited - len(charges) * PRICE.atomic
             assert sum(int(amount) for _, amount in credit) == sum(int(price) for (price,) in held)
             assert balance >= len(held) * PRICE.atomic
+            assert int(used) == sum(int(price) for (price,) in spent)
+            assert int(used) <= int(most)
             assert len(charges) == len(set(charges))
             assert len(charges) >= len(self.answers)
             kept = await counter.rows("SELECT request FROM outcome WHERE code IS NULL")

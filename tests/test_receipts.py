@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from divault.errors import BadRequest, ReceiptInvalid
-from divault.messages import InferenceRequest, address_of, parse_key, request_domain, signature_text
+from divault.messages import (
+    InferenceRequest,
+    SessionCall,
+    SignInContext,
+    address_of,
+    compose,
+    parse_key,
+    personal_digest,
+    request_domain,
+    signature_text,
+)
+from divault.messages.session_calls import resources_of
 from divault.receipts import (
     FIELDS,
     CheckStep,
@@ -483,3 +494,63 @@ def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
         slice_result(raw)
     except BadRequest:
         pass
+
+
+# --- of a session's call ----------------------------------------------------------------------------------------------
+
+
+def of_session(
+    *, spend: int = 10_000, node: Address = NODE, chain: int = CHAIN, signer: Secret = USER_KEY, user: Address = USER
+) -> dict[str, Any]:
+    """A receipt of a call by a session whose text says this, whatever it says."""
+    allowed = {TOKEN: Usdc(spend)} if spend else {}
+    context = SignInContext("node.example", "https://node.example", chain, "abcdefgh", 1789999000)
+    text = compose(user, context, resources=resources_of(node, VAULT, allowed))
+    call = SessionCall(Digest.keccak(b"{}"), personal_digest(text), "POST", "/v1/embeddings", "key-1")
+    principal = replace(
+        PRINCIPAL,
+        kind=PrincipalKind.SESSION,
+        request=call.digest,
+        typed_message={**call.members(), "message": text},
+        signature=signature_text(signer, personal_digest(text)),
+        login=call.login,
+    )
+    draft = replace(DRAFT, principal=principal, grant=replace(GRANT, principal=principal))
+    return copy.deepcopy(issuer().issue(draft, 0, Digest.ZERO).envelope)
+
+
+def test_a_receipt_of_a_session_holds_and_says_that_no_single_call_was_signed() -> None:
+    steps = {step.name: step for step in checked(of_session())}
+
+    assert {step.outcome for name, step in steps.items() if name not in ("log", "chain")} == {Outcome.PASSED}
+    assert steps["request"].detail == "by a session: the user signed in, and signed no single call"
+    assert steps["request_signature"].detail == "over the text that opened the session"
+    assert {step.outcome for step in check(redact(of_session()))} == {Outcome.PASSED, Outcome.NOT_CHECKED}
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"spend": 9_999}, "price"),
+        ({"spend": 0}, "price"),
+        ({"node": Address(b"\x66" * 20)}, "request.message"),
+        ({"chain": 1}, "request.message"),
+        ({"user": Address(b"\x66" * 20)}, "request.message"),
+        ({"signer": Secret(b"\x66" * 32)}, "request_signature"),
+    ],
+)
+def test_a_session_s_text_that_does_not_allow_the_call_is_a_node_s_lie(changed: dict[str, Any], field: str) -> None:
+    assert first_wrong(of_session(**changed)) == field
+
+
+@pytest.mark.parametrize("member", ["body_hash", "login", "method", "path", "request_id", "message"])
+@pytest.mark.parametrize("value", ["", "0x" + "00" * 32, None, 7, "\ud800"])
+def test_no_member_of_a_session_s_call_can_be_changed(member: str, value: Any) -> None:
+    changed = of_session()
+    changed["request"][member] = value
+
+    assert (first_wrong(changed) or "").startswith("request")
+    changed.pop("checksums")
+    assert (first_wrong(changed) or "").startswith("request")
+    del changed["request"][member]
+    assert first_wrong(changed) is not None

@@ -59,6 +59,17 @@ SIGNATURE_REASONS = {
     "class_bound": "the signature does not cover method, authority, path, query and body",
     "digest_mismatch": "`Content-Digest` is not that of the body that arrived",
     "bad_wrapper": "an ERC-6492 wrapper that is not canonical",
+    "bad_message": "a text, or a header, that is not of the form that is signed; or one that says a thing twice",
+    "wrong_uri": "a text to sign in with whose URI is of another page than its domain",
+    "wrong_nonce": "a text to sign in with whose nonce this node did not give out, or that was used, or 10 minutes old",
+    "too_old": "a text to sign in with that was issued an hour ago",
+}
+SESSION_REASONS = {
+    "bad_token": "no token, or none of this node, vault and chain",
+    "signed_out": "the session was ended",
+    "idle": "no call came for 15 minutes",
+    "expired": "24 hours are over, or what its text says",
+    "wrong_origin": "the call, or the sign-in, comes from another page than the session's, or from one that may not",
 }
 STORAGE_REASONS = {
     "unreachable": "no connection, or it broke off",
@@ -146,6 +157,12 @@ hand.
 
 {signature}
 
+## Why a session's token does not count
+
+The `reason` of `session_invalid`:
+
+{session}
+
 ## Why a transfer does not pay
 
 The `reason` of `payment_required` and `payment_pending`:
@@ -179,6 +196,7 @@ def errors_page() -> str:
         content="\n".join(f"- `{cls.__name__}`: {_first_line(cls)}" for cls in _content_errors()),
         storage=_words(STORAGE_REASONS),
         signature=_words(SIGNATURE_REASONS),
+        session=_words(SESSION_REASONS),
         transfer=_words(TRANSFER_REASONS),
         transaction=_words(TRANSACTION_REASONS),
     )

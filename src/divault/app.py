@@ -38,6 +38,7 @@ from divault.metrics import Metrics, Sources
 from divault.payments import Ledger, Payments, Terms, TransferCredit
 from divault.receipts import ReceiptIssuer
 from divault.service import Parts, Service
+from divault.sessions import IDLE_S, LONGEST_S, Home, Sessions
 from divault.settings import MB, Settings
 from divault.state import State
 from divault.storage.cache import CiphertextCache
@@ -255,9 +256,9 @@ async def _node(
     terms = Terms(tokens, settings.divault_transfer_confirmations, settings.divault_transfer_max_age_seconds)
     rail = TransferCredit(ledger, chain, terms, sole_node_for=settings.divault_sole_node_for)
     gates = Gates(chain, VaultReader(chain, vault, contracts.token), tokens)
-    authenticator = Authenticator(
-        chain_id=chain.chain_id, vault=vault, node=identities.address, authority=authority_of(url)
-    )
+    home = Home(chain.chain_id, vault, identities.address, url)
+    sessions = Sessions(state, identities.key, home, origins=settings.divault_cors_origins)
+    authenticator = Authenticator(home, sessions)
     service = Service(
         Parts(
             authenticator=authenticator,
@@ -280,6 +281,7 @@ async def _node(
     return Node(
         service=service,
         envelopes=Envelopes(authenticator),
+        sessions=sessions,
         health=Health(
             _probes(identities, gateways, workers, ledger, chain)
             | ({"key_nodes": kavach.probe} if settings.divault_kavach_delegation else {})
@@ -436,6 +438,8 @@ def _describer(settings: Settings, contracts: Contracts, identities: Identities,
             "inference_seconds": settings.inference_timeout_seconds,
             "calls_per_minute": settings.rate_limit_per_minute,
             "runs_at_once": settings.max_concurrent_inferences,
+            "session_idle_seconds": IDLE_S,
+            "session_seconds": LONGEST_S,
         },
         "descriptor": descriptor.sign(identities.key),
     }

@@ -5,6 +5,8 @@ Rules:
 1. The node fills in its own chain, vault, address, method and path; so a request that was signed for another node or
    path recovers somebody else and is `signer_mismatch`. Nothing is believed because the caller says it.
 2. Body signatures cover the canonical body, header signatures the raw bytes; both have a window and a nonce.
+   A session's token covers nothing of the call: it says who calls, through a channel that has to keep it secret. Its
+   calls count once by their `Idempotency-Key`, which is one wallet's for all its sessions.
 3. A nonce is not remembered here: (user, nonce) is a row of the ledger, written in the transaction that reserves a run
    or issues a receipt. `Principal` carries what that row needs.
 4. Missing and malformed fields are answered first, with the exact typed data to sign, so that a client written without
@@ -22,13 +24,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from divault.errors import BadRequest, InputInvalid, SignatureIncomplete, SignatureInvalid
+from divault.errors import BadRequest, InputInvalid, SessionInvalid, SignatureIncomplete, SignatureInvalid
 from divault.messages import (
     MAX_TTL_S,
     HeaderPolicy,
     HttpMessage,
     InferenceRequest,
     RequestContext,
+    SessionCall,
+    authority_of,
     body_hash,
     refusal,
     request_domain,
@@ -37,19 +41,24 @@ from divault.messages import (
 )
 from divault.messages.headers import DEFAULT_TTL_S
 from divault.messages.signatures import signature_bytes
+from divault.sessions import Home, Sessions
 from divault.values import (
     Address,
     BodySignature,
+    Digest,
     HeaderSignature,
     ModelId,
     Nonce,
     Principal,
     PrincipalKind,
+    Secret,
+    SessionToken,
     SignedCall,
     Usdc,
 )
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}", re.ASCII)
+_IDEMPOTENCY = b"divault/idempotency/v1\0"
 _LATEST = 2**53 - 1  # largest integer that every JSON reader keeps
 
 
@@ -58,25 +67,24 @@ class Authenticator:
 
     def __init__(
         self,
+        home: Home,
+        sessions: Sessions | None = None,
         *,
-        chain_id: int,
-        vault: Address,
-        node: Address,
-        authority: str,
         clock: Callable[[], float] = time.time,
         max_header_ttl_s: int = DEFAULT_TTL_S,
     ) -> None:
-        """`authority` is host[:port] of the public URL (`messages.authority_of`); `clock` gives unix seconds."""
-        self._domain = request_domain(chain_id, vault)
-        self._node = node
-        self._authority = authority
+        """`home`: what callers sign for. Without `sessions` no token counts. `clock` gives unix seconds."""
+        self._domain = request_domain(home.chain_id, home.vault)
+        self._node = home.node
+        self._authority = authority_of(home.url)
+        self._sessions = sessions
         self._clock = clock
         self._max_header_ttl_s = max_header_ttl_s
 
     async def authenticate(self, call: SignedCall) -> Principal:
-        """The proof that `call.user` signed exactly this call, now valid.
+        """The proof that `call.user` signed exactly this call, now valid, or that it came by an open session of his.
 
-        Raises SignatureInvalid, SignatureExpired and WrongChain, each with the reason.
+        Raises SignatureInvalid, SignatureExpired, WrongChain and SessionInvalid, each with the reason.
         """
         now = int(self._clock())
         match call.proof:
@@ -84,6 +92,13 @@ class Authenticator:
                 return self._by_body(call, proof, now)
             case HeaderSignature() as proof:
                 return self._by_headers(call, proof, now)
+            case SessionToken() as proof:
+                return await self._by_session(call, proof, now)
+
+    @staticmethod
+    def claimed_user(token: Secret) -> Address:
+        """The wallet that a session's token names, unproved. Raises SessionInvalid."""
+        return Sessions.claimed_user(token)
 
     def require_complete(
         self, members: Mapping[str, Any], *, method: str, path: str, price: Usdc | None = None
@@ -106,10 +121,10 @@ class Authenticator:
             raise _incomplete(request, request.typed_data(self._domain), missing, malformed)
 
     def headers_missing(self, *, method: str, path: str) -> SignatureIncomplete:
-        """The error for a route without a body that came without header signature."""
+        """The error for a call that has to be signed in headers, or come by a session, and does neither."""
         return SignatureIncomplete(
             f"sign {method} {path} in the headers Signature-Input and Signature (ERC-8128), for {self._authority} "
-            f"on chain {self._domain.chain_id}",
+            f"on chain {self._domain.chain_id}, or send the token of a session (POST /api/v1/auth/login)",
             missing=["signature-input", "signature"],
             malformed=[],
         )
@@ -163,7 +178,31 @@ class Authenticator:
             signature=signed.signature,
         )
 
-    def _require_own_chain(self, proof: BodySignature | HeaderSignature) -> None:
+    async def _by_session(self, call: SignedCall, proof: SessionToken, now: int) -> Principal:
+        self._require_own_chain(proof)
+        if self._sessions is None:
+            raise SessionInvalid("this node opens no sessions: sign the request", reason="bad_token")
+        session = await self._sessions.of(proof.token, proof.origin)
+        key = proof.idempotency_key
+        made = SessionCall(
+            Digest.keccak(call.body), session.login, call.method, call.path, key or secrets.token_hex(16)
+        )
+        return Principal(
+            user=session.user,
+            kind=PrincipalKind.SESSION,
+            request=made.digest,
+            nonce=Nonce(Digest.keccak(_IDEMPOTENCY + made.request_id.encode()).raw),
+            # nobody can send a random id again: there is nothing to remember it for
+            expires_at=session.expires_at if key else now,
+            received_at=now,
+            max_price=call.max_price,
+            typed_message={**made.members(), "message": session.message},
+            signature=session.signature,
+            login=session.login,
+            repeatable=key is not None,
+        )
+
+    def _require_own_chain(self, proof: BodySignature | HeaderSignature | SessionToken) -> None:
         need = {"chain_id": self._domain.chain_id, "vault": str(self._domain.contract)}
         if proof.chain_id not in (None, self._domain.chain_id):
             raise refusal("wrong_chain", f"this node serves chain {self._domain.chain_id}", **need)

@@ -132,8 +132,14 @@ class SignatureInvalid(Unauthenticated):
     code = "signature_invalid"
 
 
+class SessionInvalid(Unauthenticated):
+    """The session's token does not count, or not any more; `reason` says why: sign in again."""
+
+    code = "session_invalid"
+
+
 class NonceUsed(Unauthenticated):
-    """This nonce was used before by this wallet: sign again with a fresh one."""
+    """This nonce or Idempotency-Key was used before by this wallet: send a fresh one."""
 
     code = "nonce_used"
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from divault.auth import Authenticator
 from divault.chain.gates import Gates
-from divault.errors import CidMismatch, DivaultError, ModelNotLoaded, NotOperator
+from divault.errors import CidMismatch, DivaultError, ModelNotLoaded, NotOperator, SignatureIncomplete
 from divault.ipfs.cid import parse_cid
 from divault.limits import RefusalBudget, WalletLimits, WrongKeys
 from divault.metrics import Metrics
@@ -38,6 +38,7 @@ from divault.values import (
     OpenedModel,
     Output,
     Principal,
+    PrincipalKind,
     SignedCall,
 )
 from divault.vault.keys import CallerKey, KeySearch, KeySource, NodeIdentity
@@ -161,6 +162,7 @@ class Service:
         principal = await self._authenticator.authenticate(call)
         model = _model_of(call)
         with _named(principal):
+            _require_signed(principal)
             if principal.user not in self._operators and principal.user != (await self._gates.info(model)).owner:
                 raise NotOperator("only the model's owner or an operator of this node may unload it")
             await self._ledger.consume(principal)
@@ -172,6 +174,7 @@ class Service:
         """Unload all models and drop all cached ciphertext, for an operator; how many models, and what was freed."""
         principal = await self._authenticator.authenticate(call)
         with _named(principal):
+            _require_signed(principal)
             if principal.user not in self._operators:
                 raise NotOperator("only an operator of this node may clear its caches")
             await self._ledger.consume(principal)
@@ -231,6 +234,16 @@ def _named(principal: Principal) -> Iterator[None]:
     except DivaultError as err:
         err.request_id = str(principal.request)
         raise
+
+
+def _require_signed(principal: Principal) -> None:
+    """Return only if the wallet signed this very request: a token that was stolen must not end anything here."""
+    if principal.kind is PrincipalKind.SESSION:
+        raise SignatureIncomplete(
+            "a session is not enough for this: sign the request in the headers Signature-Input and Signature",
+            missing=["signature-input", "signature"],
+            malformed=[],
+        )
 
 
 def _model_of(call: SignedCall) -> ModelId:

@@ -101,7 +101,9 @@ class Settings(BaseModel):
     divault_public_url: str | None = Field(
         None, description="URL under which callers reach this node; its authority is what header signatures must name"
     )
-    divault_cors_origins: Names = Field((), description="browser origins that may call; none by default")
+    divault_cors_origins: Names = Field(
+        (), description="browser origins that may call and open sessions; none by default"
+    )
     divault_log_dir: Path | None = Field(Path("./logs"), description="folder of div-backend.log; empty: stdout only")
     divault_operators: Addresses = Field((), description="wallets that may unload models and clear caches")
     divault_max_body_bytes: int = Field(

@@ -1,4 +1,4 @@
-"""What the node must never forget, in one SQLite file: nonces, credit, charges, receipts, answers.
+"""What the node must never forget, in one SQLite file: nonces, sessions, credit, charges, receipts, answers.
 
 Rules:
 
@@ -85,6 +85,18 @@ _MIGRATIONS: tuple[str, ...] = (
     CREATE TRIGGER charge_stays BEFORE DELETE ON charge BEGIN SELECT RAISE(ABORT, 'append-only'); END;
     CREATE TRIGGER spent_is_final BEFORE UPDATE ON spent BEGIN SELECT RAISE(ABORT, 'append-only'); END;
     CREATE TRIGGER spent_stays BEFORE DELETE ON spent BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+    """,
+    """
+    CREATE TABLE login(
+        digest BLOB PRIMARY KEY, nonce TEXT NOT NULL UNIQUE, user BLOB NOT NULL, origin TEXT NOT NULL,
+        message TEXT NOT NULL, signature TEXT NOT NULL, expires_at INTEGER NOT NULL, seen_at INTEGER NOT NULL,
+        ended INTEGER NOT NULL DEFAULT 0, keep_until INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE INDEX login_user ON login(user);
+    CREATE INDEX login_keep ON login(keep_until);
+    CREATE TABLE allowance(
+        login BLOB NOT NULL, token BLOB NOT NULL, most TEXT NOT NULL, used TEXT NOT NULL DEFAULT '0',
+        PRIMARY KEY(login, token)) WITHOUT ROWID;
+    ALTER TABLE request ADD COLUMN login BLOB;
     """,
 )
 """One step per schema version, oldest first; released steps never change."""

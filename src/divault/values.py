@@ -303,6 +303,19 @@ class HeaderSignature:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionToken:
+    """The token of a session that a wallet opened by signing in (EIP-4361), as it came with a call."""
+
+    token: Secret
+    origin: str | None
+    """The `Origin` header that browsers add; None for other programs."""
+    idempotency_key: str | None
+    """The caller's name for this call, by which it is run and charged once."""
+    chain_id: int | None = None
+    vault: Address | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TransferClaim:
     """A plain token transfer, claimed by its transaction hash (text as sent, checked by the rail)."""
 
@@ -317,7 +330,7 @@ class SignedCall:
     method: str
     path: str
     body: bytes
-    proof: BodySignature | HeaderSignature
+    proof: BodySignature | HeaderSignature | SessionToken
     model: ModelId | None
     """None on routes that touch no model (results, cache)."""
     max_price: Usdc
@@ -342,23 +355,36 @@ class PrincipalKind(StrEnum):
 
     BODY = "eip712"
     HEADERS = "erc8128"
+    SESSION = "session"
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Proof that `user` signed exactly this call, for this node, within its window. Made by `auth` alone."""
+    """Proof that `user` signed exactly this call for this node, now, or opened the session that it came by.
+
+    Made by `auth` alone.
+    """
 
     user: Address
     kind: PrincipalKind
     request: Digest
-    """The request id, which is the digest that was signed: EIP-712's, or EIP-191's of the ERC-8128 signature base."""
+    """The request id, which is the digest that was signed: EIP-712's, or EIP-191's of the ERC-8128 signature base; for
+    sessions that of `messages.SessionCall`.
+    """
     nonce: Nonce
     expires_at: int
     received_at: int
     max_price: Usdc
     typed_message: dict[str, Any] | None = None
-    """The `InferenceRequest` message (JSON form) for the private part of a receipt; None for header signatures."""
+    """For the private part of a receipt: the `InferenceRequest` message (JSON form), or a session's call with the text
+    that opened the session; None for header signatures.
+    """
     signature: str | None = None
+    """Over `request`; of a session: over the text that opened it."""
+    login: Digest | None = None
+    """Which session the call came by."""
+    repeatable: bool = True
+    """Whether the same request can come again; a session's call can with an `Idempotency-Key` only."""
 
 
 @dataclass(frozen=True, slots=True)

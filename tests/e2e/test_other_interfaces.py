@@ -42,7 +42,8 @@ def page() -> dict[str, Any]:
     """What the page of other clients defines."""
     names: dict[str, Any] = {}
     for block in blocks(PAGE):
-        exec(block.code, names)
+        if block.language == "python":
+            exec(block.code, names)
     return names
 
 

@@ -2,14 +2,16 @@
 
 Rules:
 
-1. A request with `Signature-Input` is header-signed (ERC-8128): its raw bytes are what was signed. Otherwise the body
-   carries its own signature, is at most 64 KiB (it has to be canonicalised), and has no query string.
+1. A request with `Signature-Input` is header-signed (ERC-8128): its raw bytes are what was signed. One whose bearer
+   token is a session's comes by that session; any other `Authorization` is for somebody else, and left alone. Otherwise
+   the body carries its own signature, is at most 64 KiB (it has to be canonicalised). Only a header signature covers a
+   query string: with the others there is none.
 2. What is missing or malformed in a body signature is told first, with the typed data to sign, before anything else is
    read strictly: so an old client learns what to do.
 3. `input_data` and `parameters` go on as the bytes they came in; the gateway never parses a model's numbers.
-4. A header that a signature covers must not come twice.
-5. Nobody is proved yet, so reading is cheap whatever comes: of a header-signed body only the members of `_Members` are
-   made into anything, and all but the model's input have 64 KiB together.
+4. A header that a signature covers, or that says who calls, must not come twice.
+5. Nobody is proved yet, so reading is cheap whatever comes: of a body that isn't signed inside, only the members of
+   `_Members` are made into anything, and all but the model's input have 64 KiB together.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ import msgspec
 from divault.auth import Authenticator
 from divault.errors import BadRequest, SignHeaders, TooLarge
 from divault.messages import body_hash, claimed_user, strict_object
+from divault.sessions import PREFIX
 from divault.values import (
+    UINT256_MAX,
     Address,
     BodySignature,
     HeaderSignature,
     ModelId,
     Nonce,
     Secret,
+    SessionToken,
     SignedCall,
     TransferClaim,
     Usdc,
@@ -42,7 +47,13 @@ _MAX_KEY_TEXT = 4096  # an age identity has 74 characters, a Kavach key 64; the 
 TIMEOUT = "divault-timeout"
 """Header with the seconds that a caller waits for a run, its turn included; the node's own limit stays."""
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,3})?", re.ASCII)
-_SIGNED_HEADERS = frozenset({"signature", "signature-input", "content-digest", "divault-max-price", "host"})
+_MAX_PRICE = "divault-max-price"
+_BEARER = re.compile(rf"bearer +({PREFIX}[!-~]+)", re.ASCII | re.IGNORECASE)
+_IDEMPOTENCY = "idempotency-key"
+_KEY = re.compile(r"[!-~]{1,255}", re.ASCII)
+_SINGLE_HEADERS = frozenset(
+    {"signature", "signature-input", "content-digest", _MAX_PRICE, "host", "authorization", "origin", _IDEMPOTENCY}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +89,7 @@ class _Members(msgspec.Struct, frozen=True):
     cid: msgspec.Raw = msgspec.Raw()
     chain_id: msgspec.Raw = msgspec.Raw()
     vault: msgspec.Raw = msgspec.Raw()
+    user_signature: msgspec.Raw = msgspec.Raw()
 
 
 _MEMBERS = msgspec.json.Decoder(_Members)
@@ -95,29 +107,37 @@ class Envelopes:
 
         Raises BadRequest, SignHeaders, SignatureIncomplete, SignatureInvalid (address), InputInvalid.
         """
-        headers = _unique(incoming.headers)
+        headers = single_headers(incoming)
         if "signature-input" in headers:
             return self._header_signed(incoming, headers, model)
+        if (token := session_token(headers)) is not None:
+            return self._of_session(incoming, headers, token, model)
         if incoming.method != "POST":
             raise self._authenticator.headers_missing(method=incoming.method, path=incoming.path)
         return self._self_signed(incoming)
 
     def foreign(self, incoming: Incoming, model: ModelId) -> SignedCall:
-        """Parse a call of another interface, whose signature stands in its headers and covers the raw body.
+        """Parse a call of another interface: signed in headers over its raw body, or of a session.
 
         Raises SignatureIncomplete, BadRequest and what header signatures raise.
         """
-        headers = _unique(incoming.headers)
-        if "signature-input" not in headers:
+        headers = single_headers(incoming)
+        user: Address
+        proof: HeaderSignature | SessionToken
+        if "signature-input" in headers:
+            user, proof = claimed_user(headers), HeaderSignature(headers, incoming.query or None)
+        elif (token := session_token(headers)) is not None:
+            user, proof = self._authenticator.claimed_user(token), _session_proof(incoming, headers, token)
+        else:
             raise self._authenticator.headers_missing(method=incoming.method, path=incoming.path)
         return SignedCall(
-            claimed_user(headers),
+            user,
             incoming.method,
             incoming.path,
             incoming.raw,
-            HeaderSignature(headers, incoming.query or None),
+            proof,
             model,
-            Usdc.parse_atomic(headers.get("divault-max-price", "0")),
+            _most(headers, proof),
             covered=incoming.raw,
             peer=incoming.peer,
             limit_s=_limit(incoming.header(TIMEOUT)),
@@ -148,25 +168,71 @@ class Envelopes:
 
     def _header_signed(self, incoming: Incoming, headers: dict[str, str], model: ModelId | None) -> SignedCall:
         proof = HeaderSignature(headers, incoming.query or None)
-        limit = Usdc.parse_atomic(headers.get("divault-max-price", "0"))
-        user = claimed_user(headers)
-        if incoming.method != "POST":
-            return SignedCall(
-                user, incoming.method, incoming.path, incoming.raw, proof, model, limit, peer=incoming.peer
-            )
-        small = _small_members(incoming.raw)
-        proof = replace(
-            proof,
-            chain_id=_member(small, "chain_id", int),
-            vault=None if "vault" not in small else Address.parse(small["vault"]),
-        )
-        if "user_address" in small and Address.parse(small["user_address"]) != user:
-            raise BadRequest("user_address is not the wallet that signed the headers", field="user_address")
-        return _call(incoming, small, proof, user, limit)
+        return _beside(incoming, proof, claimed_user(headers), _most(headers, proof), model)
+
+    def _of_session(
+        self, incoming: Incoming, headers: dict[str, str], token: Secret, model: ModelId | None
+    ) -> SignedCall:
+        proof = _session_proof(incoming, headers, token)
+        return _beside(incoming, proof, self._authenticator.claimed_user(token), _most(headers, proof), model)
+
+
+def single_headers(incoming: Incoming) -> dict[str, str]:
+    """The headers by their lower-case names. Raises BadRequest for one that must not come twice and does (rule 4)."""
+    found: dict[str, str] = {}
+    for name, value in incoming.headers:
+        if name in found and name in _SINGLE_HEADERS:
+            raise BadRequest(f"the header {name} came twice", field=name)
+        found[name] = value
+    return found
+
+
+def session_token(headers: Mapping[str, str]) -> Secret | None:
+    """The token of a session among the headers (lower-case names), if there is one."""
+    match = _BEARER.fullmatch(headers.get("authorization", ""))
+    return None if match is None else Secret.of_text(match[1])
+
+
+def _session_proof(incoming: Incoming, headers: Mapping[str, str], token: Secret) -> SessionToken:
+    if incoming.query:
+        raise BadRequest("calls of a session have no query string: leave it out", field="query")
+    key = headers.get(_IDEMPOTENCY)
+    if key is not None and not _KEY.fullmatch(key):
+        raise BadRequest("Idempotency-Key is 1 to 255 printable characters without blanks", field=_IDEMPOTENCY)
+    return SessionToken(token, headers.get("origin"), key)
+
+
+def _most(headers: Mapping[str, str], proof: HeaderSignature | SessionToken) -> Usdc:
+    """What the call may cost: what its header says, else nothing; of a session, else what the session may spend."""
+    unsaid = str(UINT256_MAX) if isinstance(proof, SessionToken) else "0"
+    return Usdc.parse_atomic(headers.get(_MAX_PRICE, unsaid))
+
+
+def _beside(
+    incoming: Incoming, proof: HeaderSignature | SessionToken, user: Address, limit: Usdc, model: ModelId | None
+) -> SignedCall:
+    """A call whose proof stands beside its body."""
+    if incoming.method != "POST":
+        return SignedCall(user, incoming.method, incoming.path, incoming.raw, proof, model, limit, peer=incoming.peer)
+    small = _small_members(incoming.raw)
+    if "user_signature" in small and isinstance(proof, SessionToken):
+        raise BadRequest("send a session's token, or a body that is signed, not both", field="user_signature")
+    proof = replace(
+        proof,
+        chain_id=_member(small, "chain_id", int),
+        vault=None if "vault" not in small else Address.parse(small["vault"]),
+    )
+    if "user_address" in small and Address.parse(small["user_address"]) != user:
+        raise BadRequest("user_address is not the wallet that this request is proved by", field="user_address")
+    return _call(incoming, small, proof, user, limit)
 
 
 def _call(
-    incoming: Incoming, body: Mapping[str, Any], proof: BodySignature | HeaderSignature, user: Address, limit: Usdc
+    incoming: Incoming,
+    body: Mapping[str, Any],
+    proof: BodySignature | HeaderSignature | SessionToken,
+    user: Address,
+    limit: Usdc,
 ) -> SignedCall:
     raw = _members(incoming.raw)
     key = _member(body, "decryption_key", str)
@@ -239,12 +305,3 @@ def _small_members(raw: bytes) -> dict[str, Any]:
             have_bytes=size,
         )
     return {name: strict_object(b'{"v":' + value + b"}")["v"] for name, value in values.items() if value}
-
-
-def _unique(headers: Sequence[tuple[str, str]]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in headers:
-        if name in found and name in _SIGNED_HEADERS:
-            raise BadRequest(f"the header {name} came twice", field=name)
-        found[name] = value
-    return found

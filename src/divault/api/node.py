@@ -11,6 +11,7 @@ from divault.chain.gates import Gates
 from divault.health import Health
 from divault.payments import Ledger
 from divault.service import Service
+from divault.sessions import Sessions
 from divault.workers.pool import WorkerPool
 
 
@@ -20,6 +21,7 @@ class Node:
 
     service: Service
     envelopes: Envelopes
+    sessions: Sessions
     health: Health
     gates: Gates
     ledger: Ledger

@@ -74,8 +74,8 @@ def _described(handler: Handler, kind: Kind) -> Any:
         return await handler(await incoming_of(request.scope, request.receive))
 
     route.__doc__ = (
-        f"Run a model of the task {TASKS[kind]}, loading it if need be. Signed in headers (ERC-8128), gated, paid from "
-        "credit; with a receipt."
+        f"Run a model of the task {TASKS[kind]}, loading it if need be. Signed in headers (ERC-8128) or of a session, "
+        "gated, paid from credit; with a receipt."
     )
     return route
 

@@ -29,6 +29,7 @@ STATUS: dict[str, int] = {
     "unsupported_model": 400,
     "signature_incomplete": 401,
     "signature_invalid": 401,
+    "session_invalid": 401,
     "nonce_used": 401,
     "signature_expired": 401,
     "wrong_node": 401,
@@ -64,8 +65,8 @@ STATUS: dict[str, int] = {
 OFF_THE_WIRE = frozenset({"settings_invalid", "receipt_invalid", "transaction_failed", "node_untrusted"})
 """Codes of the command line and the client; a node never answers with them."""
 
-AUTHENTICATE = 'DIV-EIP712 realm="divault", Signature realm="divault"'
-"""`WWW-Authenticate` of every 401: the two envelopes that prove a caller."""
+AUTHENTICATE = 'DIV-EIP712 realm="divault", Signature realm="divault", Bearer realm="divault"'
+"""`WWW-Authenticate` of every 401: the two envelopes that prove a caller, and the token of a session."""
 
 
 def known_codes() -> set[str]:

@@ -92,7 +92,7 @@ def _add_models(router: APIRouter, node: Node) -> None:
             responses=documented(schemas.Tensors, 400, 401, 402, 403, 404, 409, 413, 422, 429, 502, 503, 504),
         )
         async def infer(request: Request, model_id: str) -> Response:
-            """Run a loaded model. Signed in headers (ERC-8128), gated, paid from credit; with a receipt."""
+            """Run a loaded model. Signed in headers (ERC-8128) or of a session; gated, paid from credit; receipted."""
             handler = protocol_handler(node, request.scope["path"])
             if handler is None:
                 raise RouteUnknown(f"no model is called {model_id[:80]}")
@@ -122,7 +122,7 @@ def _add_repository(router: APIRouter, node: Node) -> None:
         responses=documented(schemas.Nothing, 400, 401, 403, 404, 409, 413, 429, 502, 503, 504),
     )
     async def load(request: Request, model_id: str) -> Response:
-        """Fetch, verify, open and load a model. Signed in headers; the gate must be open for the wallet."""
+        """Fetch, verify, open and load a model. Signed in headers or of a session; the gate must be open."""
         incoming = await incoming_of(request.scope, request.receive)
         await node.service.load(node.envelopes.foreign(incoming, ModelId.parse(model_id)))
         return json_response({})

@@ -19,6 +19,7 @@ from divault.api.hot import Handler, incoming_of
 from divault.api.node import Node
 from divault.api.openai_routes import add_openai, openai_handlers
 from divault.api.protocol_routes import add_protocol, protocol_handler
+from divault.api.sign_in_routes import add_sign_in
 from divault.errors import BadRequest
 from divault.values import Digest, ModelId, SignedCall
 
@@ -31,6 +32,7 @@ def routes(node: Node) -> APIRouter:
     _add_public(router, node)
     _add_models(router, node)
     _add_inference(router, node)
+    add_sign_in(router, node)
     add_protocol(router, node)
     add_openai(router, node)
     return router
@@ -134,7 +136,7 @@ def _add_inference(router: APIRouter, node: Node) -> None:
         "/api/v1/results/{request_id}", tags=["inference"], responses=documented(schemas.InferenceAnswer, 401, 404)
     )
     async def result(request: Request, request_id: str) -> Response:
-        """Give the stored answer and receipt of a request, to the wallet that signed it. ERC-8128 headers."""
+        """Give the stored answer and receipt of a request, to its wallet. ERC-8128 headers, or a session."""
         call = await _call(node, request)
         return answer_response(await node.service.result(call, Digest.parse(request_id)))
 

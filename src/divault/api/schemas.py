@@ -60,11 +60,71 @@ class InferenceBody(SignedBody):
     cid: str | None = None
 
 
+class Spend(_Body):
+    """What a session may spend of a token, in all."""
+
+    token: str = Field(examples=[_ADDRESS])
+    amount: str = Field(description="atomic units", examples=["500000"])
+
+
+class NonceBody(_Body):
+    """Ask for a nonce; with an address, for the whole text to sign."""
+
+    user_address: str | None = Field(None, examples=[_ADDRESS], description="the wallet that will sign")
+    spend: list[Spend] = []
+
+
+class LoginBody(_Body):
+    """Open a session."""
+
+    message: str = Field(description="the EIP-4361 text, exactly as it was signed")
+    signature: str = Field(examples=[_SIGNATURE], description="EIP-191 (personal_sign)")
+
+
+class LogoutBody(_Body):
+    """End a session."""
+
+    everywhere: bool = Field(default=False, description="end all sessions of the wallet")
+
+
 class Answer(_Body):
     """Every success."""
 
     status: str = "success"
     message: str
+
+
+class NonceAnswer(_Body):
+    """What stands in the text to sign (EIP-4361)."""
+
+    status: str = "success"
+    nonce: str
+    domain: str
+    uri: str
+    version: str = "1"
+    chain_id: int
+    issued_at: str
+    resources: list[str] = Field(description="this node, its vault, and what the session may spend: all are required")
+    expires_in: int = Field(description="seconds in which the nonce has to come back")
+    message: str | None = Field(None, description="the whole text, where the wallet's address was given")
+
+
+class LoginAnswer(Answer):
+    """An open session."""
+
+    token: str = Field(description="send it as `Authorization: Bearer`; keep it secret")
+    token_type: str = Field(examples=["Bearer"])
+    user_address: str
+    origin: str
+    expires_at: int = Field(description="unix seconds")
+    idle_seconds: int = Field(description="a session ends after so long without a call")
+    spend: list[Spend]
+
+
+class LogoutAnswer(Answer):
+    """How many sessions were ended."""
+
+    ended: int
 
 
 class InferenceAnswer(Answer):

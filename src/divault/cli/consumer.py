@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,39 @@ def call(
         save.write_bytes(result.response)
     say(f"charged {result.price} USDC, receipt {result.receipt['receipt_hash']} verified")
     show(result.output)
+
+
+@app.command()
+def sign_in(
+    node: Annotated[str, typer.Option("--node", help="URL of the node, with #0xADDRESS to pin it")],
+    key: Annotated[Path, typer.Option("--key", "-k", help="wallet key file (divault keys new)")],
+    spend: Annotated[str, typer.Option("--spend", help="most that its calls may cost together, in USDC")] = "0",
+) -> None:
+    """Open a session for programs that sign nothing, and print its token: their API key, or bearer token.
+
+    Example: export OPENAI_API_KEY=$(divault sign-in --node http://127.0.0.1:8000 -k consumer.key)
+    """
+    url, _, pinned = node.partition("#")
+    with Client(url, keyfiles.read_signing_key(key), node=pinned or None) as client:
+        login = client.sign_in(spend=spend)
+    ends = datetime.fromtimestamp(login.expires_at, UTC).isoformat(timespec="minutes")
+    say(f"{login.user} is signed in until {ends}, or until {login.idle_s} s pass without a call; keep the token secret")
+    show(login.token)
+
+
+@app.command()
+def sign_out(
+    node: Annotated[str, typer.Option("--node", help="URL of the node, with #0xADDRESS to pin it")],
+    key: Annotated[Path, typer.Option("--key", "-k", help="wallet key file (divault keys new)")],
+) -> None:
+    """End all sessions of a wallet at a node.
+
+    Example: divault sign-out --node http://127.0.0.1:8000 -k consumer.key
+    """
+    url, _, pinned = node.partition("#")
+    with Client(url, keyfiles.read_signing_key(key), node=pinned or None) as client:
+        ended = client.sign_out(client.sign_in().token, everywhere=True) - 1  # the one that says so
+    say(f"sessions ended: {ended}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ Rules:
 5. After a payment no error forgets it: it names the transaction, and the next run of the same model draws on it.
 """
 
-from divault.client.asynchronous import AsyncClient, NodeInfo, Result
+from divault.client.asynchronous import AsyncClient, Login, NodeInfo, Result
 from divault.client.sync import Client
 
-__all__ = ["AsyncClient", "Client", "NodeInfo", "Result"]
+__all__ = ["AsyncClient", "Client", "Login", "NodeInfo", "Result"]

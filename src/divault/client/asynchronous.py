@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,11 +19,13 @@ from divault.client.paying import Payer
 from divault.client.signing import Signed, Signer
 from divault.client.transport import Exchange, Transport
 from divault.errors import DeadlineExceeded, DivaultError, NodeUntrusted, PaymentRequired, ReceiptInvalid
-from divault.messages import NodeDescriptor
+from divault.messages import NodeDescriptor, SignInContext, compose
+from divault.messages.session_calls import resources_of, statement
 from divault.values import Address, ModelId, ReceiptStatus, Secret, Usdc
 
 RUN = "/api/v1/inference/run"
 LOAD = "/api/v1/models/load"
+SESSIONS = "/api/v1/auth"
 _RETRYABLE = frozenset(
     {"request_running", "payment_pending", "settlement_pending", "overloaded", "chain_unavailable", "not_ready"}
 )
@@ -57,6 +59,18 @@ class Result:
     """The request's body as it was sent; empty for a stored answer."""
     response: bytes
     """The response's body as it came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """An open session: its token is what other programs send as bearer token or API key."""
+
+    token: str = field(repr=False)
+    """Keep it secret: it is all that a call of the session needs."""
+    user: Address
+    expires_at: int
+    """Unix seconds; it ends earlier when it is not used for `idle_s`."""
+    idle_s: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +227,37 @@ class AsyncClient:
         """
         return (await self._signer()).headers(method, path, body, Usdc.parse(max_price))
 
+    # --- sessions, for programs that sign nothing ------------------------------------------------------------------
+
+    async def sign_in(self, *, spend: str = "0") -> Login:
+        """Open a session at the node: its token speaks for this wallet, as `Authorization: Bearer`, or as an API key.
+
+        `spend`: most that all of its calls may cost together, text in USDC; "0" runs free models only. Priced calls
+        draw on credit (`run` with `payment=`), and each carries an `Idempotency-Key` header.
+        """
+        node, most = await self.node(), Usdc.parse(spend)
+        asked = await self._json(Exchange("POST", f"{SESSIONS}/nonce", b"{}"))
+        scheme, authority = self._transport.url.partition("://")[0], self._authority(node)
+        context = SignInContext(
+            authority, f"{scheme}://{authority}", node.chain_id, _part(asked, "nonce", str), int(time.time()) - 2
+        )
+        allowed = {self._token(node): most} if most.atomic else {}
+        text = compose(
+            self.address,
+            context,
+            statement=statement(allowed),
+            resources=resources_of(node.address, node.vault, allowed),
+        )
+        body = {"message": text, "signature": messages.signature_text(self._key, messages.personal_digest(text))}
+        told = await self._json(Exchange("POST", f"{SESSIONS}/login", orjson.dumps(body)))
+        token, ends, idle = (_part(told, *one) for one in (("token", str), ("expires_at", int), ("idle_seconds", int)))
+        return Login(token, self.address, ends, idle)
+
+    async def sign_out(self, token: str, *, everywhere: bool = False) -> int:
+        """End the session of a token, or all sessions of its wallet; gives how many were ended."""
+        body, headers = orjson.dumps({"everywhere": everywhere}), {"authorization": f"Bearer {token}"}
+        return int(_part(await self._json(Exchange("POST", f"{SESSIONS}/logout", body, headers)), "ended", int))
+
     # --- one signed exchange, its payment and its proof -----------------------------------------------------------
 
     async def _run(self, model: ModelId, body: dict[str, Any], limit: Usdc) -> Result:
@@ -307,13 +352,18 @@ class AsyncClient:
         node = await self.node()
         if self._payer is None:
             self._payer = Payer(self._rpc, self._key, node.chain_id, node.vault)
-        token = USDC.get(node.chain_id) or _part(node.about, "payment_token", str)
-        return str(await self._payer.pay(model, node.address, limit, frozenset({Address.parse(token)})))
+        return str(await self._payer.pay(model, node.address, limit, frozenset({self._token(node)})))
+
+    @staticmethod
+    def _token(node: NodeInfo) -> Address:
+        return Address.parse(USDC.get(node.chain_id) or _part(node.about, "payment_token", str))
+
+    def _authority(self, node: NodeInfo) -> str:
+        return _authority(self._transport.url, node.about.get("authority"))
 
     async def _signer(self) -> Signer:
         node = await self.node()
-        authority = _authority(self._transport.url, node.about.get("authority"))
-        return Signer(self._key, node.address, node.chain_id, node.vault, authority)
+        return Signer(self._key, node.address, node.chain_id, node.vault, self._authority(node))
 
     def _require_trusted(self, shown: Address) -> None:
         if self._pinned is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from divault.client.asynchronous import AsyncClient, NodeInfo, Result
+from divault.client.asynchronous import AsyncClient, Login, NodeInfo, Result
 from divault.values import Address, Secret
 
 T = TypeVar("T")
@@ -107,6 +107,14 @@ class Client:
     def headers(self, method: str, path: str, body: bytes = b"", *, max_price: str = "0") -> dict[str, str]:
         """See `AsyncClient.headers`."""
         return self._wait(self._client.headers(method, path, body, max_price=max_price))
+
+    def sign_in(self, *, spend: str = "0") -> Login:
+        """See `AsyncClient.sign_in`."""
+        return self._wait(self._client.sign_in(spend=spend))
+
+    def sign_out(self, token: str, *, everywhere: bool = False) -> int:
+        """See `AsyncClient.sign_out`."""
+        return self._wait(self._client.sign_out(token, everywhere=everywhere))
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

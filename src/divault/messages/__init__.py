@@ -10,6 +10,7 @@
 | `bodies` | strict JSON and its canonical hash (RFC 8785) |
 | `headers` | ERC-8128: header signatures over the raw request (RFC 9421) |
 | `sign_in` | EIP-4361, Sign-In with Ethereum |
+| `session_calls` | what a session's text says, and a receipt of its calls |
 | `wrappers` | ERC-6492 wrappers, parsed only |
 | `nodes` | `NodeDescriptor`, a node's signed word on who it is |
 | `windows` | the one rule for validity windows |
@@ -38,7 +39,8 @@ from divault.messages.nodes import NodeDescriptor
 from divault.messages.personal import personal_digest
 from divault.messages.reasons import refusal
 from divault.messages.requests import InferenceRequest, RequestContext, request_domain, verify_typed_data
-from divault.messages.sign_in import SignInContext, SignInMessage, verify_sign_in
+from divault.messages.session_calls import SessionCall, allowances_of, bound_to
+from divault.messages.sign_in import SignInContext, SignInMessage, compose, verify_sign_in
 from divault.messages.signatures import (
     SigningKey,
     address_of,
@@ -64,16 +66,20 @@ __all__ = [
     "InferenceRequest",
     "NodeDescriptor",
     "RequestContext",
+    "SessionCall",
     "SignInContext",
     "SignInMessage",
     "SigningKey",
     "Struct",
     "WrappedSignature",
     "address_of",
+    "allowances_of",
     "authority_of",
     "body_hash",
+    "bound_to",
     "canonical",
     "claimed_user",
+    "compose",
     "nonce_of",
     "parse_key",
     "personal_digest",

@@ -3,13 +3,21 @@
 Strict: one anchored expression, ASCII, LF, the order of the standard, nothing before or after, `Version: 1`, the
 address in EIP-55 [`bad_message`]. Then, in this order, domain with port and scheme, origin of the URI, chain, nonce,
 times, wallet and signature.
+
+>>> from divault.values import Address
+>>> text = compose(
+...     Address.parse("0x" + "11" * 20), SignInContext("app.example", "https://app.example", 1, "abcdefgh", 0)
+... )
+>>> SignInMessage.parse(text).uri
+'https://app.example/'
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -18,7 +26,7 @@ from divault.messages.personal import personal_digest
 from divault.messages.reasons import refusal
 from divault.messages.signatures import require_signer
 from divault.messages.windows import CLOCK_SKEW_S
-from divault.values import Address
+from divault.values import Address, Digest
 
 MAX_AGE_S = 3600
 """Oldest message, in seconds since it was issued, that still opens a session, whatever its expiry says."""
@@ -93,6 +101,11 @@ class SignInMessage:
             resources=tuple(line.removeprefix("- ") for line in (match["resources"] or "").splitlines() if line),
         )
 
+    @property
+    def digest(self) -> Digest:
+        """The EIP-191 digest: what the wallet signed, and the login's id."""
+        return personal_digest(self.text)
+
     def check(self, context: SignInContext) -> None:
         """Return only if the message was asked for by this node, now; raises what stands for the reason."""
         scheme = urlsplit(context.origin).scheme
@@ -115,6 +128,27 @@ class SignInMessage:
             raise refusal("not_yet_valid", "the message counts only later", now=now)
         if now - self.issued_at > max_age_s:
             raise refusal("too_old", f"the message is older than {max_age_s} s: sign in again", now=now)
+
+
+def compose(
+    user: Address, context: SignInContext, *, statement: str = "", resources: Sequence[str] = (), expires_at: int = 0
+) -> str:
+    """The text for `user` to sign, which `SignInContext.now` dates; `expires_at` 0: it names no expiry."""
+    lines = [
+        f"{context.domain} wants you to sign in with your Ethereum account:",
+        str(user),
+        "",
+        *([statement] if statement else []),
+        "",
+        f"URI: {context.origin}/",
+        "Version: 1",
+        f"Chain ID: {context.chain_id}",
+        f"Nonce: {context.nonce}",
+        f"Issued At: {_time(context.now)}",
+        *([f"Expiration Time: {_time(expires_at)}"] if expires_at else []),
+        *(["Resources:", *(f"- {resource}" for resource in resources)] if resources else []),
+    ]
+    return "\n".join(lines)
 
 
 def verify_sign_in(text: str, signature: str, claimed: Address, context: SignInContext) -> SignInMessage:
@@ -142,6 +176,10 @@ def _seconds(text: str) -> float:
         return datetime.fromisoformat(text).timestamp()
     except (ValueError, OverflowError) as err:
         raise refusal("bad_message", "a time in the message does not exist") from err
+
+
+def _time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _origin(uri: str) -> str:

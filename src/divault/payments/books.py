@@ -8,6 +8,8 @@ Rules:
    impossible. Charges are keyed by payment key and by request, with the same effect.
 3. A payment key belongs to one request for good: it is numbered when the request first reserves, and kept when the same
    request reserves again after a release.
+4. What the runs of a session reserved or drew in a token never exceeds what its wallet allowed when it signed in. An
+   allowance is taken with the reservation, and comes back with a reservation that nothing was drawn from.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class Row:
     price: int
     account: int | None
     payment_key: str | None
+    login: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,26 +98,34 @@ class CreditTooLow(Exception):
         self.held = held
 
 
+class AllowanceTooLow(Exception):
+    """The session may not spend the price; `left`, in atomic units, is what it still may. Stays inside."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self.left = left
+
+
 # --- requests -----------------------------------------------------------------------------------------------------
 
 
 def find(db: sqlite3.Connection, principal: Principal) -> Row | None:
     """The row of the principal's nonce."""
     found = db.execute(
-        "SELECT digest, stage, priced, attempt, lease_until, price, account, payment_key FROM request"
+        "SELECT digest, stage, priced, attempt, lease_until, price, account, payment_key, login FROM request"
         " WHERE user = ? AND nonce = ?",
         (principal.user.raw, principal.nonce.raw),
     ).fetchone()
     if found is None:
         return None
-    digest, stage, priced, attempt, lease_until, price, account, payment_key = found
-    return Row(Digest(digest), Stage(stage), bool(priced), attempt, lease_until or 0, int(price), account, payment_key)
+    digest, stage, priced, attempt, lease_until, price, account, key, login = found
+    return Row(Digest(digest), Stage(stage), bool(priced), attempt, lease_until or 0, int(price), account, key, login)
 
 
 def reserve(db: sqlite3.Connection, principal: Principal, row: Row | None, wanted: Reservation) -> str | None:
     """Reserve the run, and its price on the account; gives the payment key, None for a free run.
 
-    Raises CreditTooLow.
+    Raises CreditTooLow, AllowanceTooLow.
     """
     check_move(row.stage if row is not None else Stage.UNSEEN, Stage.RESERVED)
     account = key = None
@@ -122,6 +133,8 @@ def reserve(db: sqlite3.Connection, principal: Principal, row: Row | None, wante
         credit = credit_of(db, wanted.account)
         if credit is None or credit.available < wanted.price.atomic:
             raise CreditTooLow(held=credit is not None and credit.balance >= wanted.price.atomic)
+        if principal.login is not None:
+            _take_allowance(db, principal.login.raw, wanted.account.token.raw, wanted.price.atomic)
         account = credit.id
         kept = row is not None and row.account == credit.id
         key = row.payment_key if row is not None and kept else _next_key(db, wanted.account, credit)
@@ -143,6 +156,8 @@ def finish(
     if row is not None and row.stage is Stage.RESERVED and row.account is not None:
         credit = _credit_by_id(db, row.account)
         _set_reserved(db, credit.id, credit.reserved - row.price)
+        if stage is not Stage.DONE:
+            _give_allowance_back(db, row.login, row.account, row.price)
     if stage is Stage.UNSEEN:
         db.execute("DELETE FROM request WHERE user = ? AND nonce = ?", _key(principal))
         return
@@ -158,14 +173,15 @@ def any_lapsed(db: sqlite3.Connection, now: int) -> bool:
 def release_lapsed(db: sqlite3.Connection, now: int) -> int:
     """Give back what runs reserved whose lease ended before `now`; gives their number."""
     lapsed = db.execute(
-        "SELECT user, nonce, price, account FROM request WHERE stage = 'reserved' AND lease_until < ?", (now,)
+        "SELECT user, nonce, price, account, login FROM request WHERE stage = 'reserved' AND lease_until < ?", (now,)
     ).fetchall()
-    for user, nonce, price, account in lapsed:
+    for user, nonce, price, account, login in lapsed:
         after = Stage.CONSUMED if account is None else Stage.RELEASED
         check_move(Stage.RESERVED, after)
         if account is not None:
             credit = _credit_by_id(db, account)
             _set_reserved(db, account, credit.reserved - int(price))
+            _give_allowance_back(db, login, account, int(price))
         db.execute("UPDATE request SET stage = ? WHERE user = ? AND nonce = ?", (after, user, nonce))
     return len(lapsed)
 
@@ -178,9 +194,16 @@ def purge(db: sqlite3.Connection, now: int) -> None:
 
 def _put(db: sqlite3.Connection, principal: Principal, stage: Stage, *, priced: bool) -> None:
     db.execute(
-        "INSERT INTO request(user, nonce, digest, stage, priced, keep_until) VALUES (?, ?, ?, ?, ?, ?)"
+        "INSERT INTO request(user, nonce, digest, stage, priced, keep_until, login) VALUES (?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT(user, nonce) DO UPDATE SET stage = excluded.stage, priced = excluded.priced",
-        (*_key(principal), principal.request.raw, stage, priced, principal.expires_at + _CLOCK_MARGIN_S),
+        (
+            *_key(principal),
+            principal.request.raw,
+            stage,
+            priced,
+            principal.expires_at + _CLOCK_MARGIN_S,
+            principal.login.raw if principal.login is not None else None,
+        ),
     )
 
 
@@ -251,6 +274,37 @@ def draw(db: sqlite3.Connection, principal: Principal, row: Row, model: Digest, 
         "INSERT INTO charge(payment_key, request, account, model, price, receipt, at) VALUES (?, ?, ?, ?, ?, ?, ?)",
         (row.payment_key, principal.request.raw, credit.id, model.raw, str(row.price), receipt.raw, now),
     )
+
+
+def allowance(db: sqlite3.Connection, login: Digest, token: Address) -> int:
+    """What the session may still spend of the token, atomic units; 0 where its wallet allowed none."""
+    found = db.execute(
+        "SELECT most, used FROM allowance WHERE login = ? AND token = ?", (login.raw, token.raw)
+    ).fetchone()
+    return 0 if found is None else int(found[0]) - int(found[1])
+
+
+def _take_allowance(db: sqlite3.Connection, login: bytes, token: bytes, price: int) -> None:
+    found = db.execute("SELECT most, used FROM allowance WHERE login = ? AND token = ?", (login, token)).fetchone()
+    most, used = (int(found[0]), int(found[1])) if found is not None else (0, 0)
+    if used + price > most:
+        raise AllowanceTooLow(most - used)
+    _set_used(db, login, token, used + price)
+
+
+def _give_allowance_back(db: sqlite3.Connection, login: bytes | None, account: int, price: int) -> None:
+    if login is None:
+        return
+    (token,) = db.execute("SELECT token FROM credit WHERE id = ?", (account,)).fetchone()
+    found = db.execute("SELECT used FROM allowance WHERE login = ? AND token = ?", (login, token)).fetchone()
+    if found is not None:  # else the session is long over and forgotten
+        _set_used(db, login, token, int(found[0]) - price)
+
+
+def _set_used(db: sqlite3.Connection, login: bytes, token: bytes, used: int) -> None:
+    if used < 0:
+        raise ValueError("more of an allowance was given back than taken")
+    db.execute("UPDATE allowance SET used = ? WHERE login = ? AND token = ?", (str(used), login, token))
 
 
 def _credit_by_id(db: sqlite3.Connection, number: int) -> Credit:

@@ -111,6 +111,8 @@ class Standing:
 
     credit: int
     """What the account can still reserve, atomic units."""
+    limit: int
+    """What the call may cost at most, atomic units: by its signature or header, and by what its session may spend."""
     spent: dict[int, Digest]
     """Logs of the claimed transaction that were credited, by whose request."""
 
@@ -263,16 +265,21 @@ class Ledger:
 
         def look(db: sqlite3.Connection) -> Standing:
             spent = books.spent_logs(db, self.chain_id, tx) if tx is not None else {}
-            return Standing(books.spendable(db, account, now), spent)
+            return Standing(books.spendable(db, account, now), self._limit(db, grant.principal, account.token), spent)
 
         return await self._state.read(look)
+
+    @staticmethod
+    def _limit(db: sqlite3.Connection, principal: Principal, token: Address) -> int:
+        most = principal.max_price.atomic
+        return most if principal.login is None else min(most, books.allowance(db, principal.login, token))
 
     async def reserve(
         self, grant: Grant, price: Usdc, account: Account | None = None, incoming: Incoming | None = None
     ) -> Hold:
         """Reserve the one run of this request, and its price: credits `incoming` in the same transaction.
 
-        Raises NonceUsed, RequestRunning; inside `payments` also AlreadySpent and CreditTooLow.
+        Raises NonceUsed, RequestRunning; inside `payments` also AlreadySpent, CreditTooLow and AllowanceTooLow.
         """
         trail, principal, now = self._trail(grant), grant.principal, self._now()
         wanted = Reservation(trail.attempt, now + self._lease_s, price, account)
@@ -566,4 +573,4 @@ def _just_ended() -> RequestRunning:
 
 
 def _nonce_used() -> NonceUsed:
-    return NonceUsed("this nonce was used before: sign again with a fresh one", reason="replay")
+    return NonceUsed("this nonce or Idempotency-Key was used before: send a fresh one", reason="replay")

@@ -4,7 +4,8 @@ Rules:
 
 1. A `Hold` is given only after its reservation is on disk; `Ledger.outcome` around it ends what nobody charged.
 2. No payment and not enough credit: the offer (402), whatever `max_price` says; nothing is used up. With a payment or
-   credit to draw from, a price above the signed maximum is PriceChanged.
+   credit to draw from, a price above the signed maximum is PriceChanged; the maximum of a session is what is left of
+   the sum that its wallet allowed it, and of its calls only those run that can be told from their copies.
 3. A claimed transfer is judged by `transfer`; accepted, its whole sum becomes credit of (payer, owner, token) in the
    transaction that reserves the price. Together with credit that is there, it has to cover the price.
 4. The same signed bytes may come again after a crash: the transfer that they claimed is credited already, so they run
@@ -18,8 +19,16 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
-from divault.errors import NotReady, PaymentError, PaymentPending, PaymentRejected, PaymentRequired, PriceChanged
-from divault.payments.books import Account, AlreadySpent, CreditTooLow, Incoming
+from divault.errors import (
+    BadRequest,
+    NotReady,
+    PaymentError,
+    PaymentPending,
+    PaymentRejected,
+    PaymentRequired,
+    PriceChanged,
+)
+from divault.payments.books import Account, AllowanceTooLow, AlreadySpent, CreditTooLow, Incoming
 from divault.payments.ledger import Ledger, Standing
 from divault.payments.transfer import (
     Claim,
@@ -91,7 +100,7 @@ class TransferCredit:
     async def hold(self, grant: Grant, call: SignedCall) -> AsyncIterator[Hold]:
         """The run and its price, reserved.
 
-        Raises PaymentRequired, PaymentRejected, PaymentPending, PriceChanged, NonceUsed, RequestRunning and
+        Raises PaymentRequired, PaymentRejected, PaymentPending, PriceChanged, NonceUsed, RequestRunning, BadRequest and
         ChainUnavailable.
         """
         account = Account(self._ledger.chain_id, grant.model.payment_token, grant.principal.user, grant.model.owner)
@@ -106,6 +115,8 @@ class TransferCredit:
             raise self._rejected(grant, call, "already_spent") from None
         except CreditTooLow as err:
             raise self._too_low(grant, call, held=err.held) from None
+        except AllowanceTooLow as err:  # another call of the session was faster
+            raise _above_limit(grant, err.left) from None
         yield held
 
     def offer(self, grant: Grant, call: SignedCall) -> dict[str, Any]:
@@ -146,14 +157,13 @@ class TransferCredit:
         price = grant.model.price
         if call.payment is None and standing.credit < price.atomic:
             raise self._required(grant, call)
-        if price > grant.principal.max_price:
-            raise PriceChanged(
-                "the price is above the signed max_price: sign again with the new one, or don't",
-                have=str(grant.principal.max_price.atomic),
-                need=str(price.atomic),
-                token=str(grant.model.payment_token),
-                block=grant.block.number,
+        if not grant.principal.repeatable:
+            raise BadRequest(
+                "a paid call of a session carries an Idempotency-Key, so that a copy of it is not paid for again",
+                field="idempotency-key",
             )
+        if price.atomic > standing.limit:
+            raise _above_limit(grant, standing.limit)
 
     async def _incoming(self, grant: Grant, call: SignedCall, standing: Standing) -> Incoming | None:
         """What the claimed transfer brings; None without a claim, or when this very request had it credited before."""
@@ -208,6 +218,20 @@ class TransferCredit:
     def _rejected(self, grant: Grant, call: SignedCall, reason: str) -> PaymentRejected:
         detail = _ADVICE.get(reason, f"this transfer does not pay for the call: {reason}")
         return PaymentRejected(detail, reason=reason, **self.offer(grant, call))
+
+
+def _above_limit(grant: Grant, limit: int) -> PriceChanged:
+    model = grant.model
+    advice = "the price is above the signed max_price: sign again with the new one, or don't"
+    if grant.principal.login is not None:
+        advice = "the price is above what this session may still spend: sign in again with a larger sum, or don't"
+    return PriceChanged(
+        advice,
+        have=str(limit),
+        need=str(model.price.atomic),
+        token=str(model.payment_token),
+        block=grant.block.number,
+    )
 
 
 class Payments:

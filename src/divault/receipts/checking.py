@@ -4,7 +4,9 @@
 2. `domain`: `DIV Receipt`, version 1, and the chain and vault that the checker expects.
 3. `receipt_hash`: recomputed from domain and struct. `signature`: by the strict rules, of `node`.
 4. `rules`: what holds between the fields (status, price, times, place in the chain).
-5. `cid`, `runtime`, `payment_key`, `request`, `request_signature`: what is disclosed matches its hash.
+5. `cid`, `runtime`, `payment_key`, `request`, `request_signature`: what is disclosed matches its hash. The request is
+   an `InferenceRequest`, or a call of a session: then the signature is over the text that opened the session, and no
+   signature of the user covers the single call. The step that passed says so.
 6. `input`, `output`: the bytes at hand match, with their salts.
 7. `checksums`: nothing else was changed by accident (see that module: sums locate, they prove nothing).
 8. `log` and `chain`: need more than this file, so they are never checked here.
@@ -19,8 +21,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from divault.errors import BadRequest, DivaultError, ReceiptInvalid
-from divault.messages import InferenceRequest, recover, request_domain, require_signer
+from divault.errors import BadRequest, DivaultError, ReceiptInvalid, SignatureInvalid
+from divault.messages import (
+    InferenceRequest,
+    SessionCall,
+    SignInMessage,
+    allowances_of,
+    bound_to,
+    recover,
+    request_domain,
+    require_signer,
+)
 from divault.messages.typed import Domain
 from divault.receipts.checksums import mismatches
 from divault.receipts.fields import (
@@ -34,7 +45,7 @@ from divault.receipts.fields import (
     runtime_hash,
     text_hash,
 )
-from divault.values import Address, Digest, ReceiptStatus
+from divault.values import Address, Digest, ReceiptStatus, Usdc
 
 T = TypeVar("T")
 _REQUIRED = ("type", "version", "domain", "receipt", "receipt_hash", "signature")
@@ -96,7 +107,14 @@ class _Case:
     expected: _Expected
 
 
-Step = Callable[[_Case], str | None]
+@dataclass(frozen=True, slots=True)
+class _Holds:
+    """A step that holds, and what should be known beside that."""
+
+    but: str
+
+
+Step = Callable[[_Case], "str | _Holds | None"]
 """Returns why it could not be checked, or None when it holds; raises ReceiptInvalid that names the field."""
 
 
@@ -133,7 +151,9 @@ def _run(name: str, step: Step, case: _Case) -> CheckStep:
         why_not = step(case)
     except ReceiptInvalid as err:
         return CheckStep(name, Outcome.FAILED, err.data["field"], err.detail)
-    return CheckStep(name, Outcome.PASSED) if why_not is None else CheckStep(name, Outcome.NOT_CHECKED, detail=why_not)
+    if isinstance(why_not, str):
+        return CheckStep(name, Outcome.NOT_CHECKED, detail=why_not)
+    return CheckStep(name, Outcome.PASSED, detail="" if why_not is None else why_not.but)
 
 
 def _require(holds: bool, field: str, detail: str) -> None:  # noqa: FBT001  # the fact itself, not an option
@@ -278,10 +298,12 @@ def _request_digest(case: _Case, request: InferenceRequest) -> Digest:
     return request.digest(request_domain(case.domain.chain_id, case.domain.contract))
 
 
-def _request(case: _Case) -> str | None:
+def _request(case: _Case) -> str | _Holds | None:
     message, values = case.envelope.get("request"), case.values
     if message is None:
         return "the request is not disclosed, or was signed in headers"
+    if _by_session(message):
+        return _session_request(case, message)
     request = _member("request", lambda: InferenceRequest.parse(message), "request.")
     _require(request.user == values["user"], "request.user", "the receipt names another user")
     _require(request.node == values["node"], "request.node", "the receipt names another node")
@@ -293,15 +315,53 @@ def _request(case: _Case) -> str | None:
     return None
 
 
-def _request_signature(case: _Case) -> str | None:
-    signature = case.envelope.get("request_signature")
+def _by_session(message: dict[str, Any]) -> bool:
+    return "login" in message
+
+
+def _session_request(case: _Case, members: dict[str, Any]) -> _Holds:
+    """The call has the hash that was signed, and the text that opened the session is the user's, for this node."""
+    values = case.values
+    call = _member("request", lambda: SessionCall.parse(members), "request.")
+    digest = _member("request", lambda: call.digest)
+    if digest != values["requestHash"]:
+        field = next((name for name in mismatches(case.envelope) if name.startswith("request.")), "request")
+        raise ReceiptInvalid("the call does not have the hash in requestHash", field=field)
+    text = members.get("message")
+    try:
+        login = SignInMessage.parse(text if isinstance(text, str) else "")
+    except DivaultError as err:
+        raise ReceiptInvalid("it is no text that opens a session (EIP-4361)", field="request.message") from err
+    _require(login.digest == call.login, "request.message", "it does not have the digest in request.login")
+    _require(login.address == values["user"], "request.message", "another wallet than the user signed in by it")
+    _require(login.chain_id == case.domain.chain_id, "request.message", "it is for another chain")
+    bound = bound_to(values["node"], case.domain.contract)
+    _require(all(name in login.resources for name in bound), "request.message", "it is for another node or vault")
+    allowed = _member("request", lambda: _allowed(login, values["token"]))
+    _require(values["price"] <= allowed, "price", "more was charged than the session may spend")
+    return _Holds("by a session: the user signed in, and signed no single call")
+
+
+def _allowed(login: SignInMessage, token: Address) -> int:
+    try:
+        return allowances_of(login.resources).get(token, Usdc(0)).atomic
+    except SignatureInvalid as err:
+        raise BadRequest(err.detail, field="message") from err
+
+
+def _request_signature(case: _Case) -> str | _Holds | None:
+    signature, request = case.envelope.get("request_signature"), case.envelope.get("request")
     if signature is None:
         return "the signature of the request is not disclosed"
+    signed = case.values["requestHash"]
+    by_session = request is not None and _by_session(request)
+    if by_session:
+        signed = _member("request", lambda: SessionCall.parse(request), "request.").login
     try:
-        require_signer(case.values["requestHash"], signature, case.values["user"])
+        require_signer(signed, signature, case.values["user"])
     except DivaultError as err:
         raise ReceiptInvalid("it is not by the user over this request", field="request_signature") from err
-    return None
+    return _Holds("over the text that opened the session") if by_session else None
 
 
 # --- 6: input and output ------------------------------------------------------------------------------------------

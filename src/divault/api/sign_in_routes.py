@@ -1,0 +1,147 @@
+"""The routes by which a wallet opens and ends a session.
+
+They touch no model; what a session may do is decided later, where every call is.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from divault.api import schemas
+from divault.api.describing import JSON, documented, json_response
+from divault.api.envelope import Incoming, session_token, single_headers
+from divault.api.hot import incoming_of
+from divault.api.node import Node
+from divault.errors import BadRequest, SessionInvalid, TooLarge
+from divault.messages import strict_object
+from divault.sessions import IDLE_S, NONCE_S, Challenge
+from divault.values import Address, Secret, Usdc
+
+_MAX_BYTES = 16 * 1024  # a text with a page of resources, escaped, and its signature
+
+
+def add_sign_in(router: APIRouter, node: Node) -> None:
+    """Add the routes to a router."""
+
+    @router.post(
+        "/api/v1/auth/nonce",
+        tags=["sessions"],
+        openapi_extra=_body(schemas.NonceBody, required=False),
+        responses=documented(schemas.NonceAnswer, 400, 401, 413, 429),
+    )
+    async def nonce(request: Request) -> Response:
+        """A fresh nonce, and what else stands in the text that a wallet signs to open a session (EIP-4361)."""
+        incoming = await incoming_of(request.scope, request.receive)
+        body = _object(incoming)
+        user = Address.parse(body["user_address"]) if "user_address" in body else None
+        origin = single_headers(incoming).get("origin")
+        return json_response(_shown(node.sessions.challenge(origin, user, _allowances(body.get("spend")))))
+
+    @router.post(
+        "/api/v1/auth/login",
+        tags=["sessions"],
+        openapi_extra=_body(schemas.LoginBody),
+        responses=documented(schemas.LoginAnswer, 400, 401, 413, 429, 503),
+    )
+    async def login(request: Request) -> Response:
+        """Open a session: the signed text for a token, which goes into `Authorization: Bearer` from then on."""
+        incoming = await incoming_of(request.scope, request.receive)
+        body = _object(incoming)
+        text, signature = (_text(body, name) for name in ("message", "signature"))
+        origin = single_headers(incoming).get("origin")
+        ticket = await node.sessions.sign_in(text, signature, origin=origin, peer=incoming.peer)
+        session = ticket.session
+        return json_response(
+            {
+                "status": "success",
+                "message": "signed in: send the token as Authorization: Bearer",
+                "token": ticket.token.reveal().decode(),
+                "token_type": "Bearer",
+                "user_address": str(session.user),
+                "origin": session.origin,
+                "expires_at": session.expires_at,
+                "idle_seconds": IDLE_S,
+                "spend": [
+                    {"token": str(token), "amount": str(most.atomic)} for token, most in ticket.allowances.items()
+                ],
+            }
+        )
+
+    @router.post(
+        "/api/v1/auth/logout",
+        tags=["sessions"],
+        openapi_extra=_body(schemas.LogoutBody, required=False),
+        responses=documented(schemas.LogoutAnswer, 400, 401, 503),
+    )
+    async def logout(request: Request) -> Response:
+        """End the session of the token, or with `everywhere` all sessions of its wallet."""
+        incoming = await incoming_of(request.scope, request.receive)
+        everywhere = _object(incoming).get("everywhere", False)
+        if type(everywhere) is not bool:
+            raise BadRequest("everywhere is true or false", field="everywhere")
+        headers = single_headers(incoming)
+        ended = await node.sessions.sign_out(
+            _required(session_token(headers)), headers.get("origin"), everywhere=everywhere
+        )
+        return json_response({"status": "success", "message": f"sessions ended: {ended}", "ended": ended})
+
+
+def _shown(challenge: Challenge) -> dict[str, Any]:
+    context = challenge.context
+    shown: dict[str, Any] = {
+        "status": "success",
+        "nonce": context.nonce,
+        "domain": context.domain,
+        "uri": f"{context.origin}/",
+        "version": "1",
+        "chain_id": context.chain_id,
+        "issued_at": datetime.fromtimestamp(context.now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "resources": list(challenge.resources),
+        "expires_in": NONCE_S,
+    }
+    return shown if challenge.message is None else shown | {"message": challenge.message}
+
+
+def _object(incoming: Incoming) -> dict[str, Any]:
+    """The body's members, none where there is no body."""
+    if len(incoming.raw) > _MAX_BYTES:
+        raise TooLarge(
+            f"this body has at most {_MAX_BYTES} bytes", limit_bytes=_MAX_BYTES, have_bytes=len(incoming.raw)
+        )
+    if not incoming.raw:
+        return {}
+    if not incoming.header("content-type", JSON).startswith(JSON):
+        raise BadRequest(f"send the body as {JSON}", field="content-type")
+    return strict_object(incoming.raw)
+
+
+def _text(body: dict[str, Any], name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str):
+        raise BadRequest(f"{name} is text: the message as it was signed, and its signature", field=name)
+    return value
+
+
+def _allowances(value: Any) -> dict[Address, Usdc]:
+    """What `spend` asks for: a list of {"token", "amount"}, of which the last of a token counts."""
+    if value is None:
+        return {}
+    if not isinstance(value, list) or not all(
+        isinstance(one, dict) and set(one) == {"token", "amount"} for one in value
+    ):
+        raise BadRequest('spend is [{"token": "0x...", "amount": "<atomic units>"}]', field="spend")
+    return {Address.parse(one["token"]): Usdc.parse_atomic(one["amount"]) for one in value}
+
+
+def _required(token: Secret | None) -> Secret:
+    if token is None:
+        raise SessionInvalid("send the session's token as Authorization: Bearer", reason="bad_token")
+    return token
+
+
+def _body(schema: type[Any], *, required: bool = True) -> dict[str, Any]:
+    return {"requestBody": {"required": required, "content": {JSON: {"schema": schema.model_json_schema()}}}}

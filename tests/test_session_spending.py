@@ -1,0 +1,135 @@
+"""What a session spends: never more than its wallet allowed, once per idempotency key, and nothing without one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from divault.errors import BadRequest, ModelFailed, NonceUsed, PaymentRequired, PriceChanged
+from divault.values import Answer, Hold, SignedCall, Usdc
+from tests.counter import PRICE, TOKEN, Counter, answer_yes, digest_of, of_session, signed
+from tests.ledger_child import call_number
+from tests.test_pay_crash import CHARGED, killed_at, nothing_is_lost
+
+LOGIN, OTHER = digest_of("a session"), digest_of("another")
+
+
+@pytest.fixture
+async def counter(tmp_path: Path) -> AsyncIterator[Counter]:
+    """A wallet with credit for ten calls, and a session that may spend three of them."""
+    async with Counter(tmp_path) as opened:
+        _, call = signed(tx=opened.chain.pay(11 * PRICE.atomic))
+        await opened.infer(call)
+        await opened.allow(LOGIN, 3 * PRICE.atomic)
+        yield opened
+
+
+def call(number: int, login=LOGIN) -> SignedCall:
+    return of_session(login, f"key-{number}")
+
+
+async def slow_yes(_: Hold) -> bytes:
+    await asyncio.sleep(0.02)
+    return b'"yes"'
+
+
+async def test_ten_calls_at_once_spend_what_is_allowed_and_no_more(counter: Counter) -> None:
+    ends = await asyncio.gather(*(counter.infer(call(n), slow_yes) for n in range(10)), return_exceptions=True)
+    refused = [end for end in ends if isinstance(end, PriceChanged)]
+
+    assert sum(isinstance(end, Answer) for end in ends) == 3
+    assert len(refused) == 7
+    assert all((end.data["have"], end.data["need"]) == ("0", str(PRICE.atomic)) for end in refused)
+    assert await counter.credit() == 7 * PRICE.atomic
+    assert await counter.used(LOGIN) == 3 * PRICE.atomic
+
+
+async def test_a_session_that_may_spend_nothing_draws_nothing(counter: Counter) -> None:
+    with pytest.raises(PriceChanged, match="sign in again"):
+        await counter.infer(call(1, OTHER))
+    await counter.allow(OTHER, 100 * PRICE.atomic, token=digest_address())
+    with pytest.raises(PriceChanged):
+        await counter.infer(call(2, OTHER))
+    assert await counter.credit() == 10 * PRICE.atomic
+
+
+def digest_address():
+    """Another token than the model's."""
+    return type(TOKEN)(b"\x66" * 20)
+
+
+async def test_it_is_not_asked_to_spend_for_free_models(counter: Counter) -> None:
+    for key in (None, "a"):
+        assert await counter.infer(of_session(OTHER, key), price=Usdc(0))
+    with pytest.raises(NonceUsed, match="Idempotency-Key"):
+        await counter.infer(of_session(OTHER, "a"), price=Usdc(0))
+
+
+async def test_a_paid_call_without_a_key_is_told_to_bring_one(counter: Counter) -> None:
+    with pytest.raises(BadRequest) as caught:
+        await counter.infer(of_session(LOGIN, None))
+
+    assert caught.value.data["field"] == "idempotency-key"
+    assert await counter.used(LOGIN) == 0
+
+
+async def test_without_credit_it_is_offered_first(counter: Counter) -> None:
+    with pytest.raises(PaymentRequired):
+        await counter.infer(of_session(LOGIN, None), price=Usdc(11 * PRICE.atomic))
+
+
+async def test_the_same_key_again_gives_the_same_answer_for_one_price(counter: Counter) -> None:
+    first = await counter.infer(call(1))
+    again = await counter.infer(call(1))
+
+    assert first.body == again.body
+    assert await counter.used(LOGIN) == PRICE.atomic
+
+
+async def test_the_same_key_for_another_body_or_from_another_session_is_refused(counter: Counter) -> None:
+    await counter.allow(OTHER, 3 * PRICE.atomic)
+    await counter.infer(call(1))
+    for other in (of_session(LOGIN, "key-1", body=b'{"a":1}'), call(1, OTHER)):
+        with pytest.raises(NonceUsed):
+            await counter.infer(other)
+    assert await counter.credit() == 9 * PRICE.atomic
+
+
+async def test_what_a_failed_run_held_may_be_spent_again(counter: Counter) -> None:
+    async def fail(_: Hold) -> bytes:
+        raise ModelFailed("no")
+
+    for number in range(5):
+        with pytest.raises(ModelFailed):
+            await counter.infer(call(number), fail)
+    assert await counter.used(LOGIN) == 0
+    for number in range(5, 8):
+        await counter.infer(call(number))
+    assert await counter.used(LOGIN) == 3 * PRICE.atomic
+
+
+async def test_a_caller_that_leaves_gives_it_back(counter: Counter) -> None:
+    task = asyncio.create_task(counter.infer(call(1), slow_yes))
+    while await counter.used(LOGIN) == 0:
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+    assert await counter.used(LOGIN) == 0
+    assert (await counter.infer(call(1), answer_yes)).body
+
+
+@pytest.mark.parametrize("point", ["inside-write-1", "running", "inside-write-2", "after-write-2"])
+async def test_killed_at_a_step_the_allowance_is_spent_once(tmp_path: Path, point: str) -> None:
+    killed_at(tmp_path, point, "session")
+    async with Counter(tmp_path) as counter:
+        await counter.ledger.recover()
+        await nothing_is_lost(counter)
+        assert await counter.used(LOGIN) == (PRICE.atomic if point in CHARGED else 0)
+        for _ in range(2):
+            await counter.infer(call_number(counter, 0, session=True))
+        assert await counter.used(LOGIN) == PRICE.atomic
+        assert await counter.rows("SELECT count(*) FROM charge") == [(1,)]

@@ -1,0 +1,322 @@
+"""Sessions: a text signed once opens one, its token speaks for it, and both for this node and this page alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from divault.errors import DivaultError, RateLimited, SessionInvalid
+from divault.messages import SignInContext, address_of, compose, parse_key, personal_digest, signature_text
+from divault.messages.session_calls import resources_of
+from divault.sessions import IDLE_S, LONGEST_S, NONCE_S, Home, Sessions, Ticket
+from divault.state import State
+from divault.values import Address, Secret, Usdc
+
+NODE_KEY = Secret(b"\x0d" * 32)
+KEY, OTHER_KEY = parse_key("0x" + "4c" * 32), parse_key("0x" + "5d" * 32)
+USER = address_of(KEY)
+VAULT, TOKEN = Address(b"\x0e" * 20), Address(b"\x0f" * 20)
+HOME = Home(31337, VAULT, Address(b"\x0d" * 20), "https://node.example.org")
+PAGE = "https://app.example:8443"
+
+
+@dataclass
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now: int = 1_790_000_000
+
+    def __call__(self) -> float:
+        return float(self.now)
+
+
+@dataclass
+class Desk:
+    """One node's sessions on a file that outlives it."""
+
+    folder: Path
+    clock: Clock = field(default_factory=Clock)
+    state: State = field(init=False)
+    sessions: Sessions = field(init=False)
+
+    def open(self, **changed: Any) -> Sessions:
+        self.state = State(self.folder / "ledger.sqlite3")
+        self.sessions = self.of(**changed)
+        return self.sessions
+
+    def of(self, home: Home = HOME, key: Secret = NODE_KEY) -> Sessions:
+        return Sessions(self.state, key, home, origins=[PAGE, "*"], clock=self.clock)
+
+    async def restart(self) -> Sessions:
+        await self.state.close()
+        return self.open()
+
+    def text(self, *, origin: str | None = None, expires_at: int = 0, **changed: Any) -> str:
+        """What a wallet signs, with whatever a test has changed in it."""
+        given = self.sessions.challenge(origin)
+        context: dict[str, Any] = {"nonce": given.context.nonce, "now": given.context.now}
+        context |= {"domain": given.context.domain, "origin": given.context.origin, "chain_id": given.context.chain_id}
+        resources = changed.pop("resources", given.resources)
+        user = changed.pop("user", USER)
+        return compose(user, SignInContext(**context | changed), resources=resources, expires_at=expires_at)
+
+    async def sign_in(self, text: str | None = None, key: Secret = KEY, **how: Any) -> Ticket:
+        text = self.text() if text is None else text
+        return await self.sessions.sign_in(text, signature_text(key, personal_digest(text)), **how)
+
+
+@pytest.fixture
+async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
+    made = Desk(tmp_path)
+    made.open()
+    yield made
+    await made.state.close()
+
+
+async def reason(work: Any) -> str:
+    with pytest.raises(DivaultError) as caught:
+        await work
+    return f"{caught.value.code} {caught.value.data.get('reason')}"
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_signed_text_opens_a_session_of_its_wallet(desk: Desk) -> None:
+    given = desk.sessions.challenge(None, USER, {TOKEN: Usdc.parse("0.5")})
+    assert given.message is not None
+    ticket = await desk.sign_in(given.message)
+
+    session = await desk.sessions.of(ticket.token, None)
+    assert (session.user, session.origin) == (USER, "https://node.example.org")
+    assert session.expires_at == desk.clock.now + LONGEST_S
+    assert ticket.allowances == {TOKEN: Usdc(500_000)}
+    assert "spend at most 0.5 of the token" in given.message
+    assert Sessions.claimed_user(ticket.token) == USER
+
+
+async def test_a_page_that_the_operator_named_signs_in_for_itself(desk: Desk) -> None:
+    ticket = await desk.sign_in(desk.text(origin=PAGE), origin=PAGE)
+
+    assert (await desk.sessions.of(ticket.token, PAGE)).origin == PAGE
+    assert await reason(desk.sessions.of(ticket.token, "https://evil.example")) == "session_invalid wrong_origin"
+    assert (await desk.sessions.of(ticket.token, None)).user == USER, "a program names no origin"
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "https://app.example", "http://app.example:8443", "*", "null"]
+)
+async def test_a_page_that_nobody_named_gets_no_nonce(desk: Desk, origin: str) -> None:
+    with pytest.raises(SessionInvalid, match="DIVAULT_CORS_ORIGINS"):
+        desk.sessions.challenge(origin)
+
+
+async def test_a_page_cannot_send_what_another_page_had_signed(desk: Desk) -> None:
+    assert await reason(desk.sign_in(desk.text(), origin=PAGE)) == "session_invalid wrong_origin"
+
+
+def _resources(desk: Desk, **changed: Any) -> tuple[str, ...]:
+    home = replace(HOME, **changed)
+    return resources_of(home.node, home.vault, {})
+
+
+REFUSED: dict[str, tuple[Callable[[Desk], str], str]] = {
+    "for another node": (
+        lambda desk: desk.text(resources=_resources(desk, node=Address(b"\x77" * 20))),
+        "wrong_node node_mismatch",
+    ),
+    "for another vault": (
+        lambda desk: desk.text(resources=_resources(desk, vault=Address(b"\x77" * 20))),
+        "wrong_chain wrong_domain",
+    ),
+    "for no node at all": (lambda desk: desk.text(resources=()), "wrong_node node_mismatch"),
+    "for another chain": (lambda desk: desk.text(chain_id=1), "wrong_chain wrong_chain"),
+    "for another domain": (lambda desk: desk.text(domain="evil.example"), "wrong_chain wrong_domain"),
+    "for another port": (lambda desk: desk.text(domain="node.example.org:444"), "wrong_chain wrong_domain"),
+    "of another page's URI": (lambda desk: desk.text(domain="app.example:8443"), "signature_invalid wrong_uri"),
+    "with a nonce that nobody gave": (lambda desk: desk.text(nonce="a" * 64), "signature_invalid wrong_nonce"),
+    "with a nonce that was altered": (
+        lambda desk: desk.text(nonce=desk.sessions.challenge(None).context.nonce[:-1] + "x"),
+        "signature_invalid wrong_nonce",
+    ),
+    "two sums of a token": (
+        lambda desk: desk.text(resources=(*_resources(desk), *(f"urn:div:spend:{TOKEN}:{n}" for n in (1, 2)))),
+        "signature_invalid bad_message",
+    ),
+    "a sum that is none": (
+        lambda desk: desk.text(resources=(*_resources(desk), f"urn:div:spend:{TOKEN}:0x10")),
+        "signature_invalid bad_message",
+    ),
+    "a sum with a zero before it": (
+        lambda desk: desk.text(resources=(*_resources(desk), f"urn:div:spend:{TOKEN}:010")),
+        "signature_invalid bad_message",
+    ),
+    "a resource that nobody knows": (
+        lambda desk: desk.text(resources=(*_resources(desk), "urn:div:admin:all")),
+        "signature_invalid bad_message",
+    ),
+    "a second node": (
+        lambda desk: desk.text(resources=(*_resources(desk), f"urn:div:node:{TOKEN}")),
+        "signature_invalid bad_message",
+    ),
+    "over already": (lambda desk: desk.text(expires_at=desk.clock.now), "signature_expired expired"),
+    "of tomorrow": (lambda desk: desk.text(now=desk.clock.now + 6), "signature_expired issued_in_future"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+async def test_a_text_that_is_not_for_here_opens_nothing(desk: Desk, case: str) -> None:
+    made, expected = REFUSED[case]
+
+    assert await reason(desk.sign_in(made(desk))) == expected
+    assert await desk.state.read(lambda db: db.execute("SELECT count(*) FROM login").fetchone()[0]) == 0
+
+
+async def test_other_resources_than_ours_are_left_alone(desk: Desk) -> None:
+    assert await desk.sign_in(desk.text(resources=(*_resources(desk), "https://app.example/terms")))
+
+
+async def test_only_the_wallet_in_the_text_signs_in(desk: Desk) -> None:
+    assert await reason(desk.sign_in(key=OTHER_KEY)) == "signature_invalid signer_mismatch"
+
+
+async def test_a_nonce_opens_one_session_and_in_time(desk: Desk) -> None:
+    text = desk.text()
+    late = desk.text()
+    await desk.sign_in(text)
+
+    assert await reason(desk.sign_in(text)) == "signature_invalid wrong_nonce"
+    await desk.restart()
+    assert await reason(desk.sign_in(text)) == "signature_invalid wrong_nonce", "not after a restart either"
+    desk.clock.now += NONCE_S + 1
+    assert await reason(desk.sign_in(late)) == "signature_invalid wrong_nonce"
+
+
+async def test_of_many_that_sign_in_with_one_nonce_one_does(desk: Desk) -> None:
+    nonce = desk.sessions.challenge(None).context.nonce
+    texts = [desk.text(nonce=nonce, expires_at=desk.clock.now + 100 + n) for n in range(20)]
+    ends = await asyncio.gather(*(desk.sign_in(text) for text in texts), return_exceptions=True)
+
+    assert sum(isinstance(end, Ticket) for end in ends) == 1
+
+
+async def test_signing_in_has_a_budget_per_peer(desk: Desk) -> None:
+    for _ in range(60):
+        await desk.sign_in(peer="198.51.100.7")
+    with pytest.raises(RateLimited):
+        await desk.sign_in(peer="198.51.100.7")
+    assert await desk.sign_in(peer="198.51.100.8")
+
+
+# --- using ------------------------------------------------------------------------------------------------------------
+
+
+async def test_no_token_with_another_bit_or_spelling_counts(desk: Desk) -> None:
+    token = (await desk.sign_in()).token.reveal().decode()
+    head, body = token[:5], token[5:]
+    altered = [head + body[:n] + ("A" if body[n] != "A" else "B") + body[n + 1 :] for n in range(len(body))]
+    spelled = [token + "=", token + "\n", token[:-1], token + "A", body, token.upper(), head, ""]
+
+    assert await desk.sessions.of(Secret.of_text(token), None)
+    for text in (*altered, *spelled):
+        assert await reason(desk.sessions.of(Secret.of_text(text), None)) == "session_invalid bad_token", text
+
+
+@pytest.mark.parametrize(
+    "changed", [{"chain_id": 1}, {"vault": Address(b"\x11" * 20)}, {"node": Address(b"\x12" * 20)}, {}]
+)
+async def test_a_token_counts_at_its_node_for_its_chain_and_vault_alone(desk: Desk, changed: dict[str, Any]) -> None:
+    token = (await desk.sign_in()).token
+    other = desk.of(replace(HOME, **changed), NODE_KEY if changed else Secret(b"\x0c" * 32))
+
+    assert await reason(other.of(token, None)) == "session_invalid bad_token"
+
+
+async def test_a_session_ends_when_it_idles_and_after_a_day(desk: Desk) -> None:
+    idle, busy = (await desk.sign_in()).token, (await desk.sign_in()).token
+    began = desk.clock.now
+    while desk.clock.now + IDLE_S < began + LONGEST_S:
+        desk.clock.now += IDLE_S
+        await desk.sessions.of(busy, None)
+
+    assert await reason(desk.sessions.of(idle, None)) == "session_invalid idle"
+    desk.clock.now = began + LONGEST_S - 1
+    assert await desk.sessions.of(busy, None)
+    desk.clock.now += 1
+    assert await reason(desk.sessions.of(busy, None)) == "session_invalid expired"
+
+
+async def test_a_session_ends_when_its_text_says_so(desk: Desk) -> None:
+    ticket = await desk.sign_in(desk.text(expires_at=desk.clock.now + 60))
+    desk.clock.now += 59
+    assert await desk.sessions.of(ticket.token, None)
+    desk.clock.now += 1
+
+    assert await reason(desk.sessions.of(ticket.token, None)) == "session_invalid expired"
+
+
+async def test_a_session_outlives_the_process_and_its_last_use_does_too(desk: Desk) -> None:
+    used, unused = (await desk.sign_in()).token, (await desk.sign_in()).token
+    desk.clock.now += IDLE_S - 1
+    await desk.sessions.of(used, None)
+    sessions = await desk.restart()
+    desk.clock.now += 2
+
+    assert (await sessions.of(used, None)).user == USER
+    assert await reason(sessions.of(unused, None)) == "session_invalid idle"
+
+
+async def test_signing_out_ends_one_session_and_for_good(desk: Desk) -> None:
+    one, other = (await desk.sign_in()).token, (await desk.sign_in()).token
+
+    assert await desk.sessions.sign_out(one, None) == 1
+    assert await reason(desk.sessions.of(one, None)) == "session_invalid signed_out"
+    assert await reason(desk.sessions.sign_out(one, None)) == "session_invalid signed_out"
+    sessions = await desk.restart()
+    assert await reason(sessions.of(one, None)) == "session_invalid signed_out"
+    assert await sessions.of(other, None)
+
+
+async def test_signing_out_everywhere_ends_all_of_one_wallet(desk: Desk) -> None:
+    mine = [(await desk.sign_in()).token for _ in range(3)]
+    others = (await desk.sign_in(desk.text(user=address_of(OTHER_KEY)), OTHER_KEY)).token
+
+    assert await desk.sessions.sign_out(mine[0], None, everywhere=True) == 3
+    for token in mine:
+        assert await reason(desk.sessions.of(token, None)) == "session_invalid signed_out"
+    assert await desk.sessions.of(others, None)
+
+
+async def test_what_is_long_over_is_forgotten(desk: Desk) -> None:
+    await desk.sign_in(desk.text(resources=(*_resources(desk), f"urn:div:spend:{TOKEN}:5")))
+    desk.clock.now += LONGEST_S + 3601
+    await desk.sign_in()
+
+    def count(table: str) -> Any:
+        return desk.state.look(lambda db: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+
+    assert (count("login"), count("allowance")) == (1, 0)
+
+
+@given(st.binary(max_size=300) | st.text(max_size=200).map(str.encode))
+def test_no_bytes_make_a_token_raise_anything_else(raw: bytes) -> None:
+    for token in (Secret(raw), Secret(b"div1_" + raw)):
+        with contextlib.suppress(SessionInvalid):
+            assert isinstance(Sessions.claimed_user(token), Address)
+
+
+async def test_a_token_is_not_in_any_row(desk: Desk) -> None:
+    token = (await desk.sign_in()).token.reveal()
+    await desk.state.close()
+    kept = b"".join(path.read_bytes() for path in desk.folder.iterdir())
+    desk.open()
+
+    assert token not in kept
