@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,13 @@ os.environ["PATH"] = f"{Path(__file__).parent.parent / '.venv/tools/bin'}{os.pat
 def vectors_dir() -> Path:
     """Root of the test vectors."""
     return vectors_root()
+
+
+@pytest.fixture
+def logs_as_before() -> Iterator[None]:
+    """What a test does to the log ends with it, and with the stream that it wrote to."""
+    names = ("divault", "asyncio", "opentelemetry", "uvicorn")
+    before = {name: (logging.getLogger(name).handlers[:], logging.getLogger(name).propagate) for name in names}
+    yield
+    for name, (handlers, propagate) in before.items():
+        logging.getLogger(name).handlers[:], logging.getLogger(name).propagate = handlers, propagate

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,17 +19,9 @@ from divault.telemetry import configure_logs, log, new_request_id
 from divault.workers.pool import WorkerPool
 from tests.worker_models import answer, hostile, opened
 
+pytestmark = pytest.mark.usefixtures("logs_as_before")
 SECRETS = st.text("abcdefghijklmnopqrstuvwxyzABCDEF0123456789+/=", min_size=12, max_size=40).map("zq".__add__)
 MASKED = st.sampled_from(["decryption_key", "user_signature", "input_data", "Authorization", "X-Payment", "passphrase"])
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    names = ("divault", "asyncio", "opentelemetry", "uvicorn")
-    before = {name: (logging.getLogger(name).handlers[:], logging.getLogger(name).propagate) for name in names}
-    yield
-    for name, (handlers, propagate) in before.items():
-        logging.getLogger(name).handlers[:], logging.getLogger(name).propagate = handlers, propagate
 
 
 def begin() -> None:

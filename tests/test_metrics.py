@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -15,14 +16,18 @@ from starlette.requests import Request
 
 from divault.api.measured import Measured, Routes
 from divault.api.metrics_route import _is_local
+from divault.api.openai import Asked
+from divault.api.openai_routes import _Stream
 from divault.app import _usage_of, receipts_into
 from divault.errors import ModelFailed, NotReady, Overloaded
 from divault.metrics import Histogram, Metrics, ModelFigures, Sources
+from divault.models.base import Piece
 from divault.storage.cache import CiphertextCache
 from divault.telemetry import configure_logs
 from divault.values import Hold, Usdc
 from tests.counter import PRICE, TOKEN, Counter, answer_yes, signed
 
+pytestmark = pytest.mark.usefixtures("logs_as_before")
 ROOT = Path(__file__).parent.parent
 MODEL = ModelFigures("m1", 3, 0.25, True, 2, (1, 2, 4), (5, 1, 0, 2), 40, 1.5, 12_000_000)
 
@@ -36,6 +41,8 @@ def full() -> Metrics:
     lap("gate")
     metrics.receipt("ok", 20_000, "0x00")
     metrics.receipt("refused")
+    with metrics.load():
+        pass
     return metrics
 
 
@@ -68,6 +75,24 @@ def test_what_was_counted_is_read() -> None:
     assert (found["divault_cache_bytes", ()], found["divault_chain_head_block", ()]) == (1000, 77)
     assert found["divault_runs_reserved", ()] == 4
     assert found["divault_process_resident_memory_bytes", ()] > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, "ok"),
+        (NotReady("no"), "not_ready"),
+        (RuntimeError("a fault"), "internal"),
+        (asyncio.CancelledError(), "abandoned"),
+    ],
+)
+def test_a_load_is_counted_by_how_it_ends(error: BaseException | None, outcome: str) -> None:
+    metrics = Metrics()
+    with contextlib.suppress(NotReady, RuntimeError, asyncio.CancelledError), metrics.load():
+        if error is not None:
+            raise error
+
+    assert labelled(metrics, "divault_load_seconds_count") == {(("outcome", outcome),): 1}
 
 
 def test_before_anything_happened_nothing_is_invented() -> None:
@@ -188,6 +213,37 @@ async def test_an_answer_without_an_id_gets_one() -> None:
 
     assert re.fullmatch(rb"0x[0-9a-f]{32}", dict(sent[0]["headers"])[b"x-request-id"])
     assert own[0]["headers"] == [(b"x-request-id", b"0xaa")]
+
+
+class Breaks:
+    """A stream of OpenAI's interface that fails after its first piece."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def run() -> Any:
+            raise ModelFailed("it raised")
+
+        pieces: asyncio.Queue[Any] = asyncio.Queue()
+        for piece in (Piece("so"), None):
+            pieces.put_nowait(piece)
+        asked = Asked("completions", b'{"model":"m","prompt":"x","stream":true}')
+        stream = await _Stream(asked, "name", 1, asyncio.create_task(run()), pieces).begun()
+        await stream(scope, receive, send)
+
+
+async def test_an_error_within_a_stream_is_counted_and_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs(None, debug=False)
+    app = Breaks()
+    sent = await ask(app)
+    found = read(app.metrics)
+    (line,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    assert b'"model_failed"' in b"".join(message.get("body", b"") for message in sent)
+    assert found["divault_refusals_total", (("code", "model_failed"),)] == 1
+    assert found["divault_requests_total", (("method", "POST"), ("route", "/x"), ("status", "200"))] == 1
+    assert (line["status"], line["code"], line["level"]) == (200, "model_failed", "info")
 
 
 async def test_who_left_is_counted_as_such() -> None:

@@ -14,6 +14,7 @@ Rules:
 | `divault_request_seconds` | histogram | `route` | from the first byte of a request to the last of its answer |
 | `divault_refusals_total` | counter | `code` | errors told to callers, by their code |
 | `divault_step_seconds` | histogram | `step` | steps of a call: authenticate, known, gate, hold, open, run, charge |
+| `divault_load_seconds` | histogram | `outcome` | loads, fetch to worker: `ok`, an error's code, or `abandoned` |
 | `divault_receipts_total` | counter | `status` | receipts issued: ok, partial, refused, failed, timed_out |
 | `divault_charged_atomic_total` | counter | `token` | atomic units of the token that calls were charged |
 | `divault_runs_reserved` | gauge | | runs reserved in the ledger that have not ended yet |
@@ -36,7 +37,8 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from time import perf_counter
@@ -46,6 +48,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from divault.errors import DivaultError
 from divault.traces import current
 
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -128,6 +131,7 @@ class Metrics(Collector):
     _requests: defaultdict[tuple[str, str, int], Histogram] = field(default_factory=_histogram_each)
     _refusals: Counter[str] = field(default_factory=Counter)
     _steps: defaultdict[str, Histogram] = field(default_factory=_histogram_each)
+    _loads: defaultdict[str, Histogram] = field(default_factory=_histogram_each)
     _receipts: Counter[str] = field(default_factory=Counter)
     _charged: Counter[str] = field(default_factory=Counter)
 
@@ -154,6 +158,22 @@ class Metrics(Collector):
         found.total += seconds
         if code is not None:
             self._refusals[code] += 1
+
+    @contextmanager
+    def load(self) -> Iterator[None]:
+        """Count the load that happens inside, by how it ends. Who leaves it is counted as `abandoned`."""
+        began, outcome = perf_counter(), "abandoned"
+        try:
+            yield
+            outcome = "ok"
+        except DivaultError as err:
+            outcome = err.code
+            raise
+        except Exception:
+            outcome = DivaultError.code
+            raise
+        finally:
+            self._loads[outcome].observe(perf_counter() - began)
 
     def receipt(self, status: str, charged: int = 0, token: str = "") -> None:
         """Count a receipt, and what it charged in atomic units."""
@@ -186,6 +206,7 @@ class Metrics(Collector):
         yield _histograms("divault_request_seconds", "Seconds of a request", "route", by_route)
         yield _counters("divault_refusals", "Errors told to callers", "code", self._refusals)
         yield _histograms("divault_step_seconds", "Seconds of a step of a call", "step", self._steps)
+        yield _histograms("divault_load_seconds", "Seconds of a load", "outcome", self._loads)
         yield _counters("divault_receipts", "Receipts issued", "status", self._receipts)
         yield _counters("divault_charged_atomic", "Atomic units charged", "token", self._charged)
 

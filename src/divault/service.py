@@ -202,10 +202,11 @@ class Service:
                 return found
             sources, search = self._keys(call)
             key = call.decryption_key
-            with self._wrong_keys.attempt(call.user, cid.text, key) if key is not None else nullcontext():
-                async with self._fetcher.arriving(cid) as arrival:
-                    opened = await self._opener.open(arrival, grant, sources, search)
-            await self._workers.load(opened)
+            with self._metrics.load():
+                with self._wrong_keys.attempt(call.user, cid.text, key) if key is not None else nullcontext():
+                    async with self._fetcher.arriving(cid) as arrival:
+                        opened = await self._opener.open(arrival, grant, sources, search)
+                await self._workers.load(opened)
             _log.info("loaded", model_id=grant.model.model.text, cid=cid.text, bytes=opened.size)
             return opened
 

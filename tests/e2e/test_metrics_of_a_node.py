@@ -36,6 +36,7 @@ async def test_calls_refusals_and_payments_are_counted(world: World) -> None:
     assert more("divault_receipts_total", status="refused") == 1
     assert more("divault_charged_atomic_total") == 20_000
     assert more("divault_refusals_total", code="access_denied") == 1
+    assert more("divault_load_seconds_count", outcome="ok") == 1
     assert more("divault_requests_total", route="/api/v1/inference/run", status="200") == 1
     for step in ("authenticate", "known", "gate", "hold", "open", "run", "charge"):
         assert more("divault_step_seconds_count", step=step) >= 1, step

@@ -22,6 +22,8 @@ from divault.traces import Traces, current
 
 CODE_HEADER = b"divault-code"
 """Header of every error answer: its code, for programs that don't read the body."""
+STREAM_CODE = "divault.code"
+"""Member of the ASGI scope: the code of an error that was told within an answer that had begun."""
 _ID_HEADER = b"x-request-id"
 _METHODS = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
 _log = log("api")
@@ -76,6 +78,7 @@ class Measured:
         except Exception as err:  # noqa: BLE001 - a fault of ours, which nobody outside may tell with its words
             await _end(err, seen, scope, receive)
         finally:
+            seen.code = seen.code or scope.get(STREAM_CODE)
             route = self._routes.template(scope["path"])
             self._tell(route, method, seen, time.perf_counter() - began)
             if trace is not None:
@@ -83,9 +86,10 @@ class Measured:
 
     def _tell(self, route: str, method: str, seen: _Seen, seconds: float) -> None:
         self._metrics.request(route, method, seen.status, seconds, seen.code)
-        if seen.status < 400 and not self._verbose:  # making a line that nobody reads costs more than the rest
+        good = seen.status < 400 and seen.code is None
+        if good and not self._verbose:  # making a line that nobody reads costs more than the rest
             return
-        told = _log.debug if seen.status < 400 else _log.info if seen.status != 500 else _log.error
+        told = _log.debug if good else _log.info if seen.status != 500 else _log.error
         told(
             "request",
             request_id=seen.id,

@@ -18,6 +18,7 @@ from divault.api import schemas
 from divault.api.describing import JSON, answer_response, documented, json_response
 from divault.api.envelope import Incoming
 from divault.api.hot import Handler, incoming_of
+from divault.api.measured import STREAM_CODE
 from divault.api.node import Node
 from divault.api.openai import TASKS, Asked, Kind, chunk, delta, dialect
 from divault.api.problems import openai_error, problem
@@ -114,6 +115,7 @@ class _Stream(Response):
         self._running = running
         self._pieces = pieces
         self._first: Piece | None = None
+        self._code: str | None = None
 
     async def begun(self) -> _Stream:
         """Wait for the first piece or the end. Raises what the run raised before it gave anything."""
@@ -127,11 +129,13 @@ class _Stream(Response):
         return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
-        """Send all of it."""
+        """Send all of it; an error within it stands in the scope too, for whoever counts."""
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for event in self._events():
                 await send({"type": "http.response.body", "body": event, "more_body": True})
+            if self._code is not None:
+                scope[STREAM_CODE] = self._code
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await _ended(self._running)
@@ -146,6 +150,7 @@ class _Stream(Response):
         try:
             body = orjson.loads((await self._running).body)
         except DivaultError as err:
+            self._code = err.code
             told = problem(err, err.request_id or new_request_id())
             yield b"data: " + orjson.dumps(told | {"error": openai_error(told)}) + b"\n\n"
             return
