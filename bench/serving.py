@@ -99,6 +99,14 @@ class Serving:
             await client.load(model.text)
         return model
 
+    async def tokens(self) -> list[str]:
+        """A session's token for each wallet."""
+        found = []
+        for key in self.wallets:
+            async with self.client(key) as client:
+                found.append((await client.sign_in()).token)
+        return found
+
     async def signers(self) -> list[Signer]:
         """The wallets as they sign for this node."""
         async with aiohttp.ClientSession() as session, session.get(self.node.url + "/api/v1/node") as response:

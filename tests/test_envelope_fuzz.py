@@ -36,7 +36,18 @@ JSON = st.recursive(
 NAMES = st.sampled_from([*GOOD, "max_price", "payment", "parameters", "decryption_key", "cid", "chain_id", "vault"])
 HEADERS = st.lists(
     st.tuples(
-        st.sampled_from(["signature-input", "signature", "content-digest", "divault-max-price", "host", "x"]),
+        st.sampled_from(
+            [
+                "signature-input",
+                "signature",
+                "content-digest",
+                "divault-max-price",
+                "divault-payment",
+                "host",
+                "authorization",
+                "x",
+            ]
+        ),
         st.text(st.characters(max_codepoint=255), max_size=120),
     ),
     max_size=6,

@@ -420,6 +420,16 @@ def test_price_counts_only_when_it_is_signed() -> None:
     assert reason(raised) == "signer_mismatch"
 
 
+def test_a_transfer_is_claimed_only_when_it_is_signed() -> None:
+    claim = {"divault-payment": "0x" + "7c" * 32}
+    paying = signed(parameters=replace(PARAMETERS, payment=claim["divault-payment"]))
+
+    assert paying.headers["divault-payment"] == claim["divault-payment"]
+    assert reason(paying) is None
+    assert reason(paying.with_headers({"divault-payment": "0x" + "7d" * 32})) == "signer_mismatch"
+    assert reason(signed().with_headers(claim)) == "class_bound"
+
+
 def test_malformed_signed_price_is_a_bad_request() -> None:
     message = HttpMessage("GET", "node.example.org", "/", None, {"divault-max-price": "1.5"})
     components = ("@authority", "@method", "@path", "divault-max-price")

@@ -304,6 +304,38 @@ async def test_a_priced_model_is_paid_from_credit(world: World) -> None:
     assert (refused, problem["code"]) == (409, "price_changed")
 
 
+async def test_a_call_of_another_interface_pays_by_a_transfer_that_its_header_names(world: World) -> None:
+    model = (await world.publish("paying-v2", price="0.02")).text
+    key = await world.consumer()
+    tensor = {"name": "features", "datatype": "FP64", "shape": [30], "data": world.trained.rows[0]}
+    body, path = json.dumps({"inputs": [tensor]}).encode(), f"/v2/models/{model}/infer"
+    async with world.client(key) as client:
+        await client.load(model)
+
+        async def infer(headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
+            return (await world.request("POST", path, data=body, headers=headers))[:2]
+
+        async def sign(**how: str) -> dict[str, str]:
+            return await client.headers("POST", path, body, max_price="0.02", **how)
+
+        unpaid = await infer(await sign())
+        one, other = [str(await pay(world, key, Usdc.parse("0.04"))) for _ in range(2)]
+        paid = await infer(await sign(payment=one))
+        again = await infer(await sign(payment=one))
+        unsigned = await infer(await sign() | {"divault-payment": other})
+        token = (await client.sign_in(spend="0.04")).token
+        by_session = await infer({"authorization": f"Bearer {token}", "idempotency-key": "1", "divault-payment": other})
+        nonsense = await infer(await sign(payment="0x12"))
+
+    assert unpaid[0] == 402
+    assert unpaid[1]["accepts"][0]["extra"]["claim"] == "header divault-payment"
+    assert paid[0] == by_session[0] == 200, (paid, by_session)
+    assert paid[1]["parameters"]["receipt"]["receipt"]["price"] == "20000"
+    assert (again[0], again[1]["reason"]) == (402, "already_spent")
+    assert (unsigned[0], unsigned[1]["reason"]) == (401, "class_bound")
+    assert (nonsense[0], nonsense[1]["reason"]) == (402, "bad_tx_hash")
+
+
 # --- OpenAI -----------------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ import msgspec
 from divault.auth import Authenticator
 from divault.errors import BadRequest, SignHeaders, TooLarge
 from divault.messages import body_hash, claimed_user, strict_object
+from divault.messages.headers import MAX_PRICE, PAYMENT
 from divault.sessions import PREFIX
 from divault.values import (
     UINT256_MAX,
@@ -47,12 +48,21 @@ _MAX_KEY_TEXT = 4096  # an age identity has 74 characters, a Kavach key 64; the 
 TIMEOUT = "divault-timeout"
 """Header with the seconds that a caller waits for a run, its turn included; the node's own limit stays."""
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,3})?", re.ASCII)
-_MAX_PRICE = "divault-max-price"
 _BEARER = re.compile(rf"bearer +({PREFIX}[!-~]+)", re.ASCII | re.IGNORECASE)
 _IDEMPOTENCY = "idempotency-key"
 _KEY = re.compile(r"[!-~]{1,255}", re.ASCII)
 _SINGLE_HEADERS = frozenset(
-    {"signature", "signature-input", "content-digest", _MAX_PRICE, "host", "authorization", "origin", _IDEMPOTENCY}
+    {
+        "signature",
+        "signature-input",
+        "content-digest",
+        MAX_PRICE,
+        PAYMENT,
+        "host",
+        "authorization",
+        "origin",
+        _IDEMPOTENCY,
+    }
 )
 
 
@@ -138,6 +148,7 @@ class Envelopes:
             proof,
             model,
             _most(headers, proof),
+            payment=_payment(None, incoming),
             covered=incoming.raw,
             peer=incoming.peer,
             limit_s=_limit(incoming.header(TIMEOUT)),
@@ -205,7 +216,7 @@ def _session_proof(incoming: Incoming, headers: Mapping[str, str], token: Secret
 def _most(headers: Mapping[str, str], proof: HeaderSignature | SessionToken) -> Usdc:
     """What the call may cost: what its header says, else nothing; of a session, else what the session may spend."""
     unsaid = str(UINT256_MAX) if isinstance(proof, SessionToken) else "0"
-    return Usdc.parse_atomic(headers.get(_MAX_PRICE, unsaid))
+    return Usdc.parse_atomic(headers.get(MAX_PRICE, unsaid))
 
 
 def _beside(
@@ -254,7 +265,7 @@ def _call(
         max_price=limit,
         input_data=bytes(raw.input_data) or None,
         parameters=bytes(raw.parameters) or None,
-        payment=_payment(body.get("payment")),
+        payment=_payment(body.get("payment"), incoming),
         decryption_key=None if key is None else Secret.of_text(key),
         lighthouse_authorization=None if authorization is None else Secret.of_text(authorization),
         cid=_member(body, "cid", str),
@@ -271,9 +282,13 @@ def _limit(text: str) -> float | None:
     return float(text)
 
 
-def _payment(value: Any) -> TransferClaim | None:
+def _payment(value: Any, incoming: Incoming) -> TransferClaim | None:
+    """The transfer that is claimed in the body's member `value`, or in the header of that name."""
+    claimed = incoming.header(PAYMENT)
+    if claimed and value is not None:
+        raise BadRequest(f"claim a transfer in the body or in {PAYMENT}, not in both", field="payment")
     if value is None:
-        return None
+        return TransferClaim(claimed) if claimed else None
     if not isinstance(value, dict) or set(value) != {"tx_hash"} or not isinstance(value["tx_hash"], str):
         raise BadRequest('payment is {"tx_hash": "0x..."}', field="payment")
     return TransferClaim(value["tx_hash"])

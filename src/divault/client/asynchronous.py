@@ -220,12 +220,14 @@ class AsyncClient:
         raw = await self._transport.send(signer.bare("GET", f"/api/v1/results/{request_id}").exchange)
         return self._verified(await self.node(), raw, request_id)
 
-    async def headers(self, method: str, path: str, body: bytes = b"", *, max_price: str = "0") -> dict[str, str]:
+    async def headers(
+        self, method: str, path: str, body: bytes = b"", *, max_price: str = "0", payment: str | None = None
+    ) -> dict[str, str]:
         """The headers that sign one request of another program to this node: of an OpenAI client, for example.
 
-        They cover method, path and raw body, count once, and for a minute. `max_price` as for `run`.
+        They cover method, path and raw body, count once, and for a minute. `max_price` and `payment` as for `run`.
         """
-        return (await self._signer()).headers(method, path, body, Usdc.parse(max_price))
+        return (await self._signer()).headers(method, path, body, Usdc.parse(max_price), payment)
 
     # --- sessions, for programs that sign nothing ------------------------------------------------------------------
 
@@ -233,7 +235,7 @@ class AsyncClient:
         """Open a session at the node: its token speaks for this wallet, as `Authorization: Bearer`, or as an API key.
 
         `spend`: most that all of its calls may cost together, text in USDC; "0" runs free models only. Priced calls
-        draw on credit (`run` with `payment=`), and each carries an `Idempotency-Key` header.
+        draw on credit (header `divault-payment` claims a transfer), and each carries an `Idempotency-Key` header.
         """
         node, most = await self.node(), Usdc.parse(spend)
         asked = await self._json(Exchange("POST", f"{SESSIONS}/nonce", b"{}"))

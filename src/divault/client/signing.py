@@ -74,9 +74,9 @@ class Signer:
         exchange, request, expires_at = self._in_headers(method, path, b"", Usdc(0))
         return Signed(exchange, request, expires_at, None)
 
-    def headers(self, method: str, path: str, raw: bytes, limit: Usdc) -> dict[str, str]:
+    def headers(self, method: str, path: str, raw: bytes, limit: Usdc, payment: str | None = None) -> dict[str, str]:
         """The headers that sign a request of any interface, over its raw body (ERC-8128)."""
-        exchange, _, _ = self._in_headers(method, path, raw, limit)
+        exchange, _, _ = self._in_headers(method, path, raw, limit, payment)
         return dict(exchange.headers or {})
 
     def _in_body(self, path: str, model: ModelId, raw: bytes, limit: Usdc) -> tuple[Exchange, Digest, int]:
@@ -105,11 +105,13 @@ class Signer:
         signed = raw[:-1] + b"," + orjson.dumps(envelope)[1:]
         return Exchange("POST", path, signed), digest, request.expires_at
 
-    def _in_headers(self, method: str, path: str, raw: bytes, limit: Usdc) -> tuple[Exchange, Digest, int]:
+    def _in_headers(
+        self, method: str, path: str, raw: bytes, limit: Usdc, payment: str | None = None
+    ) -> tuple[Exchange, Digest, int]:
         created = int(time.time()) - _ISSUED_AGO_S
         message = HttpMessage(method, self.authority, path, body=raw)
         parameters = HeaderParameters(
-            self.chain_id, created, created + DEFAULT_TTL_S, secrets.token_hex(16), limit if raw else None
+            self.chain_id, created, created + DEFAULT_TTL_S, secrets.token_hex(16), limit if raw else None, payment
         )
         headers = sign_headers(self.key, message, parameters)
         policy = HeaderPolicy(self.chain_id, self.authority, now=created)

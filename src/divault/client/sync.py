@@ -104,9 +104,11 @@ class Client:
         """See `AsyncClient.stored`."""
         return self._wait(self._client.stored(request_id))
 
-    def headers(self, method: str, path: str, body: bytes = b"", *, max_price: str = "0") -> dict[str, str]:
+    def headers(
+        self, method: str, path: str, body: bytes = b"", *, max_price: str = "0", payment: str | None = None
+    ) -> dict[str, str]:
         """See `AsyncClient.headers`."""
-        return self._wait(self._client.headers(method, path, body, max_price=max_price))
+        return self._wait(self._client.headers(method, path, body, max_price=max_price, payment=payment))
 
     def sign_in(self, *, spend: str = "0") -> Login:
         """See `AsyncClient.sign_in`."""

@@ -4,14 +4,15 @@ For routes without a body and for machine clients; no canonical JSON is involved
 
 1. `Signature-Input` and `Signature` hold one signature of one label, serialised canonically (RFC 8941).
 2. Covered are `@authority`, `@method`, `@path`, `@query` when there is a query, `content-digest` when there is a body,
-   and `divault-max-price` when that header is there [`class_bound`]; further header fields may be. The authority is the
-   verifier's configured public one, whatever a Host header says.
+   and `divault-max-price` and `divault-payment` when those headers are there [`class_bound`]; further ones may be. The
+   authority is the verifier's configured public one, whatever a Host header says.
 3. Parameters: `created`, `expires`, `keyid` [`missing_headers`], `nonce` [`replayable_not_allowed`]; at most 60 s by
    default, 300 s in any case.
 4. `keyid` is `eip155:<chain>:<lower-case address>` (CAIP-10) with `tag="erc8128"`, or the older
    `erc8128:<chain>:<address>`.
 5. The signature base is signed through EIP-191; that digest is the request's id.
 6. `divault-max-price` is what the caller agrees to pay, a decimal string of atomic units; absent means 0.
+   `divault-payment` is the hash of a transfer that he claims.
 7. A nonce is any text; its replay key is keccak256 of its UTF-8 (`nonce_of`).
 
 >>> from divault.messages.signatures import address_of, parse_key
@@ -40,7 +41,7 @@ from divault.messages.signatures import address_of, recover_raw, sign_digest
 from divault.messages.windows import MAX_TTL_S, require_window
 from divault.values import UINT256_MAX, Address, Digest, Nonce, Secret, Usdc
 
-MAX_PRICE = "divault-max-price"
+MAX_PRICE, PAYMENT = "divault-max-price", "divault-payment"
 DEFAULT_TTL_S = 60
 """Longest window by default, in seconds: such a request is made by a program and sent at once."""
 
@@ -100,6 +101,7 @@ class HeaderParameters:
     expires: int
     nonce: str
     max_price: Usdc | None = None
+    payment: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +189,8 @@ def sign_headers(key: Secret, message: HttpMessage, parameters: HeaderParameters
         added["content-digest"] = _digest_header(message.body)
     if parameters.max_price is not None:
         added[MAX_PRICE] = str(parameters.max_price.atomic)
+    if parameters.payment is not None:
+        added[PAYMENT] = parameters.payment
     components = ["@authority", "@method", "@path", *(["@query"] if message.query is not None else []), *added]
     listed = " ".join(f'"{name}"' for name in components)
     keyid = f"eip155:{parameters.chain_id}:{str(address_of(key)).lower()}"
@@ -269,7 +273,7 @@ def _require_bound(message: HttpMessage, components: tuple[str, ...]) -> None:
     needed = {"@authority", "@method", "@path"}
     needed |= {"@query"} if message.query is not None else set()
     needed |= {"content-digest"} if message.body else set()
-    needed |= {MAX_PRICE} if MAX_PRICE in message.headers else set()
+    needed |= {MAX_PRICE, PAYMENT} & set(message.headers)
     missing = sorted(needed - set(components))
     if missing:
         raise refusal("class_bound", f"the signature has to cover {', '.join(missing)}")

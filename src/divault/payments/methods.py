@@ -129,15 +129,15 @@ class TransferCredit:
             "token": str(model.payment_token),
             "owner": str(model.owner),
             "rails": ["transfer"] if served else [],
-            "accepts": [self._requirement(grant)] if served else [],
+            "accepts": [self._requirement(grant, call)] if served else [],
             "x402Version": 2,
             "resource": {"url": call.path, "description": f"one run of {model.model}", "mimeType": "application/json"},
         }
 
-    def _requirement(self, grant: Grant) -> dict[str, Any]:
+    def _requirement(self, grant: Grant, call: SignedCall) -> dict[str, Any]:
         model = grant.model
         extra: dict[str, Any] = {
-            "claim": "payment.tx_hash",
+            "claim": _claim(call),
             "confirmations": self._terms.confirmations,
             "binding": str(binding_of(self._ledger.node, grant.principal.user)),
             "bindingRequired": model.owner not in self._sole_node_for,
@@ -211,13 +211,18 @@ class TransferCredit:
             return PaymentRequired("this node takes no payments in the model's token", **offer)
         return PaymentRequired(
             f"one run costs {grant.model.price} USDC: send it to the owner, then call again with the hash of that "
-            "transaction as payment.tx_hash",
+            f"transaction as {_claim(call)}",
             **offer,
         )
 
     def _rejected(self, grant: Grant, call: SignedCall, reason: str) -> PaymentRejected:
         detail = _ADVICE.get(reason, f"this transfer does not pay for the call: {reason}")
         return PaymentRejected(detail, reason=reason, **self.offer(grant, call))
+
+
+def _claim(call: SignedCall) -> str:
+    """Where a call of this interface names the transfer that pays for it."""
+    return "payment.tx_hash" if call.covered is None else "header divault-payment"
 
 
 def _above_limit(grant: Grant, limit: int) -> PriceChanged:
