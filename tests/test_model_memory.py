@@ -67,10 +67,11 @@ async def test_who_is_at_work_never_makes_room(make_pool: MakePool) -> None:
     pool = make_pool(320, hostile("slow"))
     busy = opened(bytes(100 * MB), "busy")
     await pool.load(busy)
-    running = asyncio.create_task(answer(pool, busy, {}))
-    await asyncio.sleep(0.02)
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     other = opened(bytes(100 * MB), "other")
+    running = asyncio.create_task(answer(pool, busy, {}))
+    while pool._entries[busy.model.key].worker.idle:
+        await asyncio.sleep(0.005)
     with pytest.raises(NotReady, match="no memory") as caught:
         await pool.load(other)
 

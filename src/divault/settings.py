@@ -135,7 +135,7 @@ class Settings(BaseModel):
     divault_sandbox_allow_downgrade: bool = Field(default=False, description="start although the level is not reached")
     divault_allow_code_models: bool = Field(
         default=False,
-        description="load formats that carry code (TorchScript, .pt2); needs workers at standard or strict",
+        description="load formats with code (TorchScript, .pt2, pickled modules); needs workers at standard or strict",
     )
     divault_device: str = Field(
         "auto",

@@ -33,9 +33,10 @@ def formats() -> list[ModelFormat]:
 def code_formats() -> list[ModelFormat]:
     """Formats whose files bring code that runs while they load or answer."""
     from divault.models.torch_export import TORCH_EXPORT
+    from divault.models.torch_module import TORCH_MODULE
     from divault.models.torch_script import TORCH_SCRIPT
 
-    return [TORCH_SCRIPT, TORCH_EXPORT]
+    return [TORCH_SCRIPT, TORCH_EXPORT, TORCH_MODULE]
 
 
 def recognise(files: Sequence[MemoryFile], *, allow_code: bool = False) -> ModelFormat:

@@ -4,12 +4,14 @@ Rules:
 
 1. A zip's directory is read, nothing of it is unpacked; entries that could grow while unpacking are refused.
 2. Formats that carry code have a name here, so that they are refused by name: TorchScript, torch.export archives,
-   files of `torch.save` from before its zip format.
+   pickled modules, files of `torch.save` from before its zip format.
 """
 
 from __future__ import annotations
 
+import pickletools
 import zipfile
+import zlib
 from enum import StrEnum
 
 from divault.errors import SealedFileDamaged, UnsupportedModel
@@ -20,6 +22,9 @@ MAX_HEADER_BYTES = 16 << 20
 """JSON header of a safetensors file; 100,000 tensors need about 10 MiB."""
 MAX_ENTRIES = 100_000
 """Entries of a zip: one for each tensor."""
+_PICKLE_START = 4096  # bytes in which the first class of a pickle is named
+_NO_OBJECT = frozenset({"collections", "torch._utils", "torch._tensor", "torch.storage"})
+"""Where dictionaries and tensors come from."""
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")
 """LONG1 of 0x1950a86a20f9469cfc6c and STOP: the first pickle of every file that torch wrote before 1.6."""
 
@@ -29,6 +34,7 @@ class Container(StrEnum):
 
     SAFETENSORS = "safetensors"
     TORCH_ZIP = "a torch.save file"
+    TORCH_MODULE = "a pickled torch.nn.Module (torch.save), which carries code"
     TORCH_SCRIPT = "TorchScript (torch.jit.save), which carries code"
     TORCH_EXPORT = "a torch.export archive (.pt2), which carries code"
     TORCH_LEGACY = "a torch.save file of the old format, from before PyTorch 1.6"
@@ -51,14 +57,47 @@ def container_of(file: MemoryFile) -> Container:
 def _zip_kind(file: MemoryFile) -> Container:
     try:
         with zipfile.ZipFile(path_of(file)) as archive:
-            names = {name.partition("/")[2] or name for name in archive.namelist()}
+            names = {name.partition("/")[2] or name: name for name in archive.namelist()}
+            start = _start_of(archive, names.get("data.pkl"))
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):
         return Container.OTHER
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
         return Container.TORCH_SCRIPT
     if "archive_format" in names or any(name.startswith("models/") for name in names):
         return Container.TORCH_EXPORT
-    return Container.TORCH_ZIP if "data.pkl" in names else Container.OTHER
+    if "data.pkl" not in names:
+        return Container.OTHER
+    return Container.TORCH_MODULE if _begins_with_an_object(start) else Container.TORCH_ZIP
+
+
+def _start_of(archive: zipfile.ZipFile, name: str | None) -> bytes:
+    """The first bytes of an entry, none where it can't be read: whoever loads it says what is wrong."""
+    try:
+        with archive.open(name or "") as entry:
+            return entry.read(_PICKLE_START)
+    except (zipfile.BadZipFile, KeyError, OSError, EOFError, NotImplementedError, RuntimeError, zlib.error):
+        return b""
+
+
+def _begins_with_an_object(start: bytes) -> bool:
+    """Whether a pickle is, before anything else, an object of a class: not of names with tensors, nor a tensor.
+
+    Its opcodes are read and not run.
+    """
+    texts: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(start):
+            if opcode.name == "GLOBAL":
+                return str(argument).split(" ")[0] not in _NO_OBJECT
+            if opcode.name == "STACK_GLOBAL":
+                return len(texts) == 2 and texts[0] not in _NO_OBJECT
+            if opcode.name in ("SHORT_BINUNICODE", "BINUNICODE"):
+                texts.append(str(argument))
+            elif opcode.name not in ("PROTO", "FRAME", "MEMOIZE", "BINPUT"):
+                return False
+    except ValueError:  # cut off, or no pickle
+        return False
+    return False
 
 
 def check_torch_zip(file: MemoryFile) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from divault.models.containers import Container
-from divault.models.files import path_of
+from divault.models.files import Folder, path_of
 from divault.models.torch_programs import Program, broken
 from divault.values import MemoryFile
 
@@ -28,7 +28,7 @@ _DAMAGE = (
 """What zipfile, json, the unpickler and the readers of graphs raise for altered content."""
 
 
-def _graph(file: MemoryFile, device: torch.device) -> torch.nn.Module:
+def _graph(file: MemoryFile, device: torch.device, _: Folder) -> torch.nn.Module:
     import torch
     from torch._export.verifier import SpecViolationError
 

@@ -34,8 +34,8 @@ class Program:
     kind: Container
     words: str
     """What the file is, for people."""
-    read: Callable[[MemoryFile, torch.device], torch.nn.Module]
-    """The program on the device. Raises SealedFileDamaged."""
+    read: Callable[[MemoryFile, torch.device, Folder], torch.nn.Module]
+    """The program on the device, out of its file among others. Raises SealedFileDamaged, UnsupportedModel."""
     fitted: Callable[[torch.nn.Module, Shape, torch.device], torch.nn.Module] = lambda module, _shape, _device: module
     """One that takes any number of items of the shape."""
     template: str = ""
@@ -60,7 +60,7 @@ class Program:
             )
         place = prepare(device)
         shape = input_shape_of(told["input_shape"])
-        module = self.fitted(self.read(programs[0], place), shape, place)
+        module = self.fitted(self.read(programs[0], place, folder), shape, place)
         network = Network(module, shape, adapter=self.adapter, code=True)
         return LoadedNetwork(network, labels_of(told), place, str(told.get("task") or "prediction"))
 

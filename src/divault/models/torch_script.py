@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from divault.models.containers import Container
-from divault.models.files import path_of
+from divault.models.files import Folder, path_of
 from divault.models.torch_programs import Program, broken
 from divault.values import MemoryFile
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _WORDS = "TorchScript"
 
 
-def _script(file: MemoryFile, device: torch.device) -> torch.nn.Module:
+def _script(file: MemoryFile, device: torch.device, _: Folder) -> torch.nn.Module:
     import torch
 
     try:

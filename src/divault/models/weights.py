@@ -52,7 +52,7 @@ def _read_file(file: MemoryFile) -> dict[str, Tensor]:
     kind = container_of(file)
     if kind is Container.SAFETENSORS:
         return _read_safetensors(file)
-    if kind is Container.TORCH_ZIP:
+    if kind in (Container.TORCH_ZIP, Container.TORCH_MODULE):  # the latter is refused by its first class
         return _read_torch_zip(file)
     raise UnsupportedModel(
         f"the model is {kind.value}; this node loads {SUPPORTED}", seen=kind.value, supported=SUPPORTED
