@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from divault.models.base import Inputs, LoadedModel, ModelFormat
+from divault.models.base import CPU, Inputs, LoadedModel, ModelFormat
 from divault.values import MemoryFile
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -45,7 +45,7 @@ def load(form: ModelFormat, content: Mapping[str, bytes]) -> LoadedModel:
     """The model of a format that recognises these files; mapped weights outlive the descriptors."""
     with memory_files(content) as files:
         assert form.recognises(files)
-        return form.load(files, "cpu")
+        return form.load(files, CPU)
 
 
 def answer(model: LoadedModel, data: Any) -> Any:

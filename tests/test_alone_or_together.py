@@ -21,7 +21,7 @@ from sklearn.neighbors import KNeighborsRegressor
 
 from divault import models
 from divault.errors import InputInvalid
-from divault.models.base import Inputs, LoadedModel
+from divault.models.base import Inputs, LoadedModel, Place
 from divault.workers.pool import WorkerPool
 from tests import onnx_models
 from tests.memory_models import as_json, memory_files, mini_lm, state_dict_file, tiny_classifier, tiny_language_model
@@ -76,6 +76,7 @@ FORMATS: dict[str, tuple[Callable[[Path], Content], Callable[[], list[Any]], dic
     "LightGBM": (lambda _: one(leaves()), features, {}),
     "text classification": (tiny_classifier, lambda: [{"text": text} for text in TEXTS], {}),
     "embeddings": (lambda _: mini_lm(), lambda: [{"text": text} for text in TEXTS], {}),
+    "embeddings in bfloat16": (lambda _: mini_lm(), lambda: [{"text": text} for text in TEXTS], {}),
     "text generation": (
         tiny_language_model,
         lambda: [{"prompt": text} for text in TEXTS[:3]],
@@ -91,8 +92,9 @@ def content(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def loaded(content: tuple[str, Content]) -> LoadedModel:
+    dtype = content[0].partition(" in ")[2] or "float32"
     with memory_files(content[1]) as files:
-        return models.load(files, "cpu")
+        return models.load(files, Place(dtype=dtype))
 
 
 def close(one: Any, other: Any, tolerance: float) -> bool:

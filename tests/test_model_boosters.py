@@ -63,7 +63,7 @@ def loaded(data: bytes, **told: Any) -> LoadedModel:
     """The model, recognised among all formats."""
     content = {"m/model": data, "m/README.md": b"hello"} | ({"m/divault.json": as_json(told)} if told else {})
     with memory_files(content) as files:
-        return models.load(files, "cpu")
+        return models.load(files)
 
 
 @pytest.fixture(scope="module")

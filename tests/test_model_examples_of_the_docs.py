@@ -41,7 +41,7 @@ def weights_for(architecture: Any, folder: Path) -> dict[str, bytes]:
 def test_an_example_loads_and_its_own_input_runs(example: str, tmp_path: Path) -> None:
     content = weights_for(json.loads(example)["architecture"], tmp_path)
     with memory_files(content | {"divault.json": example.encode()}) as files:
-        model = models.load(files, "cpu")
+        model = models.load(files)
 
     assert model.predict([Inputs(model.description.example, {})])[0].rows == 1
 

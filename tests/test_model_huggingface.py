@@ -188,7 +188,7 @@ def test_recognition_goes_by_content_and_by_one_format(classifier_files: Content
         with memory_files(content) as files:
             assert (HuggingFace().recognises(files), TorchState().recognises(files)) == (mine, theirs)
     with memory_files(classifier_files) as files:
-        assert models.load(files, "cpu").description.format == "huggingface"
+        assert models.load(files).description.format == "huggingface"
 
 
 def test_the_description_says_what_is_taken(classifier: LoadedModel, embedder: LoadedModel) -> None:
@@ -312,7 +312,7 @@ def test_broken_parts_are_damage_and_nothing_untyped(classifier_files: Content, 
             memory_files(classifier_files | {name: broken}) as files,
             pytest.raises((SealedFileDamaged, UnsupportedModel)),
         ):
-            models.load(files, "cpu")
+            models.load(files)
 
 
 def test_a_pickled_model_in_the_folder_is_refused_by_name(classifier_files: Content) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from divault.errors import NotReady, SettingsInvalid
 from divault.models import torch_runtime
+from divault.models.base import CPU, Place
 from divault.settings import Settings
 from divault.workers.memory import memory_of
 from divault.workers.pool import WorkerPool
@@ -30,10 +31,10 @@ async def make_pool() -> AsyncIterator[MakePool]:
     before = children()
     pools: list[WorkerPool] = []
 
-    def make(memory_mb: int | None = None, tuning: Tuning | None = None, device: str = "cpu") -> WorkerPool:
+    def make(memory_mb: int | None = None, tuning: Tuning | None = None, place: Place = CPU) -> WorkerPool:
         memory = None if memory_mb is None else memory_mb * MB
         pools.append(
-            WorkerPool(predict_timeout_s=10, load_timeout_s=60, tuning=tuning, memory_bytes=memory, device=device)
+            WorkerPool(predict_timeout_s=10, load_timeout_s=60, tuning=tuning, memory_bytes=memory, place=place)
         )
         return pools[-1]
 
@@ -153,7 +154,7 @@ TINY = {
 
 
 async def test_auto_is_the_cpu_where_there_is_nothing_else(make_pool: MakePool) -> None:
-    pool, model = make_pool(device="auto"), opened(TINY)
+    pool, model = make_pool(place=Place("auto")), opened(TINY)
     loaded = await pool.load(model)
 
     assert loaded.description.device == "cpu"
@@ -162,7 +163,7 @@ async def test_auto_is_the_cpu_where_there_is_nothing_else(make_pool: MakePool) 
 
 
 async def test_a_device_that_is_not_there_is_the_nodes_fault_and_no_500(make_pool: MakePool) -> None:
-    pool = make_pool(device="cuda:7")
+    pool = make_pool(place=Place("cuda:7"))
     with pytest.raises(NotReady, match="DIVAULT_DEVICE"):
         await pool.load(opened(TINY))
     assert pool.loaded() == []

@@ -191,4 +191,4 @@ def test_altered_bytes_give_a_model_or_a_typed_error(place: int, byte: int, cut:
         memory_files({"m": content or b"x"}) as files,
         contextlib.suppress(UnsupportedModel, SealedFileDamaged),
     ):
-        models.load(files, "cpu")
+        models.load(files)

@@ -42,7 +42,7 @@ TREE = DecisionTreeClassifier(random_state=0).fit([[0.0, 1.0], [1.0, 0.0], [1.0,
 def seen(data: bytes) -> str:
     """What the refusal says that the file is."""
     with memory_files({"model": data}) as files, pytest.raises(UnsupportedModel) as caught:
-        models.load(files, "cpu")
+        models.load(files)
     found: str = caught.value.data["seen"]
     return found
 
@@ -275,7 +275,7 @@ def change_and_load(count: int) -> None:
 def loads_or_says_why(data: bytes) -> bool:
     with memory_files({"model": data}) as files:
         try:
-            return models.load(files, "cpu").description.format == "sklearn"
+            return models.load(files).description.format == "sklearn"
         except DivaultError as err:
             return isinstance(err, UnsupportedModel)
 

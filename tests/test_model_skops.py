@@ -69,7 +69,7 @@ def test_it_answers_as_the_library_and_as_its_pickle(model: LoadedModel) -> None
 
 def test_it_is_recognised_among_all_formats_beside_a_text_for_people() -> None:
     with memory_files({"a/m": skops.io.dumps(pipeline()), "a/README.md": b"hello"}) as files:
-        assert models.load(files, "cpu").description.format == "sklearn"
+        assert models.load(files).description.format == "sklearn"
 
 
 def test_texts_and_compressed_files_load() -> None:
@@ -149,7 +149,7 @@ def test_a_tree_that_points_outside_is_refused(field: str, value: int, written: 
     forest.tree_.__setstate__({**state, "nodes": nodes})
 
     with memory_files({"m": written(forest)}) as files, pytest.raises(UnsupportedModel, match="tree"):
-        models.load(files, "cpu")
+        models.load(files)
 
 
 @pytest.mark.parametrize(("field", "value"), [("left", 99_999), ("right", 99_999), ("feature_idx", 77)])
@@ -161,7 +161,7 @@ def test_a_tree_of_histogram_boosting_that_points_outside_is_refused(
     boosted._predictors[0][0].nodes[field][0] = value
 
     with memory_files({"m": written(boosted)}) as files, pytest.raises(UnsupportedModel, match="tree"):
-        models.load(files, "cpu")
+        models.load(files)
 
 
 def test_a_file_that_unfolds_to_more_than_its_bound_is_refused() -> None:
@@ -179,4 +179,4 @@ def test_altered_bytes_give_a_model_or_a_typed_error(place: int, byte: int) -> N
     data = bytearray(skops.io.dumps(LogisticRegression().fit(X, Y)))
     data[place % len(data)] = byte
     with memory_files({"m": bytes(data)}) as files, contextlib.suppress(UnsupportedModel):
-        models.load(files, "cpu")
+        models.load(files)

@@ -58,8 +58,8 @@ async def test_it_answers_in_a_confined_worker(confined_pool: MakePool, archive:
 def test_where_code_is_not_allowed_it_is_refused_by_name(archive: bytes) -> None:
     with memory_files({"model.pt2": archive, "divault.json": TOLD}) as files:
         with pytest.raises(UnsupportedModel, match=r"\.pt2"):
-            models.load(files, "cpu")
-        assert models.load(files, "cpu", allow_code=True).predict([Inputs({"tensor": [1.0, 0.0, 0.0]}, {})])
+            models.load(files)
+        assert models.load(files, allow_code=True).predict([Inputs({"tensor": [1.0, 0.0, 0.0]}, {})])
 
 
 def test_it_needs_to_be_told_what_goes_in(archive: bytes) -> None:

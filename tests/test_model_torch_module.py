@@ -16,7 +16,7 @@ import torch
 
 from divault import models
 from divault.errors import DivaultError, InputInvalid, UnsupportedModel
-from divault.models.base import Inputs
+from divault.models.base import CPU, Inputs
 from divault.models.containers import Container, container_of
 from divault.models.torch_module import TORCH_MODULE
 from tests.memory_models import as_json, memory_file, memory_files, state_dict_file
@@ -86,7 +86,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, bytes]
 
     def load_here(files: dict[str, bytes]) -> Any:
         with memory_files(files) as found:
-            return TORCH_MODULE.load(found, "cpu")
+            return TORCH_MODULE.load(found, CPU)
 
     yield load_here
     for name in set(sys.modules) - before:
@@ -190,7 +190,7 @@ def test_no_damage_is_anything_but_told() -> None:
         try:
             broken = whole[:at] + b"\xff\xff\xff" + whole[at + 3 :]
             with memory_files({"model.pt": broken, "divault.json": as_json(TOLD)}) as files:
-                models.load(files, "cpu", allow_code=True)
+                models.load(files, allow_code=True)
         except DivaultError as err:
             codes.add(err.code)
 

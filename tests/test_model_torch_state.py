@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from divault.errors import DivaultError, InputInvalid, SealedFileDamaged, UnsupportedModel
-from divault.models.base import Inputs, LoadedModel
+from divault.models.base import CPU, Inputs, LoadedModel
 from divault.models.torch_state import TorchState
 from tests.memory_models import answer, as_json, load, memory_files, state_dict_file
 
@@ -348,7 +348,7 @@ def test_broken_files_are_damaged_or_unknown_and_nothing_untyped(content: bytes)
     with memory_files({"w": content or save(mlp().state_dict()), "divault.json": told}) as files:
         if TorchState().recognises(files):
             with pytest.raises(SealedFileDamaged):
-                TorchState().load(files, "cpu")
+                TorchState().load(files, CPU)
         else:
             assert content.startswith(b"PK"), "only a cut zip is nothing that can be named"
 
@@ -362,7 +362,7 @@ def test_a_changed_byte_never_raises_anything_untyped(data: st.DataObject) -> No
     with memory_files({"w": changed, "divault.json": as_json({"architecture": MLP})}) as files:
         if TorchState().recognises(files):
             with contextlib.suppress(DivaultError):
-                TorchState().load(files, "cpu")
+                TorchState().load(files, CPU)
 
 
 _WHOLE = (state_dict_file(mlp().state_dict()), save(mlp().state_dict()))

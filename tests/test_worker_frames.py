@@ -25,7 +25,7 @@ REPLIES: list[wire.Reply] = [
 ]
 REQUESTS: list[wire.Request] = [
     wire.Ping(id=ID),
-    wire.Load(id=ID, files=[wire.File("model", 4, 10)], device="cpu", memory_bytes=1),
+    wire.Load(id=ID, files=[wire.File("model", 4, 10)], device="cpu", dtype="float32", memory_bytes=1),
     wire.Run(id=ID, items=[wire.Item(b"{}", None), wire.Item(b"{}", b"{}")]),
 ]
 

@@ -35,6 +35,7 @@ from divault.health import Health, Probe
 from divault.limits import PeerLimits, RefusalBudget, WalletLimits, WrongKeys
 from divault.messages import NodeDescriptor, authority_of
 from divault.metrics import Metrics, Sources
+from divault.models.base import Place
 from divault.payments import Ledger, Payments, Terms, TransferCredit
 from divault.receipts import ReceiptIssuer
 from divault.service import Parts, Service
@@ -236,7 +237,7 @@ async def _node(
     workers = WorkerPool(
         predict_timeout_s=settings.inference_timeout_seconds,
         load_timeout_s=settings.divault_load_timeout_seconds,
-        device=settings.divault_device,
+        place=Place(settings.divault_device, settings.divault_dtype),
         tuning=Tuning(threads=settings.divault_worker_threads) if settings.divault_worker_threads else None,
         memory_bytes=settings.model_memory_bytes,
         confinement=Confinement(settings.divault_sandbox, allow_code=settings.divault_allow_code_models),

@@ -142,6 +142,9 @@ class Settings(BaseModel):
         pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,2})?)$",
         description="where torch models run: auto (a GPU if there is one), cpu, cuda, cuda:N or mps",
     )
+    divault_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="numbers of networks by name and of Hugging Face; half as large ones answer less exactly"
+    )
     divault_worker_threads: int = Field(
         0, ge=0, le=64, description="threads of one worker's libraries; 0: as many as there are cores, at most 4"
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from divault.errors import UnsupportedModel
-from divault.models.base import LoadedModel, ModelFormat
+from divault.models.base import CPU, LoadedModel, ModelFormat, Place
 from divault.values import MemoryFile
 
 
@@ -58,6 +58,6 @@ def recognise(files: Sequence[MemoryFile], *, allow_code: bool = False) -> Model
     )
 
 
-def load(files: Sequence[MemoryFile], device: str, *, allow_code: bool = False) -> LoadedModel:
+def load(files: Sequence[MemoryFile], place: Place = CPU, *, allow_code: bool = False) -> LoadedModel:
     """The model in these files. Raises UnsupportedModel, SealedFileDamaged."""
-    return recognise(files, allow_code=allow_code).load(files, device)
+    return recognise(files, allow_code=allow_code).load(files, place)

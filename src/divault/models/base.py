@@ -12,6 +12,21 @@ from typing import Any, Protocol
 
 from divault.values import MemoryFile
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where networks run, and in which numbers; formats that run on the CPU in their own numbers take no notice."""
+
+    device: str = "cpu"
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
+    dtype: str = "float32"
+    """One of `DTYPES`: of weights and of what is computed with them."""
+
+
+CPU = Place()
+
 
 @dataclass(frozen=True, slots=True)
 class Description:
@@ -97,7 +112,7 @@ class ModelFormat(Protocol):
     def recognises(self, files: Sequence[MemoryFile]) -> bool:
         """Whether these files are of this family, by their bytes."""
 
-    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:
+    def load(self, files: Sequence[MemoryFile], place: Place) -> LoadedModel:
         """The model in memory. Raises UnsupportedModel (seen, supported), SealedFileDamaged for broken content."""
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from divault.errors import UnsupportedModel
-from divault.models.base import LoadedModel
+from divault.models.base import LoadedModel, Place
 from divault.models.chat_template import ChatTemplate
 from divault.models.files import Folder
 from divault.models.huggingface_files import (
@@ -72,22 +72,22 @@ class HuggingFace:
         """Whether a configuration with a model type is among the files."""
         return is_one(Folder(files))
 
-    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:
+    def load(self, files: Sequence[MemoryFile], place: Place) -> LoadedModel:
         """The model in memory. Raises UnsupportedModel, SealedFileDamaged; SettingsInvalid for the device."""
         folder = Folder(files)
         pooling = pooling_of(folder)
         head = "" if pooling is not None else _head_of(folder)
         model_type_of(folder, TYPES_BY_HEAD[head])
-        place = prepare(device)
+        hardware = prepare(place)
         weights = read_weights(weights_of(folder))
         config = config_of(folder, len(weights))
-        module = network(_CLASSES[head], config, weights).to(place)
+        module = network(_CLASSES[head], config, weights).to(hardware.device, hardware.dtype)
         if head == "ForCausalLM":
-            return LoadedGenerator(module, _language(folder, config), place)
+            return LoadedGenerator(module, _language(folder, config), hardware)
         if head == "ForImageClassification":
-            return LoadedImages(module, Preparation.of(folder), labels_of(config), place)
-        encoder = TextEncoder(module, tokenizer_of(folder, config), config.pad_token_id or 0, place)
-        return LoadedText(encoder, _text_head(head, pooling, folder, config, encoder), place)
+            return LoadedImages(module, Preparation.of(folder), labels_of(config), hardware)
+        encoder = TextEncoder(module, tokenizer_of(folder, config), config.pad_token_id or 0, hardware.device)
+        return LoadedText(encoder, _text_head(head, pooling, folder, config, encoder), hardware)
 
 
 def _text_head(

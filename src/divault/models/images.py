@@ -22,7 +22,7 @@ from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged
 from divault.models.base import Answer, Description, Inputs
 from divault.models.files import Folder
 from divault.models.text_heads import prediction, prediction_schema
-from divault.models.torch_runtime import device_name, runtime
+from divault.models.torch_runtime import Hardware, runtime
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,6 @@ MAX_PIXELS = 16_000_000
 FORMATS = ("PNG", "JPEG", "WEBP")
 _PER_PASS = 16
 _TOGETHER = 16
-_TOLERANCE = 1e-4
 _LARGEST_SIDE = 2048
 _SMALL = 384
 """Networks with `crop_pct` resize to more and crop below this size, and only resize from it on."""
@@ -105,16 +104,16 @@ class LoadedImages:
     """An image classifier in memory."""
 
     def __init__(
-        self, module: torch.nn.Module, preparation: Preparation, labels: Sequence[str], device: torch.device
+        self, module: torch.nn.Module, preparation: Preparation, labels: Sequence[str], hardware: Hardware
     ) -> None:
         self._module = module
         self._preparation = preparation
         self._labels = labels
-        self._device = device
+        self._hardware = hardware
         self._description = Description(
             format="huggingface",
             task="image-classification",
-            device=device_name(device),
+            device=hardware.name,
             input_schema=_input_schema(),
             output_schema={
                 "type": "object",
@@ -122,9 +121,9 @@ class LoadedImages:
                 "properties": {"predictions": {"type": "array", "items": prediction_schema(labels)}},
             },
             example=_EXAMPLE,
-            runtime=runtime("huggingface", device, ("transformers", "safetensors", "pillow")),
+            runtime=runtime("huggingface", hardware, ("transformers", "safetensors", "pillow")),
             together=_TOGETHER,
-            tolerance=_TOLERANCE,
+            tolerance=hardware.tolerance,
         )
         self.predict([Inputs(_EXAMPLE, {})])
 
@@ -146,7 +145,8 @@ class LoadedImages:
         import torch
 
         with torch.inference_mode():
-            scores = self._module(pixel_values=torch.from_numpy(np.stack(images)).to(self._device)).logits.softmax(-1)
+            pixels = torch.from_numpy(np.stack(images)).to(self._hardware.device, self._hardware.dtype)
+            scores = self._module(pixel_values=pixels).logits.float().softmax(-1)
         if scores.shape[-1] != len(self._labels):
             raise ModelFailed("the network has another number of outputs than labels", kind="output_shape")
         if not torch.isfinite(scores).all():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from divault.errors import ModelFailed, SealedFileDamaged, UnsupportedModel
 from divault.models import lightgbm_file
-from divault.models.base import LoadedModel, words_of
+from divault.models.base import LoadedModel, Place, words_of
 from divault.models.boosters import Boosted, Boosting, Kind
 from divault.models.files import Folder, only_file, the_file
 from divault.models.labels import labels_of
@@ -46,7 +46,7 @@ class LightgbmModelFile:
         file = only_file(files)
         return file is not None and lightgbm_file.is_lightgbm(file)
 
-    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
+    def load(self, files: Sequence[MemoryFile], place: Place) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
         """The booster. Raises UnsupportedModel (categories, linear trees, an unknown objective), SealedFileDamaged."""
         file = the_file(files, "a LightGBM model")
         found = lightgbm_file.read(file)

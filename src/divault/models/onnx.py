@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
 from divault.models import onnx_file
-from divault.models.base import Answer, Description, Inputs, words_of
+from divault.models.base import Answer, Description, Inputs, Place, words_of
 from divault.models.files import Folder, path_of
 from divault.models.labels import labelled, labelled_schema, labels_of
 from divault.models.runtimes import runtime_object, seed, threads
@@ -50,7 +50,7 @@ class Onnx:
         """Whether exactly one of the files is an ONNX model."""
         return len(_models(files)) == 1
 
-    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedOnnx:  # noqa: ARG002 - it runs on the CPU alone
+    def load(self, files: Sequence[MemoryFile], place: Place) -> LoadedOnnx:  # noqa: ARG002 - it runs on the CPU alone
         """The session. Raises UnsupportedModel (external data, an operator or type it lacks), SealedFileDamaged."""
         file = _models(files)[0]
         onnx_file.check(file)

@@ -13,7 +13,7 @@ from typing import Any
 
 from divault.errors import UnsupportedModel
 from divault.models import native, pickles
-from divault.models.base import Answer, Description, Inputs, LoadedModel
+from divault.models.base import Answer, Description, Inputs, LoadedModel, Place
 from divault.models.files import only_file, the_file
 from divault.models.rows import MAX_ROWS, RowSpec, TextSpec
 from divault.models.runtimes import runtime_object, seed
@@ -43,7 +43,7 @@ class SklearnPickle:
         file = only_file(files)
         return file is not None and pickles.looks_pickled(file)
 
-    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
+    def load(self, files: Sequence[MemoryFile], place: Place) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
         """The estimator. Raises UnsupportedModel naming the first global that is not allowed."""
         file = the_file(files, "a scikit-learn model")
         configure()

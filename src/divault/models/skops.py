@@ -17,7 +17,7 @@ from typing import Any
 
 from divault.errors import UnsupportedModel
 from divault.models import allowed
-from divault.models.base import LoadedModel
+from divault.models.base import LoadedModel, Place
 from divault.models.containers import MAX_ENTRIES
 from divault.models.files import head, only_file, path_of, the_file
 from divault.models.pickles import FREE_BYTES, RATIO
@@ -55,7 +55,7 @@ class SkopsFile:
         except (*_DAMAGE, RuntimeError):
             return False
 
-    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
+    def load(self, files: Sequence[MemoryFile], place: Place) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
         """The estimator. Raises UnsupportedModel naming the first type that is not allowed, or the damage."""
         file = the_file(files, "a skops model")
         configure()

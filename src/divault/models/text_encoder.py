@@ -19,8 +19,6 @@ TOKENS_PER_PASS = 16_384
 """Padding included; bounds working memory whatever a caller sends."""
 TOGETHER = 32
 """Callers of one pass; their texts are sorted by length and run in parts of so many tokens."""
-TOLERANCE = 1e-4
-"""Padding and other sizes of products: float32 adds in another order."""
 INPUT = TextSpec()
 
 

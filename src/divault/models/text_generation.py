@@ -17,7 +17,7 @@ from divault.errors import InputInvalid, ModelFailed
 from divault.models.base import Answer, Description, Inputs, Piece
 from divault.models.chat_template import ChatTemplate
 from divault.models.rows import MAX_TEXT_CHARS
-from divault.models.torch_runtime import device_name, runtime
+from divault.models.torch_runtime import Hardware, runtime
 
 if TYPE_CHECKING:
     import torch
@@ -58,20 +58,20 @@ class Language:
 class LoadedGenerator:
     """A causal language model in memory."""
 
-    def __init__(self, module: torch.nn.Module, language: Language, device: torch.device) -> None:
+    def __init__(self, module: torch.nn.Module, language: Language, hardware: Hardware) -> None:
         self._module = module
         # The library renamed it.
         self._cache_name = "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
         self._language = language
-        self._device = device
+        self._device = hardware.device
         self._description = Description(
             format="huggingface",
             task="text-generation",
-            device=device_name(device),
+            device=hardware.name,
             input_schema=_input_schema(chat=language.template is not None),
             output_schema=_OUTPUT_SCHEMA,
             example=_EXAMPLE,
-            runtime=runtime("huggingface", device, ("transformers", "tokenizers", "safetensors")),
+            runtime=runtime("huggingface", hardware, ("transformers", "tokenizers", "safetensors")),
         )
         self.predict([Inputs(_EXAMPLE, {"max_tokens": 1})])
 

@@ -22,8 +22,8 @@ from divault.errors import InputInvalid, SealedFileDamaged, UnsupportedModel
 from divault.models.base import Answer, Description, Inputs
 from divault.models.pooling import Pooling
 from divault.models.rows import MAX_TEXTS
-from divault.models.text_encoder import INPUT, TOGETHER, TOLERANCE, Scores, TextEncoder
-from divault.models.torch_runtime import device_name, runtime
+from divault.models.text_encoder import INPUT, TOGETHER, Scores, TextEncoder
+from divault.models.torch_runtime import Hardware, runtime
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class Head:
 class LoadedText:
     """A text model in memory."""
 
-    def __init__(self, encoder: TextEncoder, head: Head, device: torch.device) -> None:
+    def __init__(self, encoder: TextEncoder, head: Head, hardware: Hardware) -> None:
         self._encoder = encoder
         self._head = head
         example = {"text": head.example} if head.example else INPUT.example()
@@ -65,13 +65,13 @@ class LoadedText:
         self._description = Description(
             format="huggingface",
             task=head.task,
-            device=device_name(device),
+            device=hardware.name,
             input_schema=INPUT.schema(),
             output_schema={"type": "object", "required": list(result), "properties": result},
             example=example,
-            runtime=runtime("huggingface", device, ("transformers", "tokenizers", "safetensors")),
+            runtime=runtime("huggingface", hardware, ("transformers", "tokenizers", "safetensors")),
             together=TOGETHER,
-            tolerance=TOLERANCE,
+            tolerance=hardware.tolerance,
         )
         self.predict([Inputs(example, {})])
 
@@ -113,7 +113,7 @@ def embedding_head(pooling: Pooling) -> Head:
     return Head(
         task="embeddings",
         name="embeddings",
-        scores=lambda output, mask, _: pooling.apply(output.last_hidden_state, mask),
+        scores=lambda output, mask, _: pooling.apply(output.last_hidden_state.float(), mask),
         part=lambda _text, _tokens, row, _told: row,
         item={"type": "array", "items": {"type": "number"}},
         prompt=pooling.prompt,
@@ -127,7 +127,7 @@ def classifier_head(config: PretrainedConfig) -> Head:
     each = len(labels) == 1 or config.problem_type == "multi_label_classification"
 
     def scores(output: Any, _mask: torch.Tensor, _ids: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = output.logits.sigmoid() if each else output.logits.softmax(dim=-1)
+        found: torch.Tensor = output.logits.float().sigmoid() if each else output.logits.float().softmax(dim=-1)
         return found
 
     return Head(
@@ -153,7 +153,7 @@ def token_head(config: PretrainedConfig) -> Head:
     return Head(
         task="token-classification",
         name="entities",
-        scores=lambda output, _mask, _ids: output.logits.softmax(dim=-1),
+        scores=lambda output, _mask, _ids: output.logits.float().softmax(dim=-1),
         part=lambda text, tokens, rows, _told: _entities(labels, text, tokens, rows),
         item={"type": "array", "items": {"type": "object", "required": list(properties), "properties": properties}},
     )
@@ -173,7 +173,7 @@ def mask_head(tokenizer: Tokenizer, mask: str) -> Head:
         import torch
 
         place = (ids == number).int().argmax(dim=1)
-        shares = output.logits[torch.arange(len(ids)), place].softmax(dim=-1)
+        shares = output.logits[torch.arange(len(ids)), place].float().softmax(dim=-1)
         best = shares.topk(min(MAX_FILLS, shares.shape[-1]))
         return torch.stack([best.values, best.indices.to(best.values.dtype)], dim=1)
 

@@ -7,11 +7,12 @@ What goes in doesn't stand in such a file: `divault.json` beside it in a tar say
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from divault.errors import SealedFileDamaged, UnsupportedModel
 from divault.models.architecture import Network, input_shape_of
+from divault.models.base import Place
 from divault.models.containers import Container, container_of
 from divault.models.files import Folder
 from divault.models.labels import labels_of
@@ -44,7 +45,7 @@ class Program:
         """Whether such a program is among the files."""
         return any(container_of(file) is self.kind for file in files)
 
-    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedNetwork:
+    def load(self, files: Sequence[MemoryFile], place: Place) -> LoadedNetwork:
         """The program in memory. Raises UnsupportedModel, SealedFileDamaged; SettingsInvalid for the device."""
         folder = Folder(files)
         programs = [file for file in folder.files if container_of(file) is self.kind]
@@ -58,11 +59,11 @@ class Program:
                 else f"{len(programs)} times {self.words}",
                 supported=f"{self.words} in a tar with divault.json",
             )
-        place = prepare(device)
+        hardware = prepare(replace(place, dtype="float32"))  # a program computes in the numbers that it was made for
         shape = input_shape_of(told["input_shape"])
-        module = self.fitted(self.read(programs[0], place, folder), shape, place)
+        module = self.fitted(self.read(programs[0], hardware.device, folder), shape, hardware.device)
         network = Network(module, shape, adapter=self.adapter, code=True)
-        return LoadedNetwork(network, labels_of(told), place, str(told.get("task") or "prediction"))
+        return LoadedNetwork(network, labels_of(told), hardware, str(told.get("task") or "prediction"))
 
 
 def broken(words: str, err: Exception) -> SealedFileDamaged:

@@ -4,23 +4,48 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from divault.errors import SettingsInvalid
+from divault.models.base import Place
 from divault.models.runtimes import runtime_object, seed, threads
 
 if TYPE_CHECKING:
     import torch
 
 
-def prepare(device: str) -> torch.device:
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """A place as torch has it."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """`cpu`, or the GPU's product name."""
+        import torch
+
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
+    def tolerance(self) -> float:
+        """Most that numbers of one input differ with what else is in its batch: sums are made in another order."""
+        return _TOLERANCE[str(self.dtype).removeprefix("torch.")]
+
+
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+def prepare(place: Place) -> Hardware:
     """The device, with torch's process-wide switches set: threads as `OMP_NUM_THREADS` says, deterministic algorithms.
 
     Raises SettingsInvalid where the device isn't there.
     """
     import torch
 
-    device = _best() if device == "auto" else device
+    device = _best() if place.device == "auto" else place.device
     # cuBLAS reads it when the first product is made, and is not deterministic without it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads())
@@ -35,7 +60,7 @@ def prepare(device: str) -> torch.device:
         raise SettingsInvalid(
             f"the device {device[:40]!r} is not here: set DIVAULT_DEVICE=cpu", setting="DIVAULT_DEVICE"
         ) from err
-    return found
+    return Hardware(found, getattr(torch, place.dtype))
 
 
 def _best() -> str:
@@ -47,7 +72,7 @@ def _best() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def runtime(adapter: str, device: torch.device, libraries: Sequence[str]) -> dict[str, Any]:
+def runtime(adapter: str, hardware: Hardware, libraries: Sequence[str]) -> dict[str, Any]:
     """The runtime object of receipts: everything here that could change an answer."""
     import torch
 
@@ -56,12 +81,6 @@ def runtime(adapter: str, device: torch.device, libraries: Sequence[str]) -> dic
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "tf32": torch.backends.cuda.matmul.allow_tf32,
     }
-    told = runtime_object(adapter, device_name(device), "float32", ("torch", *libraries), flags)
+    dtype = str(hardware.dtype).removeprefix("torch.")
+    told = runtime_object(adapter, hardware.name, dtype, ("torch", *libraries), flags)
     return told | {"threads": torch.get_num_threads()}
-
-
-def device_name(device: torch.device) -> str:
-    """`cpu`, or the GPU's product name."""
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

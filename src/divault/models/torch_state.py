@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from divault.errors import InputInvalid, ModelFailed, UnsupportedModel
 from divault.models import huggingface_files
 from divault.models.architecture import EXAMPLE, Network, build
-from divault.models.base import Answer, Description, Inputs
+from divault.models.base import Answer, Description, Inputs, Place
 from divault.models.files import Folder
 from divault.models.labels import labelled, labelled_schema, labels_of
 from divault.models.tensors import MAX_ANSWER_NUMBERS, TensorSpec, nested_schema, written
-from divault.models.torch_runtime import device_name, prepare, runtime
+from divault.models.torch_runtime import Hardware, prepare, runtime
 from divault.models.weights import SUPPORTED, read_weights, weight_files
 from divault.values import MemoryFile
 
@@ -38,17 +38,17 @@ class TorchState:
         """Whether weights of PyTorch are among the files, and they are no Hugging Face folder."""
         return not huggingface_files.is_one(Folder(files)) and bool(weight_files(files))
 
-    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedNetwork:
+    def load(self, files: Sequence[MemoryFile], place: Place) -> LoadedNetwork:
         """The network in memory. Raises UnsupportedModel, SealedFileDamaged; SettingsInvalid for the device."""
         folder = Folder(files)
         weights = read_weights(weight_files(folder.files))
         told = folder.json_object("divault.json")
         if told.get("architecture") is None:
             raise _without_architecture(folder)
-        place = prepare(device)
+        hardware = prepare(place)
         network = build(told["architecture"], told.get("input_shape"), weights)
-        network.module.to(place)
-        return LoadedNetwork(network, labels_of(told), place, str(told.get("task") or "prediction"))
+        network.module.to(hardware.device, hardware.dtype)
+        return LoadedNetwork(network, labels_of(told), hardware, str(told.get("task") or "prediction"))
 
 
 def _without_architecture(folder: Folder) -> UnsupportedModel:
@@ -64,10 +64,10 @@ def _without_architecture(folder: Folder) -> UnsupportedModel:
 class LoadedNetwork:
     """A network with its weights, ready to run."""
 
-    def __init__(self, network: Network, labels: tuple[str, ...], device: torch.device, task: str) -> None:
+    def __init__(self, network: Network, labels: tuple[str, ...], hardware: Hardware, task: str) -> None:
         self._network = network
         self._labels = labels
-        self._device = device
+        self._hardware = hardware
         dtype = "float32" if network.vocabulary is None else "int64"
         zeros = TensorSpec(network.item_shape, network.vocabulary, {}, dtype).zeros()
         self._spec = TensorSpec(network.item_shape, network.vocabulary, {"tensor": written(zeros)}, dtype)
@@ -112,14 +112,15 @@ class LoadedNetwork:
         import torch
 
         with torch.inference_mode():
-            output = self._network.module(torch.from_numpy(array).to(self._device))
+            item = torch.from_numpy(array).to(self._hardware.device)
+            output = self._network.module(item.to(self._hardware.dtype) if item.is_floating_point() else item)
         if not isinstance(output, torch.Tensor) or output.ndim == 0 or output.shape[0] != len(array):
             raise ModelFailed("the network didn't give one row for each item", kind="output_shape")
         if output.numel() > MAX_ANSWER_NUMBERS:
             raise ModelFailed(f"the answer has {output.numel()} numbers: send fewer items", kind="output_size")
         if not torch.isfinite(output).all():
             raise ModelFailed("the network gave a number that is not finite", kind="not_finite")
-        return output.cpu()
+        return (output.float() if output.is_floating_point() else output).cpu()
 
     def _probed(self, zeros: NDArray[Any]) -> tuple[int, ...]:
         """Shape of one row of output, seen by running zeros. Raises UnsupportedModel where they don't run."""
@@ -149,7 +150,7 @@ class LoadedNetwork:
         return Description(
             format="torch",
             task=task,
-            device=device_name(self._device),
+            device=self._hardware.name,
             input_schema={"type": "object", "required": ["tensor"], "properties": {"tensor": self._spec.schema()}},
             output_schema={
                 "type": "object",
@@ -157,7 +158,7 @@ class LoadedNetwork:
                 "properties": {"predictions": {"type": "array", "items": self._row_schema()}},
             },
             example=self._spec.example,
-            runtime=runtime(self._network.adapter, self._device, ("safetensors",)),
+            runtime=runtime(self._network.adapter, self._hardware, ("safetensors",)),
             code=self._network.code,
         )
 

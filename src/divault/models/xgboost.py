@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from divault.errors import ModelFailed, SealedFileDamaged, UnsupportedModel
 from divault.models import xgboost_file
-from divault.models.base import LoadedModel, words_of
+from divault.models.base import LoadedModel, Place, words_of
 from divault.models.boosters import Boosted, Boosting, Kind
 from divault.models.files import Folder, only_file, the_file
 from divault.models.labels import labels_of
@@ -53,7 +53,7 @@ class XgboostModelFile:
         file = only_file(files)
         return file is not None and xgboost_file.is_xgboost(file)
 
-    def load(self, files: Sequence[MemoryFile], device: str) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
+    def load(self, files: Sequence[MemoryFile], place: Place) -> LoadedModel:  # noqa: ARG002 - it runs on the CPU alone
         """The booster. Raises UnsupportedModel (categories, an unknown objective, a newer file), SealedFileDamaged."""
         file = the_file(files, "an XGBoost model")
         found = xgboost_file.read(file)

@@ -30,14 +30,14 @@ from divault.errors import (
     SettingsInvalid,
     UnsupportedModel,
 )
-from divault.models.base import Description
+from divault.models.base import CPU, Description
 from divault.models.unsupported import SUPPORTED_TEXT
 from divault.publishing.sealing import copy_plaintext
 from divault.values import Digest, MemoryFile
 from divault.workers import opening_child, wire
 from divault.workers.process import COMMAND, Process
 
-_CODE = re.compile(r"TorchScript|torch\.export")
+_CODE = re.compile(r"TorchScript|torch\.export|a pickled object \(")
 """How formats name what a node runs only if its operator allows code."""
 _THREADS = 2
 _EXTRAS = {
@@ -95,7 +95,6 @@ async def recognise(
     path: Path,
     *,
     allow_code: bool = False,
-    device: str = "cpu",
     timeout_s: float = 120.0,
     command: Sequence[str] = COMMAND,
 ) -> Recognised:
@@ -107,7 +106,7 @@ async def recognise(
     async with _plain_files(path) as (files, digest, size):
         try:
             async with asyncio.timeout(timeout_s):
-                return await _loaded(files, (digest, size), device, command)
+                return await _loaded(files, (digest, size), command)
         except TimeoutError:
             limit = f"{timeout_s:g}"
             raise DeadlineExceeded(
@@ -122,15 +121,14 @@ async def recognise(
             raise _failed(path, err) from err
 
 
-async def _loaded(
-    files: Sequence[MemoryFile], what: tuple[Digest, int], device: str, command: Sequence[str]
-) -> Recognised:
+async def _loaded(files: Sequence[MemoryFile], what: tuple[Digest, int], command: Sequence[str]) -> Recognised:
     process = await Process.start(command, files, _THREADS, lambda: None)
     try:
         order = wire.Load(
             id=wire.new_id(),
             files=[wire.File(file.name, file.fd, file.size) for file in files],
-            device=device,
+            device=CPU.device,
+            dtype=CPU.dtype,
             memory_bytes=3 * sum(file.size for file in files),  # as a node gives it
         )
         reply = await process.ask(order)

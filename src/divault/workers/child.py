@@ -23,7 +23,7 @@ import orjson
 
 from divault import models
 from divault.errors import DivaultError, ModelFailed
-from divault.models.base import Answer, Inputs, LoadedModel, StreamingModel
+from divault.models.base import Answer, Inputs, LoadedModel, Place, StreamingModel
 from divault.values import MemoryFile
 from divault.workers import strict_json, wire
 from divault.workers.sandbox import Policy, confine
@@ -96,7 +96,7 @@ def _load(order: wire.Load, checks: dict[str, Verdict]) -> tuple[LoadedModel | N
         return None, wire.Known(id=order.id, template=found)
 
     def work() -> tuple[LoadedModel, bytes]:
-        model = models.load(files, order.device, allow_code=order.allow_code)
+        model = models.load(files, Place(order.device, order.dtype), allow_code=order.allow_code)
         return model, orjson.dumps(model.description)
 
     loaded = _attempt("loading the model", work)

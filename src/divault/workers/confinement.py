@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from divault.models.base import Place
 from divault.values import MemoryFile
 from divault.workers import landlock, seccomp, wire
 from divault.workers.sandbox import CHECKS, Level, level_of, missing_for
@@ -73,13 +74,14 @@ class Confinement:
         return missing_for(level, self.checks)
 
     def order(
-        self, files: Sequence[MemoryFile], device: str, memory_bytes: int, *, recognise: bool = False
+        self, files: Sequence[MemoryFile], place: Place, memory_bytes: int, *, recognise: bool = False
     ) -> wire.Load:
         """What a worker is told first. `recognise`: it is to load nothing, but to say what these files are."""
         return wire.Load(
             id=wire.new_id(),
             files=[wire.File(file.name, file.fd, file.size) for file in files],
-            device=device,
+            device=place.device,
+            dtype=place.dtype,
             memory_bytes=memory_bytes,
             level=self.level,
             canary=str(self._canary),

@@ -22,7 +22,7 @@ from divault.errors import (
     SettingsInvalid,
 )
 from divault.metrics import ModelFigures
-from divault.models.base import Description, Piece
+from divault.models.base import CPU, Description, Piece, Place
 from divault.telemetry import log
 from divault.values import Cid, Digest, Hold, ModelId, OpenedModel, Output, SignedCall
 from divault.workers import wire
@@ -81,7 +81,7 @@ class WorkerPool:
         *,
         predict_timeout_s: float,
         load_timeout_s: float,
-        device: str = "cpu",
+        place: Place = CPU,
         tuning: Tuning | None = None,
         confinement: Confinement | None = None,
         memory_bytes: int | None = None,
@@ -93,7 +93,7 @@ class WorkerPool:
         `confinement`: how far workers are confined; without one at `standard`, as far as that holds here.
         """
         self._deadlines = Deadlines(load_s=load_timeout_s, predict_s=predict_timeout_s)
-        self._device = device
+        self._place = place
         self._tuning = tuning or Tuning()
         self._entries: dict[Digest, _Entry] = {}
         self._coming: dict[Worker, int] = {}
@@ -153,7 +153,7 @@ class WorkerPool:
         Raises UnsupportedModel, SealedFileDamaged, ModelFailed, DeadlineExceeded, NotReady.
         """
         around = Surroundings(self._tuning, self._confinement, self._templates)
-        worker = Worker(opened, self._device, self._deadlines, around)
+        worker = Worker(opened, self._place, self._deadlines, around)
         try:
             return await self._load(worker, opened)
         finally:
@@ -168,7 +168,7 @@ class WorkerPool:
             try:
                 await worker.start()
             except SettingsInvalid as err:
-                _log.error("the device is not there", device=self._device, why=err.detail)
+                _log.error("the device is not there", device=self._place.device, why=err.detail)
                 raise NotReady("the device of this node is not there: its operator has to set DIVAULT_DEVICE") from err
         if self._closed:
             raise NotReady("the node is stopping", retry_after=5)
@@ -333,7 +333,7 @@ class WorkerPool:
         process = await Process.start(tuning.command, (), tuning.threads, lambda: None, separate=separate)
         try:
             async with asyncio.timeout(limit_s):
-                order = self._confinement.order((), self._device, 0)
+                order = self._confinement.order((), self._place, 0)
                 ready = wire.expect(await process.ask(order), wire.Ready)
         except TimeoutError:
             raise DeadlineExceeded(f"no worker started within {limit_s:g} s", limit_s=f"{limit_s:g}") from None

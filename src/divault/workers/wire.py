@@ -66,6 +66,7 @@ class Load(Frame, frozen=True, tag="load"):
 
     files: list[File]
     device: str
+    dtype: str
     memory_bytes: int
     """How much memory the worker may map beyond what an idle one needs."""
     level: Literal["strict", "standard", "off"] = "standard"

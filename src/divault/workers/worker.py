@@ -33,7 +33,7 @@ import msgspec
 
 from divault.errors import BadRequest, DeadlineExceeded, DivaultError, ModelFailed, NotReady, Overloaded
 from divault.messages import canonical
-from divault.models.base import Description, Piece
+from divault.models.base import Description, Piece, Place
 from divault.models.libraries import LIBRARIES
 from divault.telemetry import log
 from divault.values import OpenedModel
@@ -123,7 +123,7 @@ class Figures:
 class Worker:
     """A model that is loaded, or about to be. Owns the descriptors of `opened` from its making to `close`."""
 
-    def __init__(self, opened: OpenedModel, device: str, deadlines: Deadlines, surroundings: Surroundings) -> None:
+    def __init__(self, opened: OpenedModel, place: Place, deadlines: Deadlines, surroundings: Surroundings) -> None:
         self.opened = opened
         self._confinement = surroundings.confinement
         self._templates = surroundings.templates
@@ -131,7 +131,7 @@ class Worker:
         self._template: str | None = None if self._tuning.templates else ""
         """What its process is forked from; empty: nothing; None: not known yet."""
         self.checks: dict[str, str] = {}
-        self._device = device
+        self._place = place
         self._deadlines = deadlines
         self._queue = Queue()
         self._flight: list[Job] = []
@@ -480,7 +480,7 @@ class Worker:
             process = await Process.start(command, self.opened.files, threads, self._lost, separate=separate)
         self._process = process
         # The mapped file, the model made of it, and as much again while it is made and at work.
-        order = self._confinement.order(process.files, self._device, 3 * self.opened.size, recognise=recognise)
+        order = self._confinement.order(process.files, self._place, 3 * self.opened.size, recognise=recognise)
         reply = await process.ask(order)
         if isinstance(reply, wire.Failed):
             raise wire.reported(reply.problem, wire.LOAD_ERRORS)
