@@ -157,7 +157,7 @@ async def test_it_is_refused_by_its_class_where_code_is_not_allowed(confined_poo
     files = {"model.pt": net(), "net.py": NET.encode(), **OWN, "divault.json": as_json(TOLD)}
     with pytest.raises(UnsupportedModel) as caught:
         await pool.load(opened("refused", files))
-    assert caught.value.data["seen"] == "a pickled object (net.Net)"
+    assert caught.value.data["seen"] == "a pickled model (net.Net)"
 
 
 class Reader:

@@ -118,15 +118,17 @@ def module(path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 async def test_code_that_no_node_runs_is_refused_in_any_case(tmp_path: Path) -> None:
-    name = "module.pt"
-    module(tmp_path / name)
+    name = "checkpoint.pt"
+    torch.save({"epoch": 3, "model": torch.nn.Linear(2, 1)}, tmp_path / name)
     with pytest.raises(UnsupportedModel, match="safetensors") as caught:
         await recognise(tmp_path / name, allow_code=True)
 
     assert "--code-bearing" not in caught.value.detail
 
 
-@pytest.mark.parametrize(("name", "write"), [("exported.pt2", exported), ("torchscript.pt", torchscript)])
+@pytest.mark.parametrize(
+    ("name", "write"), [("exported.pt2", exported), ("torchscript.pt", torchscript), ("module.pt", module)]
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 async def test_what_carries_code_is_refused_unless_asked_for(tmp_path: Path, name: str, write: Any) -> None:
     write(tmp_path / name)

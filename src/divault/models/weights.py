@@ -53,7 +53,7 @@ def _read_file(file: MemoryFile) -> dict[str, Tensor]:
     if kind is Container.SAFETENSORS:
         return _read_safetensors(file)
     if kind in (Container.TORCH_ZIP, Container.TORCH_MODULE):  # the latter is refused by its first class
-        return _read_torch_zip(file)
+        return _read_torch_zip(file, kind)
     raise UnsupportedModel(
         f"the model is {kind.value}; this node loads {SUPPORTED}", seen=kind.value, supported=SUPPORTED
     )
@@ -71,7 +71,7 @@ def _read_safetensors(file: MemoryFile) -> dict[str, Tensor]:
         raise SealedFileDamaged(f"the safetensors file is broken: {str(err)[:200]}", stage="payload") from None
 
 
-def _read_torch_zip(file: MemoryFile) -> dict[str, Tensor]:
+def _read_torch_zip(file: MemoryFile, kind: Container) -> dict[str, Tensor]:
     import torch
 
     check_torch_zip(file)
@@ -81,15 +81,15 @@ def _read_torch_zip(file: MemoryFile) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             content = torch.load(path_of(file), map_location="cpu", mmap=True, weights_only=True)
     except UnpicklingError as err:
-        _refuse_pickle(str(err))
+        _refuse_pickle(str(err), "model" if kind is Container.TORCH_MODULE else "object")
     except _BROKEN_PICKLE as err:
         raise SealedFileDamaged(f"the torch.save file is broken: {type(err).__name__}", stage="payload") from None
     return _state_dict(content)
 
 
-def _refuse_pickle(message: str) -> NoReturn:
+def _refuse_pickle(message: str, what: str) -> NoReturn:
     refused = _REFUSED_GLOBAL.search(message)
-    seen = f"a pickled object ({refused[1]})" if refused else "a pickle that asks for more than tensors"
+    seen = f"a pickled {what} ({refused[1]})" if refused else "a pickle that asks for more than tensors"
     raise UnsupportedModel(
         f"the torch.save file holds {seen}, not only tensors; save model.state_dict() instead of the model",
         seen=seen,

@@ -37,7 +37,7 @@ from divault.values import Digest, MemoryFile
 from divault.workers import opening_child, wire
 from divault.workers.process import COMMAND, Process
 
-_CODE = re.compile(r"TorchScript|torch\.export|a pickled object \(")
+_CODE = re.compile(r"TorchScript|torch\.export|a pickled model \(")
 """How formats name what a node runs only if its operator allows code."""
 _THREADS = 2
 _EXTRAS = {
@@ -63,7 +63,10 @@ _SAFE = {
     "xgboost": "save it with its own save_model",
 }
 _INSTEAD = (
-    (re.compile(r"TorchScript|torch\.export|PyTorch file|pickled object|torch\.save"), ("safetensors", "onnx")),
+    (
+        re.compile(r"TorchScript|torch\.export|PyTorch file|pickled object|pickled model|torch\.save"),
+        ("safetensors", "onnx"),
+    ),
     (re.compile(r"HDF5|Keras|SavedModel"), ("onnx",)),
     (re.compile(r"xgboost\.|lightgbm\."), ("xgboost",)),
     (re.compile(r"pickle|joblib"), ("skops", "onnx")),
