@@ -129,7 +129,7 @@ class Sessions:
         """`key`: the node's. `origins`: web origins, beside the node's own, whose pages may ask wallets to sign in."""
         self._state = state
         self._home = home
-        self._origins = {_authority(origin): origin for origin in (*origins, home.origin) if "://" in origin}
+        self._origins = (home.origin, *(origin for origin in origins if "://" in origin))
         self._clock = clock
         scope = f"{home.chain_id}:{home.vault}:{home.node}".encode()
         self._key = HKDF(SHA256(), 64, None, b"divault/sessions/v1\0" + scope).derive(key.reveal())
@@ -145,7 +145,7 @@ class Sessions:
 
         Raises SessionInvalid for a page that may not ask here.
         """
-        if origin is not None and origin not in self._origins.values():
+        if origin is not None and origin not in self._origins:
             raise SessionInvalid(
                 "pages of this origin may not sign in here: its operator names them in DIVAULT_CORS_ORIGINS",
                 reason="wrong_origin",
@@ -164,7 +164,7 @@ class Sessions:
         text is of another origin than the page that sent it; RateLimited; NotReady.
         """
         message, now = SignInMessage.parse(text), int(self._clock())
-        own = self._origins.get(message.domain, self._home.origin)
+        own = self._page_of(message)
         if origin not in (None, own):
             raise SessionInvalid(
                 "the text was signed for another page than the one that sends it", reason="wrong_origin"
@@ -195,8 +195,8 @@ class Sessions:
         read, now = _read(token), int(self._clock())
         if not hmac.compare_digest(read.mac, self._mac(read.covered)):
             raise SessionInvalid("this token was not given out by this node: sign in", reason="bad_token")
-        session = self._known.get(read.login) or await self._load(read.login)
-        self._require_open(session, now)
+        session = self._known.get(read.login) or self._load(read.login)
+        session = self._open(session, now)
         if origin is not None and origin != session.origin:
             raise SessionInvalid("the session was opened by another page: sign in here", reason="wrong_origin")
         session.seen_at = max(now, session.seen_at)
@@ -205,7 +205,7 @@ class Sessions:
             await self._state.write(
                 lambda db: db.execute("UPDATE login SET seen_at = ? WHERE digest = ?", (seen, session.login.raw))
             )
-            self._require_open(session, now)  # it may have been ended meanwhile
+            self._open(session, now)  # it may have been ended meanwhile
         return session
 
     async def sign_out(self, token: Secret, origin: str | None, *, everywhere: bool = False) -> int:
@@ -225,6 +225,12 @@ class Sessions:
     def _count(buckets: Buckets, key: str, limit: int) -> None:
         if wait := buckets.take(key):
             raise RateLimited("too many sign-ins: use the session that you have", retry_after=wait, limit=limit)
+
+    def _page_of(self, message: SignInMessage) -> str:
+        """The origin that the text is for, among those that may be; the node's own for any other."""
+        named = [origin for origin in self._origins if _authority(origin) == message.domain]
+        exact = (origin for origin in named if message.uri == origin or message.uri.startswith(f"{origin}/"))
+        return next(exact, named[0] if named else self._home.origin)
 
     def _context(self, origin: str, nonce: str, now: int) -> SignInContext:
         return SignInContext(_authority(origin), origin, self._home.chain_id, nonce, now)
@@ -267,21 +273,22 @@ class Sessions:
     def _mac(self, covered: bytes) -> bytes:
         return hmac.digest(self._key[:32], covered, "sha256")
 
-    def _require_open(self, session: Session | None, now: int) -> None:
+    @staticmethod
+    def _open(session: Session | None, now: int) -> Session:
+        """The session, if it is open. Raises SessionInvalid."""
         if session is None or session.ended:
             raise SessionInvalid("this session was ended: sign in again", reason="signed_out")
         if now >= session.expires_at:
             raise SessionInvalid("this session has come to its end: sign in again", reason="expired")
         if now - session.seen_at > IDLE_S:
             raise SessionInvalid(f"this session had no call for {IDLE_S} s: sign in again", reason="idle")
+        return session
 
-    async def _load(self, login: Digest) -> Session:
-        found = await self._state.read(lambda db: _find(db, login))
-        if found is None:
-            raise SessionInvalid("this session was ended: sign in again", reason="signed_out")
-        # another call may have read it meanwhile: all share one
-        session = self._known.get(login) or found
-        self._keep(session)
+    def _load(self, login: Digest) -> Session | None:
+        # At once: between the look and the keeping nobody may sign out. The row is on disk, or nobody had its token.
+        session = self._state.look(lambda db: _find(db, login))
+        if session is not None:
+            self._keep(session)
         return session
 
     def _keep(self, session: Session) -> None:

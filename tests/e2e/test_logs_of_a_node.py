@@ -25,16 +25,18 @@ RUN, LOAD = "/api/v1/inference/run", "/api/v1/models/load"
 ORIGIN = "https://app.example"
 PATHS = [
     RUN, LOAD, "/api/v1/inference", "/api/v1/cache", "/api/v1/models/{}", "/api/v1/results/{}", "/v1/embeddings",
-    "/v1/chat/completions", "/v2/models/{}/infer", "/v2/models/{}/versions/{}/infer", "/{}", "/health/live",
+    "/api/v1/auth/nonce", "/api/v1/auth/login", "/api/v1/auth/logout", "/v1/chat/completions", "/v2/models/{}/infer",
+    "/v2/models/{}/versions/{}/infer", "/{}", "/health/live",
 ]  # fmt: skip
 FIELDS = [
     "model_id", "user_address", "input_data", "user_signature", "nonce", "issued_at", "max_price", "parameters",
     "payment", "decryption_key", "lighthouse_authorization", "cid", "vault", "model", "input", "messages", "inputs",
+    "message", "signature", "spend", "everywhere",
 ]  # fmt: skip
 HEADERS = [
     "authorization", "cookie", "signature", "signature-input", "content-digest", "x-payment", "payment-signature",
     "user-agent", "referer", "x-request-id", "divault-max-price", "divault-timeout", "traceparent", "content-type",
-    "content-encoding", "origin",
+    "content-encoding", "origin", "idempotency-key", "divault-payment",
 ]  # fmt: skip
 TELLTALE = "zqtell"
 SECRETS = st.text("abcdefghijklmnopqrstuvwxyzABCDEF0123456789", max_size=30).map(TELLTALE.__add__)
@@ -92,16 +94,36 @@ def door(world: World, talkative: NodeProcess) -> Door:
     fields=st.dictionaries(st.sampled_from(FIELDS), SECRETS | st.lists(SECRETS, max_size=2), max_size=8),
     headers=st.dictionaries(st.sampled_from(HEADERS), SECRETS, max_size=5),
     secret=SECRETS,
+    bearer=st.booleans(),
 )
 async def test_unproved_requests(
-    door: Door, *, path: str, method: str, fields: dict[str, Any], headers: dict[str, str], secret: str
+    door: Door, *, path: str, method: str, fields: dict[str, Any], headers: dict[str, str], secret: str, bearer: bool
 ) -> None:
     where = path.replace("{}", secret) + f"?{secret}={secret}"
     body = json.dumps(fields | {secret: secret})
+    if bearer and "authorization" in headers:
+        headers["authorization"] = f"Bearer div1_{headers['authorization']}"
     status, answer, told = await door.world.request(method, where, door.node, data=body, headers=headers)
 
     assert status < 500, answer
     assert TELLTALE not in await logged_with(door.node, told["x-request-id"])
+
+
+async def test_a_session_leaves_neither_its_token_nor_its_text(world: World, talkative: NodeProcess) -> None:
+    model = (await world.publish("session-logged", node=talkative)).text
+    async with world.client(await world.consumer(), talkative) as client:
+        login = await client.sign_in(spend="0.01")
+        headers = {"authorization": f"Bearer {login.token}", "idempotency-key": TELLTALE}
+        body = {"model_id": model, "input_data": {"features": world.trained.rows[0]}}
+        status, answer, _ = await world.request("POST", RUN, talkative, json=body, headers=headers)
+        await client.sign_out(login.token)
+        _, _, told = await world.request("POST", RUN, talkative, json=body, headers=headers)
+    log = await logged_with(talkative, told["x-request-id"])
+    request = answer["receipt"]["request"]
+
+    assert status == 200, answer
+    secrets = (login.token, login.token[5:45], request["message"], answer["receipt"]["request_signature"][2:], TELLTALE)
+    assert [secret for secret in secrets if secret in log] == []
 
 
 @pytest.mark.parametrize(
