@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hmac
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from enum import IntEnum, StrEnum
 from functools import lru_cache
@@ -483,7 +483,6 @@ class Receipt:
     hash: Digest
     sequence: int
     status: ReceiptStatus
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

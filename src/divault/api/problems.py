@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-from divault.errors import DivaultError, error_classes
+from divault.errors import DivaultError
 from divault.telemetry import log, new_request_id
 
 _log = log("api")
@@ -62,16 +62,8 @@ STATUS: dict[str, int] = {
 }
 """Every code that can reach a caller of the API, with its HTTP status."""
 
-OFF_THE_WIRE = frozenset({"settings_invalid", "receipt_invalid", "transaction_failed", "node_untrusted"})
-"""Codes of the command line and the client; a node never answers with them."""
-
 AUTHENTICATE = 'DIV-EIP712 realm="divault", Signature realm="divault", Bearer realm="divault"'
 """`WWW-Authenticate` of every 401: the two envelopes that prove a caller, and the token of a session."""
-
-
-def known_codes() -> set[str]:
-    """All codes of the tree, base class included."""
-    return {cls.code for cls in error_classes()}
 
 
 def problem(error: DivaultError, request_id: str) -> dict[str, Any]:

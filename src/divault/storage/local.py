@@ -54,10 +54,6 @@ class LocalStore:
         except OSError as err:
             raise MissingBlock(f"the local store lacks block {key.hex()[:20]}...") from err
 
-    def has(self, cid: Cid) -> bool:
-        """True when the block that the CID names is here."""
-        return cid.hash_code == IDENTITY or self._path(multihash(cid)).exists()
-
     def size(self, cid: Cid) -> int:
         """Bytes of the file under the CID. Raises MissingBlock, NotAFile, or what is wrong with its root."""
         return file_size(cid, self.get)
@@ -77,13 +73,6 @@ class LocalStore:
         while piece := source.read(_READ_BYTES):
             importer.update(piece)
         return importer.finish()[profile]
-
-    def put_car(self, pieces: Iterable[bytes]) -> Cid:
-        """Keep the blocks of a CAR with one root; see `CarImport`."""
-        incoming = CarImport(self)
-        for piece in pieces:
-            incoming.update(piece)
-        return incoming.finish()
 
     async def read(self, cid: Cid, ranges: Sequence[range] = (), form: Form = Form.CAR) -> AsyncGenerator[bytes, None]:
         """See `Storage.read`."""
