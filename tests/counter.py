@@ -156,7 +156,7 @@ def _principal_of_session(call: SignedCall, proof: SessionToken) -> Principal:
         PrincipalKind.SESSION,
         made.digest,
         Nonce(digest_of(made.request_id).raw),
-        now + 600,
+        now + 86_400,
         now,
         call.max_price,
         login=login,

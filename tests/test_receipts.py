@@ -499,13 +499,23 @@ def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
 # --- of a session's call ----------------------------------------------------------------------------------------------
 
 
+BEGAN = PRINCIPAL.received_at
+
+
 def of_session(
-    *, spend: int = 10_000, node: Address = NODE, chain: int = CHAIN, signer: Secret = USER_KEY, user: Address = USER
+    *,
+    spend: int = 10_000,
+    node: Address = NODE,
+    chain: int = CHAIN,
+    signer: Secret = USER_KEY,
+    user: Address = USER,
+    issued_at: int = BEGAN - 1000,
+    expires_at: int = 0,
 ) -> dict[str, Any]:
     """A receipt of a call by a session whose text says this, whatever it says."""
     allowed = {TOKEN: Usdc(spend)} if spend else {}
-    context = SignInContext("node.example", "https://node.example", chain, "abcdefgh", 1789999000)
-    text = compose(user, context, resources=resources_of(node, VAULT, allowed))
+    context = SignInContext("node.example", "https://node.example", chain, "abcdefgh", issued_at)
+    text = compose(user, context, resources=resources_of(node, VAULT, allowed), expires_at=expires_at)
     call = SessionCall(Digest.keccak(b"{}"), personal_digest(text), "POST", "/v1/embeddings", "key-1")
     principal = replace(
         PRINCIPAL,
@@ -537,10 +547,33 @@ def test_a_receipt_of_a_session_holds_and_says_that_no_single_call_was_signed() 
         ({"chain": 1}, "request.message"),
         ({"user": Address(b"\x66" * 20)}, "request.message"),
         ({"signer": Secret(b"\x66" * 32)}, "request_signature"),
+        ({"issued_at": BEGAN + 6}, "request.message"),
+        ({"issued_at": BEGAN - 3600 - 86_400}, "request.message"),
+        ({"expires_at": BEGAN}, "request.message"),
     ],
 )
 def test_a_session_s_text_that_does_not_allow_the_call_is_a_node_s_lie(changed: dict[str, Any], field: str) -> None:
     assert first_wrong(of_session(**changed)) == field
+
+
+@pytest.mark.parametrize("told", [{"issued_at": BEGAN + 5}, {"expires_at": BEGAN + 1}, {"issued_at": BEGAN - 89_999}])
+def test_a_session_that_can_have_been_open_then_is_believed(told: dict[str, int]) -> None:
+    assert first_wrong(of_session(**told)) is None  # type: ignore[arg-type]
+
+
+def test_a_text_that_is_not_shown_to_be_signed_proves_no_session() -> None:
+    unsigned = of_session()
+    unsigned["request_signature"] = None
+    unsigned.pop("checksums")
+
+    assert outcomes(check(unsigned))["request"] is Outcome.NOT_CHECKED
+
+
+def test_nothing_rides_along_in_a_session_s_call() -> None:
+    more = of_session()
+    more["request"]["input_data"] = {"text": "never sent"}
+
+    assert first_wrong(more) == "request"
 
 
 @pytest.mark.parametrize("member", ["body_hash", "login", "method", "path", "request_id", "message"])

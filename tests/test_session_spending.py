@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from divault.errors import BadRequest, ModelFailed, NonceUsed, PaymentRequired, PriceChanged
+from divault.errors import BadRequest, ModelFailed, NonceUsed, PaymentRequired, PriceChanged, SessionInvalid
 from divault.values import Answer, Hold, SignedCall, Usdc
 from tests.counter import PRICE, TOKEN, Counter, answer_yes, digest_of, of_session, signed
 from tests.ledger_child import call_number
@@ -120,6 +121,40 @@ async def test_a_caller_that_leaves_gives_it_back(counter: Counter) -> None:
 
     assert await counter.used(LOGIN) == 0
     assert (await counter.infer(call(1), answer_yes)).body
+
+
+async def test_a_call_under_way_is_not_charged_once_its_session_was_ended(counter: Counter) -> None:
+    row = (LOGIN.raw, b"", "https://node.example", "", "", 2**40, 0, 2**40)
+    insert = (
+        "INSERT INTO login(digest, nonce, user, origin, message, signature, expires_at, seen_at, ended, keep_until)"
+        " VALUES (?, 'n', ?, ?, ?, ?, ?, ?, 1, ?)"
+    )
+    await counter.state.write(lambda db: db.execute(insert, row))
+    with pytest.raises(SessionInvalid):
+        await counter.infer(call(1))
+    assert (await counter.used(LOGIN), await counter.credit()) == (0, 10 * PRICE.atomic)
+
+
+async def forever(_: Hold) -> bytes:
+    await asyncio.sleep(600)
+    return b""
+
+
+async def test_what_a_lapsed_run_held_is_free_for_the_next(tmp_path: Path) -> None:
+    now = time.time()
+    async with Counter(tmp_path, clock=lambda: now) as counter:
+        await counter.infer(signed(tx=counter.chain.pay(3 * PRICE.atomic))[1])
+        await counter.allow(LOGIN, PRICE.atomic)
+        stuck = asyncio.create_task(counter.infer(call(1), forever))
+        while await counter.used(LOGIN) == 0:
+            await asyncio.sleep(0)
+        with pytest.raises(PriceChanged):
+            await counter.infer(call(2))
+        now += 181
+        assert await counter.infer(call(3))
+        stuck.cancel()
+        await asyncio.gather(stuck, return_exceptions=True)
+        assert await counter.used(LOGIN) == PRICE.atomic
 
 
 @pytest.mark.parametrize("point", ["inside-write-1", "running", "inside-write-2", "after-write-2"])

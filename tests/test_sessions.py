@@ -13,12 +13,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from divault.auth import Authenticator
 from divault.errors import DivaultError, RateLimited, SessionInvalid
-from divault.messages import SignInContext, address_of, compose, parse_key, personal_digest, signature_text
+from divault.messages import (
+    SessionCall,
+    SignInContext,
+    address_of,
+    compose,
+    parse_key,
+    personal_digest,
+    signature_text,
+)
 from divault.messages.session_calls import resources_of
 from divault.sessions import IDLE_S, LONGEST_S, NONCE_S, Home, Sessions, Ticket
 from divault.state import State
-from divault.values import Address, Secret, Usdc
+from divault.values import Address, Digest, Principal, PrincipalKind, Secret, SessionToken, SignedCall, Usdc
 
 NODE_KEY = Secret(b"\x0d" * 32)
 KEY, OTHER_KEY = parse_key("0x" + "4c" * 32), parse_key("0x" + "5d" * 32)
@@ -53,7 +62,7 @@ class Desk:
         return self.sessions
 
     def of(self, home: Home = HOME, key: Secret = NODE_KEY) -> Sessions:
-        return Sessions(self.state, key, home, origins=[PAGE, "*"], clock=self.clock)
+        return Sessions(self.state, key, home, origins=[PAGE, "*"], tokens=[TOKEN], clock=self.clock)
 
     async def restart(self) -> Sessions:
         await self.state.close()
@@ -157,6 +166,10 @@ REFUSED: dict[str, tuple[Callable[[Desk], str], str]] = {
     ),
     "a sum with a zero before it": (
         lambda desk: desk.text(resources=(*_resources(desk), f"urn:div:spend:{TOKEN}:010")),
+        "signature_invalid bad_message",
+    ),
+    "a token that this node doesn't take": (
+        lambda desk: desk.text(resources=(*_resources(desk), f"urn:div:spend:{VAULT}:5")),
         "signature_invalid bad_message",
     ),
     "a resource that nobody knows": (
@@ -293,6 +306,68 @@ async def test_signing_out_everywhere_ends_all_of_one_wallet(desk: Desk) -> None
     for token in mine:
         assert await reason(desk.sessions.of(token, None)) == "session_invalid signed_out"
     assert await desk.sessions.of(others, None)
+
+
+async def test_who_signs_in_while_all_are_signed_out_is_out(desk: Desk) -> None:
+    """Whichever way the two meet: a token that is given out afterwards counts for nothing."""
+    for pause in range(6):
+        signing = asyncio.create_task(desk.sign_in())
+        for _ in range(pause):
+            await asyncio.sleep(0)
+        ended = await desk.sessions.end_all(USER)
+        token = (await signing).token
+        if ended:
+            assert await reason(desk.sessions.of(token, None)) == "session_invalid signed_out", pause
+        else:
+            assert await desk.sessions.of(token, None)
+            assert await desk.sessions.end_all(USER) == 1
+
+
+async def test_a_session_that_is_read_while_it_is_ended_is_out(desk: Desk) -> None:
+    token = (await desk.sign_in()).token
+    sessions = await desk.restart()  # which knows none by heart
+    ending = asyncio.create_task(sessions.end_all(USER))
+    uses = await asyncio.gather(*(sessions.of(token, None) for _ in range(5)), return_exceptions=True)
+    await ending
+
+    assert await reason(sessions.of(token, None)) == "session_invalid signed_out"
+    assert len(uses) == 5
+
+
+async def test_a_sign_out_that_was_not_written_is_none(desk: Desk) -> None:
+    token = (await desk.sign_in()).token
+    await desk.sessions.of(token, None)
+    desk.state._writer.execute("PRAGMA query_only = 1")  # as a disk without room
+    assert (await reason(desk.sessions.sign_out(token, None))).startswith("not_ready")
+    desk.state._writer.execute("PRAGMA query_only = 0")
+
+    assert await desk.sessions.of(token, None)
+    assert await desk.sessions.sign_out(token, None) == 1
+    assert await reason(desk.sessions.of(token, None)) == "session_invalid signed_out"
+
+
+async def test_what_a_token_proves_of_a_call(desk: Desk) -> None:
+    node = Authenticator(HOME, desk.sessions, clock=desk.clock)
+    one, other = await desk.sign_in(), await desk.sign_in()
+
+    async def proved(ticket: Ticket, key: str | None, body: bytes = b"{}") -> Principal:
+        proof = SessionToken(ticket.token, None, key)
+        return await node.authenticate(SignedCall(USER, "POST", "/v1/x", body, proof, None, Usdc(7)))
+
+    named, again, elsewhere = await proved(one, "k"), await proved(one, "k"), await proved(other, "k")
+    unnamed = [await proved(one, None) for _ in range(2)]
+    call = SessionCall(Digest.keccak(b"{}"), one.session.login, "POST", "/v1/x", "k")
+
+    assert (named.user, named.kind, named.login, named.max_price) == (
+        USER, PrincipalKind.SESSION, one.session.login, Usdc(7)
+    )  # fmt: skip
+    assert named.request == again.request == call.digest
+    assert named.nonce == elsewhere.nonce, "a key is one wallet's, whatever session it comes by"
+    assert named.request not in (elsewhere.request, (await proved(one, "k", b"[]")).request)
+    assert named.expires_at == desk.clock.now + LONGEST_S, "and is remembered for a day"
+    assert named.repeatable
+    assert unnamed[0].nonce != unnamed[1].nonce
+    assert not unnamed[0].repeatable
 
 
 async def test_what_is_long_over_is_forgotten(desk: Desk) -> None:

@@ -258,7 +258,7 @@ async def _node(
     rail = TransferCredit(ledger, chain, terms, sole_node_for=settings.divault_sole_node_for)
     gates = Gates(chain, VaultReader(chain, vault, contracts.token), tokens)
     home = Home(chain.chain_id, vault, identities.address, url)
-    sessions = Sessions(state, identities.key, home, origins=settings.divault_cors_origins)
+    sessions = Sessions(state, identities.key, home, origins=settings.divault_cors_origins, tokens=tokens)
     authenticator = Authenticator(home, sessions)
     service = Service(
         Parts(
@@ -277,6 +277,7 @@ async def _node(
             refusals=RefusalBudget(),
             metrics=metrics,
             operators=frozenset(settings.divault_operators),
+            sessions=sessions,
         )
     )
     return Node(

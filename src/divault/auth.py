@@ -41,7 +41,7 @@ from divault.messages import (
 )
 from divault.messages.headers import DEFAULT_TTL_S
 from divault.messages.signatures import signature_bytes
-from divault.sessions import Home, Sessions
+from divault.sessions import LONGEST_S, Home, Sessions
 from divault.values import (
     Address,
     BodySignature,
@@ -192,8 +192,8 @@ class Authenticator:
             kind=PrincipalKind.SESSION,
             request=made.digest,
             nonce=Nonce(Digest.keccak(_IDEMPOTENCY + made.request_id.encode()).raw),
-            # nobody can send a random id again: there is nothing to remember it for
-            expires_at=session.expires_at if key else now,
+            # Remembered for a day, whatever session it comes by then; nobody can send a random id again.
+            expires_at=now + LONGEST_S if key else now,
             received_at=now,
             max_price=call.max_price,
             typed_message={**made.members(), "message": session.message},

@@ -24,6 +24,7 @@ from divault.metrics import Metrics
 from divault.models.base import Description, Piece
 from divault.payments import Ledger, Payments, Wording
 from divault.receipts import answer_body
+from divault.sessions import Sessions
 from divault.storage.cache import CiphertextCache, Freed
 from divault.storage.fetcher import Fetcher
 from divault.storage.kavach import KeyAccess
@@ -67,6 +68,7 @@ class Parts:
     refusals: RefusalBudget
     metrics: Metrics
     operators: frozenset[Address]
+    sessions: Sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ class Service:
         self._refusals = parts.refusals
         self._metrics = parts.metrics
         self._operators = parts.operators
+        self._sessions = parts.sessions
         self._loading: defaultdict[Digest, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def infer(self, call: SignedCall, *, load: bool, dialect: Dialect = NATIVE) -> Answer:
@@ -182,6 +185,14 @@ class Service:
             for model in models:
                 await self._workers.unload(model.key)
             return len(models), await asyncio.to_thread(self._cache.clear)
+
+    async def sign_out(self, call: SignedCall) -> int:
+        """End all sessions of the wallet that signed this; how many there were."""
+        principal = await self._authenticator.authenticate(call)
+        with _named(principal):
+            _require_signed(principal)
+            await self._ledger.consume(principal)
+            return await self._sessions.end_all(principal.user)
 
     async def result(self, call: SignedCall, request: Digest) -> Answer:
         """Give the stored answer of a request, to the wallet that signed it."""

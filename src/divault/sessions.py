@@ -24,13 +24,13 @@ import secrets
 import sqlite3
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from divault.errors import RateLimited, SessionInvalid
+from divault.errors import DivaultError, NotReady, RateLimited, SessionInvalid
 from divault.limits import Buckets
 from divault.messages import (
     SignInContext,
@@ -56,6 +56,7 @@ PREFIX = "div1_"
 """How every token begins: what else is sent as a bearer token is no session's."""
 _SEEN_EVERY_S = 60  # how often a use is written down; after a restart a session may seem idle so much longer
 _KEPT_S = 3600  # how long an ended session's row stays: longer than any run that it began
+_FORGOTTEN_AT_ONCE = 100  # rows of old sessions that one sign-in removes
 _KNOWN = 10_000  # sessions kept in memory; others are read again
 _MAC, _USER, _LOGIN, _END = 32, 20, 32, 8
 _NONCE = re.compile(r"([0-9a-f]{8})([0-9a-f]{24})([0-9a-f]{32})", re.ASCII)
@@ -124,17 +125,22 @@ class Sessions:
         home: Home,
         *,
         origins: Sequence[str] = (),
+        tokens: Collection[Address] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`key`: the node's. `origins`: web origins, beside the node's own, whose pages may ask wallets to sign in."""
+        """`key`: the node's. `origins`: web origins, beside the node's own, whose pages may ask wallets to sign in.
+
+        `tokens`: what this node takes payments in, and so what a session may be allowed to spend.
+        """
         self._state = state
         self._home = home
         self._origins = (home.origin, *(origin for origin in origins if "://" in origin))
+        self._tokens = frozenset(tokens)
         self._clock = clock
         scope = f"{home.chain_id}:{home.vault}:{home.node}".encode()
         self._key = HKDF(SHA256(), 64, None, b"divault/sessions/v1\0" + scope).derive(key.reveal())
         self._known: OrderedDict[Digest, Session] = OrderedDict()
-        self._peers, self._all = Buckets(_PER_PEER), Buckets(_PER_NODE)
+        self._peers, self._all = (Buckets(limit, clock=clock) for limit in (_PER_PEER, _PER_NODE))
 
     # --- signing in -----------------------------------------------------------------------------------------------
 
@@ -173,11 +179,12 @@ class Sessions:
         self._count(self._peers, peer, _PER_PEER)
         verify_sign_in(text, signature, message.address, self._context(own, given, now))
         allowances = self._require_bound(message)
+        if self._state.look(lambda db: _is_used(db, message.nonce)):
+            raise _nonce_used()
         self._count(self._all, "node", _PER_NODE)
         expires_at = int(min(now + LONGEST_S, message.expires_at or now + LONGEST_S))
         session = Session(message.digest, message.address, own, text, signature, expires_at, now, now)
         await self._state.write(lambda db: _insert(db, session, message.nonce, allowances, now))
-        self._keep(session)
         return Ticket(self._token(session), session, allowances)
 
     # --- its calls ------------------------------------------------------------------------------------------------
@@ -209,15 +216,32 @@ class Sessions:
         return session
 
     async def sign_out(self, token: Secret, origin: str | None, *, everywhere: bool = False) -> int:
-        """End the session, or all of its wallet's; gives how many that were. Raises as `of`."""
+        """End the session, or all of its wallet's; gives how many that were. Raises as `of`, and NotReady."""
         session = await self.of(token, origin)
-        column, value = ("user", session.user.raw) if everywhere else ("digest", session.login.raw)
+        if everywhere:
+            return await self.end_all(session.user)
+        return await self._end("digest", session.login.raw, lambda known: known.login == session.login)
+
+    async def end_all(self, user: Address) -> int:
+        """End all sessions of a wallet; gives how many that were. Raises NotReady."""
+        return await self._end("user", user.raw, lambda known: known.user == user)
+
+    async def _end(self, column: str, value: bytes, is_meant: Callable[[Session], bool]) -> int:
         query = f"UPDATE login SET ended = 1 WHERE {column} = ? AND ended = 0 AND expires_at > ?"  # noqa: S608 - no input
         now = int(self._clock())
-        for known in self._known.values():
-            if known is session or (everywhere and known.user == session.user):
-                known.ended = True  # at once, so that no call slips in while it is written
-        return await self._state.write(lambda db: db.execute(query, (value, now)).rowcount)
+
+        def work(db: sqlite3.Connection) -> int:
+            # In one moment with the row: what is read of it before is among these, what is read after is ended.
+            for known in self._known.values():
+                known.ended = known.ended or is_meant(known)
+            return db.execute(query, (value, now)).rowcount
+
+        try:
+            return await self._state.write(work)
+        except NotReady:  # what the file holds is what counts
+            for known in [known for known in self._known.values() if is_meant(known)]:
+                del self._known[known.login]
+            raise
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -246,6 +270,9 @@ class Sessions:
             raise refusal("wrong_domain", advice, vault=str(self._home.vault))
         allowances = allowances_of(message.resources)
         ours = [resource for resource in message.resources if resource.startswith(OURS)]
+        if not allowances.keys() <= self._tokens:
+            taken = ", ".join(map(str, sorted(self._tokens)))
+            raise refusal("bad_message", f"this node takes payments in {taken or 'no token'}, and in no other")
         if len(ours) != len(allowances) + 2:
             raise refusal("bad_message", f"resources {OURS}... name this node, its vault and sums to spend, each once")
         return allowances
@@ -334,9 +361,9 @@ def _authority(origin: str) -> str:
 
 def _insert(db: sqlite3.Connection, session: Session, nonce: str, allowances: Mapping[Address, Usdc], now: int) -> None:
     """Open the session, once for its nonce, and forget those that are long over. Raises SignatureInvalid."""
-    over = "SELECT digest FROM login WHERE keep_until < ?"
-    db.execute(f"DELETE FROM allowance WHERE login IN ({over})", (now,))  # noqa: S608 - no input
-    db.execute("DELETE FROM login WHERE keep_until < ?", (now,))
+    over = db.execute("SELECT digest FROM login WHERE keep_until < ? LIMIT ?", (now, _FORGOTTEN_AT_ONCE)).fetchall()
+    db.executemany("DELETE FROM allowance WHERE login = ?", over)
+    db.executemany("DELETE FROM login WHERE digest = ?", over)
     keep_until = max(session.expires_at, now + NONCE_S) + _KEPT_S
     row = (
         session.login.raw,
@@ -356,12 +383,20 @@ def _insert(db: sqlite3.Connection, session: Session, nonce: str, allowances: Ma
             row,
         )
     except sqlite3.IntegrityError:
-        raise refusal("wrong_nonce", "this nonce has opened a session already: ask for a new one") from None
+        raise _nonce_used() from None
     for token, most in allowances.items():
         db.execute(
             "INSERT INTO allowance(login, token, most) VALUES (?, ?, ?)",
             (session.login.raw, token.raw, str(most.atomic)),
         )
+
+
+def _is_used(db: sqlite3.Connection, nonce: str) -> bool:
+    return db.execute("SELECT 1 FROM login WHERE nonce = ?", (nonce,)).fetchone() is not None
+
+
+def _nonce_used() -> DivaultError:
+    return refusal("wrong_nonce", "this nonce has opened a session already: ask for a new one")
 
 
 def _find(db: sqlite3.Connection, login: Digest) -> Session | None:

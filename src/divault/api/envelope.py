@@ -100,6 +100,7 @@ class _Members(msgspec.Struct, frozen=True):
     chain_id: msgspec.Raw = msgspec.Raw()
     vault: msgspec.Raw = msgspec.Raw()
     user_signature: msgspec.Raw = msgspec.Raw()
+    max_price: msgspec.Raw = msgspec.Raw()
 
 
 _MEMBERS = msgspec.json.Decoder(_Members)
@@ -154,6 +155,17 @@ class Envelopes:
             limit_s=_limit(incoming.header(TIMEOUT)),
         )
 
+    def bare(self, incoming: Incoming) -> SignedCall:
+        """Parse a call that is signed in its headers and names no model.
+
+        Raises SignatureIncomplete, BadRequest and what header signatures raise.
+        """
+        headers = single_headers(incoming)
+        if "signature-input" not in headers:
+            raise self._authenticator.headers_missing(method=incoming.method, path=incoming.path)
+        proof, user = HeaderSignature(headers, incoming.query or None), claimed_user(headers)
+        return SignedCall(user, incoming.method, incoming.path, incoming.raw, proof, None, Usdc(0), peer=incoming.peer)
+
     def _self_signed(self, incoming: Incoming) -> SignedCall:
         if len(incoming.raw) > MAX_SELF_SIGNED_BYTES:
             raise SignHeaders(
@@ -178,14 +190,15 @@ class Envelopes:
         return _call(incoming, body, proof, Address.parse(body["user_address"]), limit)
 
     def _header_signed(self, incoming: Incoming, headers: dict[str, str], model: ModelId | None) -> SignedCall:
-        proof = HeaderSignature(headers, incoming.query or None)
-        return _beside(incoming, proof, claimed_user(headers), _most(headers, proof), model)
+        return _beside(
+            incoming, HeaderSignature(headers, incoming.query or None), claimed_user(headers), headers, model
+        )
 
     def _of_session(
         self, incoming: Incoming, headers: dict[str, str], token: Secret, model: ModelId | None
     ) -> SignedCall:
         proof = _session_proof(incoming, headers, token)
-        return _beside(incoming, proof, self._authenticator.claimed_user(token), _most(headers, proof), model)
+        return _beside(incoming, proof, self._authenticator.claimed_user(token), headers, model)
 
 
 def single_headers(incoming: Incoming) -> dict[str, str]:
@@ -213,17 +226,25 @@ def _session_proof(incoming: Incoming, headers: Mapping[str, str], token: Secret
     return SessionToken(token, headers.get("origin"), key)
 
 
-def _most(headers: Mapping[str, str], proof: HeaderSignature | SessionToken) -> Usdc:
-    """What the call may cost: what its header says, else nothing; of a session, else what the session may spend."""
-    unsaid = str(UINT256_MAX) if isinstance(proof, SessionToken) else "0"
-    return Usdc.parse_atomic(headers.get(MAX_PRICE, unsaid))
+def _most(headers: Mapping[str, str], proof: HeaderSignature | SessionToken, told: str | None = None) -> Usdc:
+    """What the call may cost: the least of what its header and its body say.
+
+    Where neither says it: nothing; of a session, all that the session may spend.
+    """
+    said = [Usdc.parse_atomic(text) for text in (headers.get(MAX_PRICE), told) if text is not None]
+    return min(said, default=Usdc(UINT256_MAX if isinstance(proof, SessionToken) else 0))
 
 
 def _beside(
-    incoming: Incoming, proof: HeaderSignature | SessionToken, user: Address, limit: Usdc, model: ModelId | None
+    incoming: Incoming,
+    proof: HeaderSignature | SessionToken,
+    user: Address,
+    headers: Mapping[str, str],
+    model: ModelId | None,
 ) -> SignedCall:
     """A call whose proof stands beside its body."""
     if incoming.method != "POST":
+        limit = _most(headers, proof)
         return SignedCall(user, incoming.method, incoming.path, incoming.raw, proof, model, limit, peer=incoming.peer)
     small = _small_members(incoming.raw)
     if "user_signature" in small and isinstance(proof, SessionToken):
@@ -235,7 +256,7 @@ def _beside(
     )
     if "user_address" in small and Address.parse(small["user_address"]) != user:
         raise BadRequest("user_address is not the wallet that this request is proved by", field="user_address")
-    return _call(incoming, small, proof, user, limit)
+    return _call(incoming, small, proof, user, _most(headers, proof, _member(small, "max_price", str)))
 
 
 def _call(

@@ -78,8 +78,10 @@ def add_sign_in(router: APIRouter, node: Node) -> None:
         responses=documented(schemas.LogoutAnswer, 400, 401, 503),
     )
     async def logout(request: Request) -> Response:
-        """End the session of the token, or with `everywhere` all sessions of its wallet."""
+        """End the session of the token, or all of its wallet: with `everywhere`, or by a signature in the headers."""
         incoming = await incoming_of(request.scope, request.receive)
+        if incoming.header("signature-input"):
+            return _ended(await node.service.sign_out(node.envelopes.bare(incoming)))
         everywhere = _object(incoming).get("everywhere", False)
         if type(everywhere) is not bool:
             raise BadRequest("everywhere is true or false", field="everywhere")
@@ -87,7 +89,11 @@ def add_sign_in(router: APIRouter, node: Node) -> None:
         ended = await node.sessions.sign_out(
             _required(session_token(headers)), headers.get("origin"), everywhere=everywhere
         )
-        return json_response({"status": "success", "message": f"sessions ended: {ended}", "ended": ended})
+        return _ended(ended)
+
+
+def _ended(count: int) -> Response:
+    return json_response({"status": "success", "message": f"sessions ended: {count}", "ended": count})
 
 
 def _shown(challenge: Challenge) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def sign_out(
     """
     url, _, pinned = node.partition("#")
     with Client(url, keyfiles.read_signing_key(key), node=pinned or None) as client:
-        ended = client.sign_out(client.sign_in().token, everywhere=True) - 1  # the one that says so
+        ended = client.sign_out()
     say(f"sessions ended: {ended}")
 
 

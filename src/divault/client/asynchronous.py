@@ -19,7 +19,7 @@ from divault.client.paying import Payer
 from divault.client.signing import Signed, Signer
 from divault.client.transport import Exchange, Transport
 from divault.errors import DeadlineExceeded, DivaultError, NodeUntrusted, PaymentRequired, ReceiptInvalid
-from divault.messages import NodeDescriptor, SignInContext, compose
+from divault.messages import NodeDescriptor, SignInContext, SignInMessage, compose
 from divault.messages.session_calls import resources_of, statement
 from divault.values import Address, ModelId, ReceiptStatus, Secret, Usdc
 
@@ -250,15 +250,20 @@ class AsyncClient:
             statement=statement(allowed),
             resources=resources_of(node.address, node.vault, allowed),
         )
+        SignInMessage.parse(text)  # a nonce that says more than a nonce makes no text
         body = {"message": text, "signature": messages.signature_text(self._key, messages.personal_digest(text))}
         told = await self._json(Exchange("POST", f"{SESSIONS}/login", orjson.dumps(body)))
         token, ends, idle = (_part(told, *one) for one in (("token", str), ("expires_at", int), ("idle_seconds", int)))
         return Login(token, self.address, ends, idle)
 
-    async def sign_out(self, token: str, *, everywhere: bool = False) -> int:
-        """End the session of a token, or all sessions of its wallet; gives how many were ended."""
-        body, headers = orjson.dumps({"everywhere": everywhere}), {"authorization": f"Bearer {token}"}
-        return int(_part(await self._json(Exchange("POST", f"{SESSIONS}/logout", body, headers)), "ended", int))
+    async def sign_out(self, token: str | None = None) -> int:
+        """End the session of a token; without one, all sessions of this wallet. Gives how many were ended."""
+        path = f"{SESSIONS}/logout"
+        if token is None:
+            exchange = (await self._signer()).bare("POST", path).exchange
+        else:
+            exchange = Exchange("POST", path, b"{}", {"authorization": f"Bearer {token}"})
+        return int(_part(await self._json(exchange), "ended", int))
 
     # --- one signed exchange, its payment and its proof -----------------------------------------------------------
 

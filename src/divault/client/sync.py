@@ -114,9 +114,9 @@ class Client:
         """See `AsyncClient.sign_in`."""
         return self._wait(self._client.sign_in(spend=spend))
 
-    def sign_out(self, token: str, *, everywhere: bool = False) -> int:
+    def sign_out(self, token: str | None = None) -> int:
         """See `AsyncClient.sign_out`."""
-        return self._wait(self._client.sign_out(token, everywhere=everywhere))
+        return self._wait(self._client.sign_out(token))
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

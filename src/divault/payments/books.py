@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import orjson
 
+from divault.errors import SessionInvalid
 from divault.payments.stages import Stage, check_move
 from divault.receipts import redact
 from divault.values import Address, Digest, ModelId, Principal, Receipt, Usdc
@@ -125,7 +126,7 @@ def find(db: sqlite3.Connection, principal: Principal) -> Row | None:
 def reserve(db: sqlite3.Connection, principal: Principal, row: Row | None, wanted: Reservation) -> str | None:
     """Reserve the run, and its price on the account; gives the payment key, None for a free run.
 
-    Raises CreditTooLow, AllowanceTooLow.
+    Raises CreditTooLow, AllowanceTooLow; SessionInvalid where the session was ended meanwhile.
     """
     check_move(row.stage if row is not None else Stage.UNSEEN, Stage.RESERVED)
     account = key = None
@@ -285,6 +286,8 @@ def allowance(db: sqlite3.Connection, login: Digest, token: Address) -> int:
 
 
 def _take_allowance(db: sqlite3.Connection, login: bytes, token: bytes, price: int) -> None:
+    if db.execute("SELECT 1 FROM login WHERE digest = ? AND ended = 1", (login,)).fetchone() is not None:
+        raise SessionInvalid("this session was ended while its call was under way", reason="signed_out")
     found = db.execute("SELECT most, used FROM allowance WHERE login = ? AND token = ?", (login, token)).fetchone()
     most, used = (int(found[0]), int(found[1])) if found is not None else (0, 0)
     if used + price > most:

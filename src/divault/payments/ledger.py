@@ -262,6 +262,7 @@ class Ledger:
         """Credit of the account and logs spent of the transaction, and remember what was presented as payment."""
         self._trail(grant).payment_key = payment_key
         now = self._now()
+        await self._tidy(now)  # what a session may spend is what no lapsed run holds any more
 
         def look(db: sqlite3.Connection) -> Standing:
             spent = books.spent_logs(db, self.chain_id, tx) if tx is not None else {}

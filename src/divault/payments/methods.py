@@ -228,8 +228,10 @@ def _claim(call: SignedCall) -> str:
 def _above_limit(grant: Grant, limit: int) -> PriceChanged:
     model = grant.model
     advice = "the price is above the signed max_price: sign again with the new one, or don't"
-    if grant.principal.login is not None:
+    if grant.principal.login is not None and limit < grant.principal.max_price.atomic:
         advice = "the price is above what this session may still spend: sign in again with a larger sum, or don't"
+    elif grant.principal.login is not None:
+        advice = "the price is above this call's max_price: name a larger one, under a fresh Idempotency-Key, or don't"
     return PriceChanged(
         advice,
         have=str(limit),

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from divault.errors import BadRequest, DivaultError, ReceiptInvalid, SignatureInvalid
 from divault.messages import (
+    CLOCK_SKEW_S,
     InferenceRequest,
     SessionCall,
     SignInMessage,
@@ -32,6 +33,7 @@ from divault.messages import (
     request_domain,
     require_signer,
 )
+from divault.messages.sign_in import MAX_AGE_S
 from divault.messages.typed import Domain
 from divault.receipts.checksums import mismatches
 from divault.receipts.fields import (
@@ -319,9 +321,10 @@ def _by_session(message: dict[str, Any]) -> bool:
     return "login" in message
 
 
-def _session_request(case: _Case, members: dict[str, Any]) -> _Holds:
-    """The call has the hash that was signed, and the text that opened the session is the user's, for this node."""
+def _session_request(case: _Case, members: dict[str, Any]) -> str | _Holds:
+    """The call has the hash that was signed, and the text of its session is the user's, for this node, at that time."""
     values = case.values
+    _require(members.keys() <= _SESSION_MEMBERS, "request", "a session's call has other members")
     call = _member("request", lambda: SessionCall.parse(members), "request.")
     digest = _member("request", lambda: call.digest)
     if digest != values["requestHash"]:
@@ -339,7 +342,22 @@ def _session_request(case: _Case, members: dict[str, Any]) -> _Holds:
     _require(all(name in login.resources for name in bound), "request.message", "it is for another node or vault")
     allowed = _member("request", lambda: _allowed(login, values["token"]))
     _require(values["price"] <= allowed, "price", "more was charged than the session may spend")
+    _require(_was_open(login, values["startedAt"]), "request.message", "its session was not open when the call began")
+    if case.envelope.get("request_signature") is None:
+        return "by a session, whose text is not shown to be signed"
     return _Holds("by a session: the user signed in, and signed no single call")
+
+
+_SESSION_MEMBERS = frozenset({"body_hash", "login", "method", "path", "request_id", "message"})
+_LONGEST_SESSION_S = 86_400
+
+
+def _was_open(login: SignInMessage, moment: int) -> bool:
+    """Whether a session by this text can have been open: all that a text says of it, and the longest that there are."""
+    latest = login.issued_at + MAX_AGE_S + _LONGEST_SESSION_S
+    ends = latest if login.expires_at is None else min(latest, login.expires_at)
+    begins = max(login.issued_at - CLOCK_SKEW_S, login.not_before or 0)
+    return int(begins) <= moment < ends
 
 
 def _allowed(login: SignInMessage, token: Address) -> int:
