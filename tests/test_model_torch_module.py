@@ -19,7 +19,7 @@ from divault.errors import DivaultError, InputInvalid, UnsupportedModel
 from divault.models.base import CPU, Inputs
 from divault.models.containers import Container, container_of
 from divault.models.torch_module import TORCH_MODULE
-from tests.memory_models import as_json, memory_file, memory_files, state_dict_file
+from tests.memory_models import as_json, memory_files, state_dict_file
 from tests.test_model_torch_worker import opened
 from tests.worker_calls import MakePool, confined_pool, run
 
@@ -208,7 +208,8 @@ def test_what_is_no_object_is_none() -> None:
     """State dicts, checkpoints and tensors stay so; only a pickle that begins with an object is a module."""
 
     def kind(data: bytes) -> Container:
-        return container_of(memory_file("model", data))
+        with memory_files({"model": data}) as (file,):
+            return container_of(file)
 
     assert kind(saved(sequential())) is kind(saved(sequential(), 4)) is Container.TORCH_MODULE
     assert kind(net()) is Container.TORCH_MODULE
@@ -222,4 +223,4 @@ def test_what_is_no_object_is_none() -> None:
         for protocol in (2, 4, pickle.HIGHEST_PROTOCOL):
             assert kind(saved(other, protocol)) is Container.TORCH_ZIP, (other, protocol)
     assert kind(state_dict_file(sequential().state_dict())) is Container.TORCH_ZIP
-    assert not TORCH_MODULE.recognises([memory_file("model", b"\x80\x02cnet\nNet\n)\x81.")])
+    assert kind(b"\x80\x02cnet\nNet\n)\x81.") is Container.OTHER
