@@ -18,6 +18,7 @@ import xgboost
 from sklearn.linear_model import LogisticRegression
 
 from divault.errors import ModelFailed, UnsupportedModel
+from divault.models.base import CPU
 from divault.models.libraries import LIBRARIES
 from divault.values import MemoryFile, OpenedModel
 from divault.workers import template as templates
@@ -317,7 +318,7 @@ async def test_a_template_that_there_is_not_is_never_asked_for(name: str) -> Non
     lying = _Lying(1, lambda: None)
     lying.name = name
     around = Surroundings(Tuning(), confinement, lying)
-    worker = Worker(classifier(), "cpu", Deadlines(20, 5), around)
+    worker = Worker(classifier(), CPU, Deadlines(20, 5), around)
     with pytest.raises(ModelFailed) as caught:
         await worker.start()
     confinement.close()

@@ -4,8 +4,9 @@ Rules:
 
 1. `model_type` is one of `TYPES`; another one is refused by name, whatever `auto_map` or *.py files offer. Code of a
    folder is never run, and nothing is fetched.
-2. Of `config.json` only members stay that the configuration class itself knows, without those that name code, kernels,
-   quantizers or dtypes (`auto_map`, `_attn_implementation_internal`, ...).
+2. Of `config.json` only members stay that the configuration class itself knows, by their names of today or of before,
+   without those that name code, kernels, quantizers or dtypes (`auto_map`, `_attn_implementation_internal`, ...). What
+   comes of them has to be what comes of all: a member that was left out and counts is no silent default.
 3. Numbers are bounded, so that a configuration can't claim memory that the weights don't have.
 """
 
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any
 
 from divault.errors import SealedFileDamaged, UnsupportedModel
@@ -56,8 +59,14 @@ SUPPORTED = (
 
 MAX_NUMBER = 1 << 20
 """Of any number in a configuration: vocabularies have up to 500,000 words."""
-_BOUND_BY_NOTHING = frozenset({"rope_theta"})
-"""A base of angles, which takes no memory; long contexts have millions."""
+_BOUND_BY_NOTHING = frozenset({"rope_theta", "global_rope_theta", "local_rope_theta", "rotary_emb_base"})
+"""Bases of angles, which take no memory; long contexts have millions."""
+_OLDER_NAMES_TEXT = """
+    global_attn_every_n_layers global_rope_theta local_rope_theta n_embed partial_rotary_factor rope_scaling rope_theta
+    rotary_emb_base rotary_pct sliding_window_pattern
+"""
+_OLDER_NAMES = frozenset(_OLDER_NAMES_TEXT.split())
+"""Members that classes still take, under names that they don't write any more."""
 MAX_LAYERS = 256
 MAX_LABELS = 4096
 MAX_TOKENIZER_BYTES = 64 << 20
@@ -128,18 +137,35 @@ def config_of(folder: Folder, tensors: int) -> PretrainedConfig:
 
     kind, raw = model_type_of(folder), raw_config(folder)
     try:
-        known = AutoConfig.for_model(kind).to_dict().keys() | {"num_labels"}
+        plain = AutoConfig.for_model(kind)
+        known = plain.to_dict().keys() | type(plain).attribute_map.keys() | _OLDER_NAMES | {"num_labels"}
         kept = {name: value for name, value in raw.items() if name in known and name not in _DROPPED}
         _check_numbers(kept)
-        config = AutoConfig.for_model(kind, **kept)
+        config = AutoConfig.for_model(kind, **deepcopy(kept))  # classes move parts of what they are given
+        lost = _lost(config, type(config).from_dict({n: v for n, v in raw.items() if _is_data(type(config), n)}))
     # Configuration classes check their arguments each in its own way.
     except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as err:
         raise SealedFileDamaged(f"config.json doesn't hold: {str(err)[:200]}", stage="payload") from None
+    if lost:
+        raise SealedFileDamaged(f"config.json has {', '.join(lost[:4])} in a form that is not read", stage="payload")
     layers = getattr(config, "num_hidden_layers", 0)
     shared = kind == "albert"  # one set of weights, used again by every layer
     if layers > MAX_LAYERS or (layers > tensors and not shared):
         raise SealedFileDamaged(f"config.json has {layers} layers, the weights {tensors} tensors", stage="payload")
     return config
+
+
+def _is_data(kind: type, name: str) -> bool:
+    """Whether a member can be given to the class as it is: no code, and nothing that it does itself."""
+    does = callable(getattr(kind, name, None)) or isinstance(getattr_static(kind, name, None), property)
+    plain = name.isidentifier() and not name.startswith("_") and name not in _DROPPED
+    return plain and (not does or name in _OLDER_NAMES)
+
+
+def _lost(config: PretrainedConfig, whole: PretrainedConfig) -> list[str]:
+    """Members that are others where all of `config.json` counts."""
+    ours, theirs = config.to_dict(), whole.to_dict()
+    return sorted(name for name in ours if name not in _DROPPED and ours[name] != theirs.get(name))
 
 
 def _check_numbers(value: Any) -> None:

@@ -1,0 +1,113 @@
+"""Configurations as older libraries wrote them mean what they meant: nothing that counts is left to a default."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+from divault.errors import SealedFileDamaged
+from divault.models import huggingface_files
+from divault.models.files import Folder
+from divault.models.huggingface import HuggingFace
+from divault.models.huggingface_files import TYPES, config_of
+from tests.memory_models import as_json, load, memory_files, tiny_language_model
+from tests.test_model_text_generation import PROMPT, said
+
+LLAMA_3 = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+OLDER: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 500000.0, "rope_scaling": LLAMA_3, "max_position_embeddings": 131072},
+    "qwen2": {"rope_theta": 1000000.0},
+    "qwen3": {"rope_theta": 1000000},
+    "mistral": {"rope_theta": 1000000.0, "sliding_window": None},
+    "gpt_neox": {"rotary_pct": 1.0, "rotary_emb_base": 10001},
+    "phi": {"partial_rotary_factor": 0.4},
+    "stablelm": {"partial_rotary_factor": 0.75, "rope_theta": 10001},
+    "modernbert": {"global_rope_theta": 160001.0, "local_rope_theta": 10001.0, "global_attn_every_n_layers": 2},
+    "bloom": {"hidden_size": 64, "num_attention_heads": 4},
+    "falcon": {"rope_theta": 500.0},
+    "smollm3": {"rope_theta": 5000000.0},
+    "gemma2": {"rope_theta": 20000.0},
+    "starcoder2": {"rope_theta": 999999.0},
+    "bert": {"position_embedding_type": "absolute", "classifier_dropout": None, "gradient_checkpointing": False},
+}
+
+
+def read(told: dict[str, Any]) -> dict[str, Any]:
+    with memory_files({"config.json": as_json(told)}) as files:
+        return config_of(Folder(files), 1000).to_dict()
+
+
+def theirs(told: dict[str, Any]) -> dict[str, Any]:
+    from transformers import CONFIG_MAPPING
+
+    found: dict[str, Any] = CONFIG_MAPPING[told["model_type"]].from_dict(copy.deepcopy(told)).to_dict()
+    return found
+
+
+@pytest.mark.parametrize("kind", OLDER)
+def test_older_members_count_as_they_do_in_transformers(kind: str) -> None:
+    told = {"model_type": kind, "num_hidden_layers": 2} | OLDER[kind]
+    ours, expected = read(told), theirs(told)
+
+    assert {name: expected[name] for name in ours} == ours
+    assert ours != theirs({"model_type": kind, "num_hidden_layers": 2}) or kind == "bert", "the case shows something"
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_what_the_library_writes_now_is_read_as_it_is(kind: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    told = json.loads(CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+    told.pop("transformers_version", None)
+    assert {**read(told), "transformers_version": None} == {**theirs(told), "transformers_version": None}
+
+
+def test_a_member_that_would_be_lost_is_no_silent_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_files, "_OLDER_NAMES", frozenset())
+    with pytest.raises(SealedFileDamaged, match="rope_parameters in a form"):
+        read({"model_type": "qwen2", "num_hidden_layers": 2, "rope_theta": 1000000.0})
+
+
+@pytest.mark.parametrize("name", ["to_dict", "__class__", "from_dict", "_attn_implementation", "a b", "name_or_path"])
+def test_a_member_that_stands_for_something_the_class_does_is_left_out(name: str) -> None:
+    told = {"model_type": "llama", "num_hidden_layers": 2, name: "x"}
+
+    assert read(told) == read({"model_type": "llama", "num_hidden_layers": 2})
+
+
+def test_a_model_of_an_older_folder_writes_what_transformers_writes(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    files = tiny_language_model(tmp_path)
+    weights = {
+        name: tensor * 12 if tensor.ndim == 2 and "layers" in name else tensor
+        for name, tensor in load_file(tmp_path / "model.safetensors").items()
+    }
+    told = json.loads(files["config.json"])
+    del told["rope_parameters"]
+    files["config.json"] = as_json(told | {"rope_theta": 500000.0})
+    files["model.safetensors"] = save(weights, {"format": "pt"})
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    expected = model.generate(ids, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(ids))
+    whole = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+    found = said(load(HuggingFace(), files), {"prompt": PROMPT}, max_tokens=20)[0]["text"]
+    other = said(load(HuggingFace(), files | {"config.json": as_json(told)}), {"prompt": PROMPT}, max_tokens=20)[0]
+
+    assert found == whole.rstrip("\ufffd")
+    assert found != other["text"], "the base of the angles shows"
