@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from tokenizers import Tokenizer
 
 from divault.errors import InputInvalid, SealedFileDamaged, UnsupportedModel
 from divault.models.base import Inputs, LoadedModel
+from divault.models.files import Folder
 from divault.models.huggingface import HuggingFace
+from divault.models.images import Preparation
 from divault.models.text_heads import _entities
 from divault.workers.pool import WorkerPool
-from tests.memory_models import as_json, folder_content, json_of, load, tiny_classifier
+from tests.memory_models import as_json, folder_content, json_of, load, memory_files, tiny_classifier
 from tests.worker_models import call, hold, opened
 
 Content = dict[str, bytes]
@@ -209,6 +213,78 @@ def test_images_are_prepared_and_told_as_the_library_does(tmp_path: Path, kind: 
     for one, row in zip(result["predictions"], expected, strict=True):
         assert list(one["scores"].values()) == pytest.approx(row, abs=2e-3)
         assert one["score"] == max(one["scores"].values())
+
+
+EDGE = {"shortest_edge": 64}
+PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ConvNext, a number": ("convnext.image_processing_pil_convnext.ConvNext", {"size": 64, "crop_pct": 0.875}),
+    "ConvNext, no crop_pct": ("convnext.image_processing_pil_convnext.ConvNext", {"size": EDGE}),
+    "ConvNext, large": ("convnext.image_processing_pil_convnext.ConvNext", {"size": {"shortest_edge": 384}}),
+    "MobileNet, a number": (
+        "mobilenet_v2.image_processing_pil_mobilenet_v2.MobileNetV2",
+        {"size": 80, "do_center_crop": True, "crop_size": 64},
+    ),
+    "Bit, an edge": (
+        "bit.image_processing_pil_bit.Bit",
+        {"size": EDGE, "do_center_crop": True, "crop_size": {"height": 48, "width": 48}},
+    ),
+    "ViT, a number": ("vit.image_processing_pil_vit.ViT", {"size": 64}),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("size", [(70, 90), (200, 100)])
+def test_sizes_mean_what_they_mean_to_each_image_processor(name: str, size: tuple[int, int]) -> None:
+    where, told = PROCESSORS[name]
+    module, _, kind = where.rpartition(".")
+    even = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 3, "do_resize": True}
+    even |= {"do_rescale": True, "do_normalize": True}
+    processor = getattr(importlib.import_module(f"transformers.models.{module}"), f"{kind}ImageProcessorPil")
+    image = picture(*size)
+    expected = processor(**even | told)(image, return_tensors="np")["pixel_values"][0]
+    with memory_files(
+        {"preprocessor_config.json": as_json(even | told | {"feature_extractor_type": f"{kind}FeatureExtractor"})}
+    ) as files:
+        found = Preparation.of(Folder(files)).apply(image)
+
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [(None, "no preprocessor_config.json"), (HOW | {"do_resize": False}, "do_resize")],
+)
+def test_what_is_not_told_of_images_is_asked_for(image_files: Content, changed: Any, words: str) -> None:
+    files = {name: data for name, data in image_files.items() if name != "preprocessor_config.json"}
+    with pytest.raises(UnsupportedModel, match=words):
+        load(HuggingFace(), files if changed is None else files | {"preprocessor_config.json": as_json(changed)})
+
+
+def long_png(width: int) -> str:
+    """A few kilobytes of one row."""
+    return in_base64(Image.new("RGB", (width, 1)), optimize=True)
+
+
+def test_what_would_grow_without_end_is_refused_before_it_does(tmp_path: Path) -> None:
+    how = HOW | {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": SIZE}
+    model = load(HuggingFace(), tiny_network(tmp_path, "resnet", how))
+    tracemalloc.start()
+    for data in (
+        {"pixels": [[[1, 2, 3]] * 20_000]},
+        {"image": long_png(100_000)},
+        {"image": long_png(15_000_000)},
+        {"pixels": [["a" * 100_000] + ["b"] * 2000]},
+        {"pixels": [[["a" * 100_000, 1, 2]] * 100]},
+        {"pixels": [[[2**70, 0, 0]]]},
+        {"pixels": [[[True, 0, 0]]]},
+    ):
+        with pytest.raises(InputInvalid):
+            said(model, data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 100 << 20
 
 
 def test_pixels_and_files_give_the_same(image_files: Content) -> None:

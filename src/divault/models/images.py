@@ -11,14 +11,16 @@ import base64
 import binascii
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged
+from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
 from divault.models.base import Answer, Description, Inputs
 from divault.models.files import Folder
 from divault.models.text_heads import prediction, prediction_schema
@@ -30,11 +32,15 @@ if TYPE_CHECKING:
 
 MAX_IMAGES = 64
 MAX_PIXELS = 16_000_000
-"""Of one image, before it is resized: 48 MB as bytes, whatever its file claims."""
+"""Of one image, before and after it is resized: 48 MB as bytes, whatever its file claims."""
 FORMATS = ("PNG", "JPEG", "WEBP")
 _PER_PASS = 16
 _TOGETHER = 16
 _LARGEST_SIDE = 2048
+_COLOURS = "RGB"
+_BY_SHORTER_SIDE = ("ConvNext", "MobileNet", "Bit", "CLIP")
+"""Image processors, by the begin of their names, that mean the shorter side by a size that is one number."""
+_CONVNEXT_SHARE = 224 / 256  # what its processor takes where `crop_pct` is not written
 _SMALL = 384
 """Networks with `crop_pct` resize to more and crop below this size, and only resize from it on."""
 _EXAMPLE = {"pixels": [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]]}
@@ -61,14 +67,19 @@ class Preparation:
 
     @classmethod
     def of(cls, folder: Folder) -> Preparation:
-        """As `preprocessor_config.json` says. Raises SealedFileDamaged."""
+        """As `preprocessor_config.json` says. Raises SealedFileDamaged; UnsupportedModel where it is missing."""
+        if folder.find("preprocessor_config.json") is None:
+            raise _unsupported("no preprocessor_config.json beside it", "save the image processor into the folder too")
         told = folder.json_object("preprocessor_config.json")
-        size, crop = _size(told.get("size", 224)), None
+        if not told.get("do_resize", True):
+            raise _unsupported("images as large as they come (do_resize)", "save an image processor that resizes")
+        processor = str(told.get("image_processor_type") or told.get("feature_extractor_type"))
+        size, crop = _size(told.get("size", 224), shorter=processor.startswith(_BY_SHORTER_SIDE)), None
         shortest = size.get("shortest_edge")
         if told.get("do_center_crop"):
-            cut = _size(told.get("crop_size", 224))
+            cut = _size(told.get("crop_size", 224), shorter=False)
             crop = (cut.get("height", cut.get("shortest_edge", 224)), cut.get("width", cut.get("shortest_edge", 224)))
-        share = told.get("crop_pct")
+        share = told.get("crop_pct", _CONVNEXT_SHARE if processor.startswith("ConvNext") else None)
         if shortest is not None and isinstance(share, int | float) and 0.1 <= share <= 1:
             crop = (shortest, shortest)
             shortest = int(shortest / share) if shortest < _SMALL else None
@@ -91,6 +102,8 @@ class Preparation:
             size = (self.shortest, longest) if image.width <= image.height else (longest, self.shortest)
         else:
             size = (self.width, self.height)
+        if size[0] * size[1] > MAX_PIXELS:
+            _refuse("image", f"{image.width} x {image.height} pixels: too long for its width once it is resized")
         image = image.resize(size, self.resample)
         if self.crop is not None:
             top, left = (image.height - self.crop[0]) // 2, (image.width - self.crop[1]) // 2
@@ -134,11 +147,15 @@ class LoadedImages:
 
     def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
         """One answer per caller; images of all callers share passes. Raises InputInvalid, ModelFailed."""
-        callers = [[self._preparation.apply(image) for image in _images(inputs)] for inputs in batch]
-        images = [image for mine in callers for image in mine]
-        rows = iter([row for at in range(0, len(images), _PER_PASS) for row in self._pass(images[at : at + _PER_PASS])])
+        callers = [_images(inputs) for inputs in batch]
+        # Each is drawn when its turn comes: as pixels they are a hundred times as large as they were sent.
+        images = (self._preparation.apply(draw()) for mine in callers for draw in mine)
+        rows: list[list[float]] = []
+        while some := list(islice(images, _PER_PASS)):
+            rows += self._pass(some)
+        row = iter(rows)
         return [
-            Answer({"predictions": [prediction(self._labels, next(rows)) for _ in mine]}, len(mine)) for mine in callers
+            Answer({"predictions": [prediction(self._labels, next(row)) for _ in mine]}, len(mine)) for mine in callers
         ]
 
     def _pass(self, images: list[NDArray[np.float32]]) -> list[list[float]]:
@@ -155,7 +172,8 @@ class LoadedImages:
         return rows
 
 
-def _images(inputs: Inputs) -> list[Image]:
+def _images(inputs: Inputs) -> list[Callable[[], Image]]:
+    """What draws each image of a caller; drawing raises InputInvalid too."""
     data = inputs.data
     if inputs.parameters:
         _refuse("parameters", "this model has no parameters")
@@ -164,9 +182,9 @@ def _images(inputs: Inputs) -> list[Image]:
     ((name, value),) = data.items()
     if name == "image":
         files = value if isinstance(value, list) else [value]
-        return [_decoded(file) for file in _some(name, files)]
+        return [partial(_decoded, file) for file in _some(name, files)]
     alone = not (isinstance(value, list) and value and isinstance(value[0], list) and _is_image(value[0]))
-    return [_drawn(rows) for rows in _some(name, [value] if alone else value)]
+    return [partial(_drawn, rows) for rows in _some(name, [value] if alone else value)]
 
 
 def _some(name: str, values: list[Any]) -> list[Any]:
@@ -196,26 +214,29 @@ def _decoded(text: Any) -> Image:
             return image.convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombWarning, Image.DecompressionBombError):
         _refuse("image", f"no {', '.join(FORMATS)} file")
-    except (OSError, ValueError, SyntaxError, EOFError) as err:
+    # Besides its own errors the library lets through what its assumptions on palettes and sizes give.
+    except (OSError, ValueError, SyntaxError, EOFError, AssertionError, OverflowError, IndexError, KeyError) as err:
         _refuse("image", f"a damaged file: {str(err)[:100]}")
 
 
 def _drawn(rows: Any) -> Image:
     from PIL import Image
 
-    try:
-        pixels = np.array(rows)
-    except ValueError:
+    if not isinstance(rows, list) or not rows or any(type(row) is not list or len(row) != len(rows[0]) for row in rows):
         _refuse("pixels", "its rows differ in length")
-    if pixels.dtype.kind not in "iu" or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        _refuse("pixels", f"whole numbers of the shape {list(pixels.shape)[:4]}")
-    if pixels.shape[0] * pixels.shape[1] > MAX_PIXELS or pixels.min() < 0 or pixels.max() > 255:
-        _refuse("pixels", "a number below 0 or over 255, or too many")
-    return Image.fromarray(pixels.astype(np.uint8), "RGB")
+    dots = list(chain.from_iterable(rows))
+    if not dots or any(type(dot) is not list or len(dot) != len(_COLOURS) for dot in dots):
+        _refuse("pixels", "a pixel has three numbers")
+    numbers = list(chain.from_iterable(dots))
+    if set(map(type, numbers)) != {int} or not 0 <= min(numbers) <= max(numbers) <= 255 or len(dots) > MAX_PIXELS:
+        _refuse("pixels", "a number is not a whole one from 0 to 255, or there are too many")
+    pixels = np.array(numbers, np.uint8).reshape(len(rows), -1, len(_COLOURS))
+    return Image.fromarray(pixels, "RGB")
 
 
-def _size(told: Any) -> dict[str, int]:
-    size = {"height": told, "width": told} if isinstance(told, int) else told
+def _size(told: Any, *, shorter: bool) -> dict[str, int]:
+    """`shorter`: a number alone is the length of the shorter side, not of both."""
+    size = ({"shortest_edge": told} if shorter else {"height": told, "width": told}) if isinstance(told, int) else told
     if not isinstance(size, dict):
         _damaged("size")
     for side in size.values():
@@ -242,6 +263,14 @@ def _colours(told: Any, without: float) -> tuple[float, ...]:
     if not fits or (without == 1.0 and min(values) <= 0):
         _damaged("image_mean or image_std")
     return tuple(map(float, values))
+
+
+def _unsupported(seen: str, advice: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"an image classifier with {seen}: {advice}",
+        seen=f"an image classifier with {seen}",
+        supported="preprocessor_config.json with a size",
+    )
 
 
 def _damaged(name: str) -> NoReturn:
