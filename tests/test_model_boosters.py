@@ -144,6 +144,18 @@ def test_lightgbm_answers_as_the_library(kind: str) -> None:
     assert np.array_equal(given_by(model), booster.predict(X))
 
 
+@pytest.mark.parametrize("form", ["ubj", "json"])
+def test_what_training_keeps_for_itself_is_left_out(form: str) -> None:
+    """Ranking without bias keeps lists beside its parameters; the answer doesn't need them."""
+    data = xgboost.DMatrix(ROWS, np.arange(len(ROWS)) % 3)
+    data.set_group([len(ROWS)])
+    told = {"objective": "rank:ndcg", "lambdarank_unbiased": True, "max_depth": 3}
+    booster = xgboost.train(told, data, 4)
+    found = given_by(loaded(bytes(booster.save_raw(form))))
+
+    assert np.allclose(found, booster.predict(xgboost.DMatrix(ROWS)), atol=1e-5)
+
+
 def test_models_without_a_split_answer_too() -> None:
     constant = np.full(len(X), 2.0)
 

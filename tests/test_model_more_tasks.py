@@ -16,6 +16,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from divault.errors import InputInvalid, SealedFileDamaged, UnsupportedModel
+from divault.models import text_encoder
 from divault.models.base import Inputs, LoadedModel
 from divault.models.files import Folder
 from divault.models.huggingface import HuggingFace
@@ -84,6 +85,37 @@ def test_entities_are_those_of_the_library(token_files: Content, tmp_path: Path)
                 assert mine["label"] == label.removeprefix("B-").removeprefix("I-")
                 assert mine["text"] == text[mine["start"] : mine["end"]]
                 assert end <= mine["end"]
+
+
+@pytest.mark.parametrize("text", ["Alice Bob met Alice", "met Alice", "Alice"])
+def test_the_blank_before_a_word_is_no_part_of_an_entity(text: str) -> None:
+    from tokenizers import models, pre_tokenizers
+
+    words: list[tuple[str, float]] = [("<unk>", 0.0), *((f"▁{word}", -1.0) for word in ("Alice", "Bob", "met"))]
+    tokenizer = Tokenizer(models.Unigram(words, 0, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    tokens = tokenizer.encode(text)
+    rows = [[0.0, 1.0, 0.0] if token != "▁met" else [1.0, 0.0, 0.0] for token in tokens.tokens]
+    found = _entities(["O", "B-PER", "I-PER"], text, tokens, rows)
+
+    assert [one["text"] for one in found] == [word for word in text.split() if word != "met"]
+    assert all(text[one["start"] : one["end"]] == one["text"] for one in found)
+
+
+def test_masks_score_as_few_tokens_at_once_as_their_words_ask_for(
+    mask_files: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"the film was {word} [MASK]" for word in ("good", "bad", "very good", "not", "a")]
+    whole = said(load(HuggingFace(), mask_files), {"text": texts})
+    monkeypatch.setattr(text_encoder, "SCORES_PER_PASS", 8)
+    model: Any = load(HuggingFace(), mask_files)
+    passes = []
+    original = model._encoder._pass
+    monkeypatch.setattr(model._encoder, "_pass", lambda ids, scores: passes.append(len(ids)) or original(ids, scores))
+    apart = said(model, {"text": texts})
+
+    assert passes == [1] * len(texts)
+    assert close(whole, apart, 1e-4)
 
 
 def test_labels_are_joined_to_entities() -> None:

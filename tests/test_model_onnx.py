@@ -14,6 +14,7 @@ from onnx import helper
 
 from divault import models
 from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
+from divault.models import onnx_file
 from divault.models.base import Inputs, LoadedModel
 from divault.models.onnx import Onnx
 from tests.memory_models import answer, as_json, load, memory_files
@@ -161,6 +162,46 @@ def external(where: str) -> bytes:
 def test_data_outside_the_file_are_refused_before_any_library_sees_them(where: str) -> None:
     with pytest.raises(UnsupportedModel, match="other files"):
         load(Onnx(), {"m": external(where)})
+
+
+def varint(number: int) -> bytes:
+    out = b""
+    while number > 0x7F:
+        out, number = out + bytes([number & 0x7F | 0x80]), number >> 7
+    return out + bytes([number])
+
+
+def test_a_field_number_of_more_than_32_bits_hides_nothing() -> None:
+    """protobuf reads the lower half of such a number, and with it the tensor that lies elsewhere."""
+    x = helper.make_tensor_value_info("x", FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", [x], [x])
+    tensor = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=1)
+    tensor.external_data.add(key="location", value="secret.bin")
+    inside = tensor.SerializeToString()
+
+    def model(tag: int) -> bytes:
+        whole = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+        body = graph.SerializeToString() + varint(tag) + varint(len(inside)) + inside
+        whole.ClearField("graph")
+        return bytes(whole.SerializeToString()) + varint(7 << 3 | 2) + varint(len(body)) + body
+
+    for tag, error in ((5 << 3 | 2, UnsupportedModel), ((5 << 3 | 2) | 1 << 32, SealedFileDamaged)):
+        with memory_files({"model.onnx": model(tag)}) as (file,), pytest.raises(error):
+            onnx_file.check(file)
+
+
+def test_inputs_with_axes_of_other_names_may_differ_in_size() -> None:
+    inputs, outputs = [("x", FLOAT, ["N", 2]), ("i", INT64, ["E"])], [("y", FLOAT, ["E", 2])]
+    nodes = [helper.make_node("Gather", ["x", "i"], ["y"])]
+    model = load(Onnx(), {"model.onnx": model_file(nodes, (inputs, outputs), {})})
+
+    found = answer(model, {"x": [[1, 2], [3, 4]], "i": [1, 0, 1]})
+    assert found["outputs"]["y"] == [[3, 4], [1, 2], [3, 4]]
+
+
+def test_labels_of_one_name_are_no_labels() -> None:
+    with pytest.raises(UnsupportedModel, match="different"):
+        load(Onnx(), {"model.onnx": classifier(), "divault.json": as_json({"labels": ["a", "a", "b"]})})
 
 
 def test_an_operator_that_is_not_there_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 
 from divault.errors import DivaultError, InputInvalid, SealedFileDamaged, UnsupportedModel
 from divault.models.base import Answer, Inputs, LoadedModel, Piece
+from divault.models.chat_template import ChatTemplate
 from divault.models.huggingface import HuggingFace
+from divault.models.huggingface_files import DECODERS
 from divault.models.text_generation import LoadedGenerator, Sampling, _Writer
 from divault.workers.pool import WorkerPool
 from tests.memory_models import as_json, json_of, load, tiny_language_model
@@ -133,6 +136,78 @@ def test_what_might_begin_a_stop_text_is_held_until_it_is_clear(model: LoadedGen
     assert writer.finish() == "ab"
 
 
+def pieces_of(pieces: list[bytes], told: list[bytes], stop: str) -> tuple[str, bool]:
+    """What a writer shows of these tokens, over a vocabulary whose tokens end where they like."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = bytes_to_unicode()
+    names = ["".join(letters[byte] for byte in piece) for piece in pieces]
+    tokenizer = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    writer, shown = _Writer(tokenizer, (stop,)), []
+    for piece in told:
+        shown.append(writer.add(pieces.index(piece)))
+        if writer.stopped:
+            break
+    return "".join(shown) + writer.finish(), writer.stopped
+
+
+HALVES = [b"a", b"b", b"EN", b"D\xf0", b"\x9f\x98\x80", b"\n\n\xe2", b"\x80\xa2"]
+
+
+@pytest.mark.parametrize(
+    ("told", "stop", "expected"),
+    [
+        ([b"a", b"EN", b"D\xf0"], "END", ("a", True)),
+        ([b"a", b"\n\n\xe2"], "\n\n", ("a", True)),
+        ([b"a", b"EN", b"D\xf0", b"\x9f\x98\x80", b"b"], "END", ("a", True)),
+        ([b"a", b"EN", b"b"], "END", ("aENb", False)),
+        ([b"a", b"EN"], "END", ("aEN", False)),
+    ],
+)
+def test_a_stop_text_ends_it_though_half_a_character_follows(
+    told: list[bytes], stop: str, expected: tuple[str, bool]
+) -> None:
+    assert pieces_of(HALVES, told, stop) == expected
+
+
+def test_a_temperature_near_nothing_is_none(model: LoadedGenerator) -> None:
+    for temperature in (1e-300, 1e-45, 1e-38, 1e-9, 1e-5):
+        assert text_of(model, temperature=temperature, seed=3) == text_of(model)
+
+
+@pytest.mark.parametrize("kind", sorted(DECODERS))
+def test_every_decoder_gives_the_scores_of_the_last_token_alone(kind: str) -> None:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    network = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+    assert "logits_to_keep" in inspect.signature(network.forward).parameters
+
+
+HI = [{"role": "user", "content": "<Hi> & 'you'"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}!", "<Hi> & 'you'!"),
+        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+        ("{% if tools is none and documents is none %}none{% endif %}", "none"),
+        ("{{ '<|im|>' + (messages[0].content | tojson) }}", "<|im|>\"<Hi> & 'you'\""),
+        ("{{ {'b': 1, 'a': 'ü'} | tojson(indent=1) }}", '{\n "b": 1,\n "a": "ü"\n}'),
+    ],
+)
+def test_templates_find_what_transformers_gives_them(template: str, expected: str) -> None:
+    assert ChatTemplate(template, {}).rendered(HI) == expected
+
+
+def test_blocks_that_nest_too_deep_are_no_template() -> None:
+    with pytest.raises(SealedFileDamaged):
+        ChatTemplate("{% for a in messages %}" * 30 + "x" + "{% endfor %}" * 30, {})
+
+
 def test_a_conversation_goes_through_the_folders_template(model: LoadedGenerator) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     rendered = "<user>Hi<end><assistant>"
@@ -146,7 +221,8 @@ def test_a_conversation_goes_through_the_folders_template(model: LoadedGenerator
     "messages",
     [
         [], "hi", [{"role": "user"}], [{"role": "wizard", "content": "x"}], [{"role": "user", "content": 1}],
-        [{"role": "user", "content": "x", "more": 1}],
+        [{"role": "user", "content": "x", "more": 1}], [{"role": ["user"], "content": "x"}],
+        [{"role": {"user": 1}, "content": "x"}],
     ],
 )  # fmt: skip
 def test_other_messages_are_refused(model: LoadedGenerator, messages: Any) -> None:

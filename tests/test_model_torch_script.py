@@ -8,8 +8,10 @@ import warnings
 import pytest
 import torch
 
-from divault.errors import DeadlineExceeded, InputInvalid, UnsupportedModel
-from tests.memory_models import as_json
+from divault import models
+from divault.errors import DeadlineExceeded, InputInvalid, ModelFailed, UnsupportedModel
+from divault.models.base import Inputs
+from tests.memory_models import as_json, memory_files
 from tests.test_model_torch_worker import opened
 from tests.worker_calls import MakePool, confined_pool, run
 
@@ -75,6 +77,24 @@ async def test_it_is_refused_by_name_where_code_is_not_allowed(
         await pool.prove_sandbox()
     with pytest.raises(UnsupportedModel, match="TorchScript"):
         await pool.load(opened("scorer", {"model.pt": scorer, "divault.json": as_json(TOLD)}))
+
+
+class Unit(torch.nn.Module):
+    """Has no answer for zeros, which is what it is tried with while it is loaded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / (x * x).sum(dim=1, keepdim=True).sqrt()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, as above
+def test_a_program_without_an_answer_for_zeros_loads() -> None:
+    files = {"model.pt": script(Unit()), "divault.json": as_json({"input_shape": [2]})}
+    with memory_files(files) as found:
+        model = models.load(found, allow_code=True)
+
+    assert model.predict([Inputs({"tensor": [3.0, 4.0]}, {})])[0].result["predictions"][0] == pytest.approx([0.6, 0.8])
+    with pytest.raises(ModelFailed):
+        model.predict([Inputs({"tensor": [0.0, 0.0]}, {})])
 
 
 async def test_it_needs_to_be_told_what_goes_in(confined_pool: MakePool, scorer: bytes) -> None:

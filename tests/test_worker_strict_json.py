@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from divault.errors import InputInvalid, ModelFailed
-from divault.workers import strict_json
+from divault.models.base import Answer
+from divault.workers import child, strict_json
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
@@ -19,6 +20,15 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=20,
 )  # fmt: skip
+
+
+def test_an_answer_of_many_items_that_is_too_large_is_the_callers_to_mend() -> None:
+    row = [0.5] * 1000
+    assert child._success(Answer([row] * 700, 700)).rows == 700
+    with pytest.raises(InputInvalid, match="fewer than 900 items"):
+        child._success(Answer([row] * 900, 900))
+    with pytest.raises(ModelFailed):
+        child._success(Answer([row] * 900, 1))
 
 
 @given(values)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import json
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from divault.errors import InputInvalid, SealedFileDamaged
 from divault.models.files import Folder
 from divault.models.rows import MAX_TEXT_CHARS
 
+if TYPE_CHECKING:
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
 MAX_TEMPLATE_BYTES = 256 << 10
 MAX_MESSAGES = 256
+_no_day = datetime(2024, 7, 26)  # noqa: DTZ001 - no moment: where a template writes the date, it is always this one
+"""The same messages make the same prompt on every day: an answer has to be found again."""
 _FILE = "chat_template.jinja"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _ROLES = frozenset({"system", "user", "assistant"})
@@ -24,13 +32,17 @@ class ChatTemplate:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], autoescape=False
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _generation()],
+            autoescape=False,
         )
-        environment.globals["raise_exception"] = _refuse_by_template
+        environment.globals |= {"raise_exception": _refuse_by_template, "strftime_now": _no_day.strftime}
+        environment.filters["tojson"] = _as_json
         self._special = special
         try:
             self._template = environment.from_string(source)
-        except (TemplateError, RecursionError) as err:
+        except (TemplateError, RecursionError, SyntaxError) as err:  # Python's own: of blocks that nest too deep
             raise SealedFileDamaged(f"the chat template doesn't hold: {str(err)[:200]}", stage="payload") from None
 
     @classmethod
@@ -52,7 +64,9 @@ class ChatTemplate:
 
         _check(messages)
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special)
+            return self._template.render(
+                messages=messages, add_generation_prompt=True, tools=None, documents=None, **self._special
+            )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as err:
             raise _invalid(f"the model's chat template does not take these: {str(err)[:200]}") from None
 
@@ -63,7 +77,7 @@ def _check(messages: Any) -> None:
     for place, message in enumerate(messages):
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             raise _invalid(f"[{place}] has exactly role and content")
-        if message["role"] not in _ROLES:
+        if not isinstance(message["role"], str) or message["role"] not in _ROLES:
             raise _invalid(f"[{place}].role is one of {', '.join(sorted(_ROLES))}")
         if not isinstance(message["content"], str) or len(message["content"]) > MAX_TEXT_CHARS:
             raise _invalid(f"[{place}].content is a text of at most {MAX_TEXT_CHARS} characters")
@@ -79,6 +93,30 @@ def _refuse_by_template(text: object) -> NoReturn:
     from jinja2 import TemplateError
 
     raise TemplateError(str(text)[:200])
+
+
+def _generation() -> type[Extension]:
+    """The tag by which templates mark what the model says; it stands for what is in it."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        """`{% generation %}...{% endgeneration %}`."""
+
+        tags = {"generation"}  # noqa: RUF012 - where jinja2 looks for it
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            """Part of jinja2's Extension."""
+            line = next(parser.stream).lineno
+            inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(inside).set_lineno(line)
+
+    return Generation
+
+
+def _as_json(value: object, indent: int | None = None) -> str:
+    """As transformers has it; jinja2's own writes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _token(told: Any) -> str:

@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import lzma
 import pickletools
 import zipfile
 import zlib
@@ -22,6 +23,7 @@ MAX_HEADER_BYTES = 16 << 20
 """JSON header of a safetensors file; 100,000 tensors need about 10 MiB."""
 MAX_ENTRIES = 100_000
 """Entries of a zip: one for each tensor."""
+_UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, zlib.error, lzma.LZMAError)
 _PICKLE_START = 4096  # bytes in which the first class of a pickle is named
 _NO_OBJECT = frozenset({"collections", "torch._utils", "torch._tensor", "torch.storage"})
 """Where dictionaries and tensors come from."""
@@ -75,7 +77,7 @@ def _start_of(archive: zipfile.ZipFile, name: str | None) -> bytes:
     try:
         with archive.open(name or "") as entry:
             return entry.read(_PICKLE_START)
-    except (zipfile.BadZipFile, KeyError, OSError, EOFError, NotImplementedError, RuntimeError, zlib.error):
+    except (*_UNREADABLE, KeyError, RuntimeError):
         return b""
 
 

@@ -86,7 +86,9 @@ class HuggingFace:
             return LoadedGenerator(module, _language(folder, config), hardware)
         if head == "ForImageClassification":
             return LoadedImages(module, Preparation.of(folder), labels_of(config), hardware)
-        encoder = TextEncoder(module, tokenizer_of(folder, config), config.pad_token_id or 0, hardware.device)
+        scores = config.vocab_size if head == "ForMaskedLM" else 1
+        padding = config.pad_token_id if 0 <= (config.pad_token_id or 0) < config.vocab_size else 0
+        encoder = TextEncoder(module, tokenizer_of(folder, config), padding or 0, hardware.device, scores)
         return LoadedText(encoder, _text_head(head, pooling, folder, config, encoder), hardware)
 
 

@@ -68,10 +68,13 @@ _OLDER_NAMES_TEXT = """
 _OLDER_NAMES = frozenset(_OLDER_NAMES_TEXT.split())
 """Members that classes still take, under names that they don't write any more."""
 MAX_LAYERS = 256
-MAX_LABELS = 4096
+MAX_LABELS = 32_768
+"""Of a classifier; ImageNet-22k has 21,841."""
 MAX_TOKENIZER_BYTES = 64 << 20
 _MAX_TOKENS = 8192
 _DEFAULT_TOKENS = 512
+_WITHOUT_TABLE = {"bloom": 2048}
+"""Texts that models of these types were trained on; their positions have no table that would say it."""
 _OFFSET_BY_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
 """Positions of these start behind the padding id, so that many of the table's rows can't be used."""
 _DROPPED_NAMES = """
@@ -148,7 +151,8 @@ def config_of(folder: Folder, tensors: int) -> PretrainedConfig:
         raise SealedFileDamaged(f"config.json doesn't hold: {str(err)[:200]}", stage="payload") from None
     if lost:
         raise SealedFileDamaged(f"config.json has {', '.join(lost[:4])} in a form that is not read", stage="payload")
-    layers = getattr(config, "num_hidden_layers", 0)
+    depths = getattr(config, "depths", None)
+    layers = sum(depths) if isinstance(depths, list) else getattr(config, "num_hidden_layers", 0)
     shared = kind == "albert"  # one set of weights, used again by every layer
     if layers > MAX_LAYERS or (layers > tensors and not shared):
         raise SealedFileDamaged(f"config.json has {layers} layers, the weights {tensors} tensors", stage="payload")
@@ -182,7 +186,7 @@ def _check_numbers(value: Any) -> None:
 
 def max_tokens(folder: Folder, config: PretrainedConfig) -> int:
     """Most tokens of one text, special ones included: the least of what model, tokenizer and sentence config say."""
-    positions = getattr(config, "max_position_embeddings", _DEFAULT_TOKENS)
+    positions = getattr(config, "max_position_embeddings", _WITHOUT_TABLE.get(config.model_type, _DEFAULT_TOKENS))
     if config.model_type in _OFFSET_BY_PADDING:
         positions -= (config.pad_token_id if config.pad_token_id is not None else 1) + 1
     told = [

@@ -16,11 +16,13 @@ def labels_of(told: Mapping[str, Any]) -> tuple[str, ...]:
     if labels is None:
         return ()
     if isinstance(labels, list) and 1 <= len(labels) <= _MAX_LABELS and all(isinstance(name, str) for name in labels):
-        return tuple(name[:200] for name in labels)
+        found = tuple(name[:200] for name in labels)
+        if len(set(found)) == len(found):  # each has its score, by its name
+            return found
     raise UnsupportedModel(
-        'labels in divault.json is a list of texts, one for each output: "labels": ["cat", "dog"]',
-        seen="labels that are not a list of texts",
-        supported="a list of texts",
+        'labels in divault.json is a list of different texts, one for each output: "labels": ["cat", "dog"]',
+        seen="labels that are not a list of different texts",
+        supported="a list of different texts",
     )
 
 

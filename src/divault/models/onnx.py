@@ -94,6 +94,8 @@ class _Port:
     name: str
     dtype: str | None
     shape: tuple[int | None, ...]
+    first: str | None
+    """What the model calls its first axis, where that may have any size."""
 
     @property
     def batched(self) -> bool:
@@ -106,7 +108,8 @@ def _port(node: Any) -> _Port:
     if not node.type.startswith("tensor("):
         dtype = None
     shape = tuple(size if isinstance(size, int) and size >= 0 else None for size in node.shape or ())
-    return _Port(node.name, dtype, shape)
+    first = node.shape[0] if node.shape and isinstance(node.shape[0], str) else None
+    return _Port(node.name, dtype, shape, first)
 
 
 class LoadedOnnx:
@@ -117,7 +120,9 @@ class LoadedOnnx:
         self._labels = labels
         self._task = task
         self._outputs = [_port(node) for node in session.get_outputs()]
-        self._specs = self._input_specs([_port(node) for node in session.get_inputs()])
+        inputs = [_port(node) for node in session.get_inputs()]
+        self._first = {port.name: port.first for port in inputs}
+        self._specs = self._input_specs(inputs)
         if labels and (len(self._outputs) != 1 or self._outputs[0].shape[1:] not in {(None,), (len(labels),)}):
             raise UnsupportedModel(
                 f"divault.json has {len(labels)} labels, the model no single output with as many columns",
@@ -177,9 +182,13 @@ class LoadedOnnx:
             odd = min(data.keys() ^ self._specs.keys())
             self._refuse(odd[:80], "this model has no such input" if odd in data else "missing")
         arrays = {name: spec.parse(data[name], name) for name, spec in self._specs.items()}
-        rows = {len(array) for name, array in arrays.items() if self._specs[name].batched}
-        if len(rows) > 1:
-            self._refuse(next(iter(self._specs)), f"inputs with {sorted(rows)[:4]} items in one call")
+        rows: dict[str | None, set[int]] = {}
+        for name, array in arrays.items():
+            if self._specs[name].batched:
+                rows.setdefault(self._first[name], set()).add(len(array))
+        for sizes in rows.values():
+            if len(sizes) > 1:  # one axis, by its name
+                self._refuse(next(iter(self._specs)), f"inputs with {sorted(sizes)[:4]} items in one call")
         return arrays, names
 
     def _wanted(self, parameters: Mapping[str, Any]) -> list[str]:

@@ -79,6 +79,8 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
     place = start
     while place < end:
         tag, place = _varint(data, place, end)
+        if tag >= 1 << 32:  # protobuf would read its lower half as another field
+            raise _damaged("a field has no such number")
         number, wire = tag >> 3, tag & 7
         begin = place
         if wire == 0:

@@ -17,6 +17,8 @@ Scores = Callable[[Any, "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 """From the network's output, the attention mask and the token ids to a tensor with a row for each text."""
 TOKENS_PER_PASS = 16_384
 """Padding included; bounds working memory whatever a caller sends."""
+SCORES_PER_PASS = 64_000_000
+"""Of heads that score every word for every token: 256 MB as float32, or what one text takes if that is more."""
 TOGETHER = 32
 """Callers of one pass; their texts are sorted by length and run in parts of so many tokens."""
 INPUT = TextSpec()
@@ -25,8 +27,12 @@ INPUT = TextSpec()
 class TextEncoder:
     """Texts to what a head gives for them, in passes of bounded size."""
 
-    def __init__(self, module: torch.nn.Module, tokenizer: Tokenizer, padding: int, device: torch.device) -> None:
+    def __init__(
+        self, module: torch.nn.Module, tokenizer: Tokenizer, padding: int, device: torch.device, scores: int = 1
+    ) -> None:
+        """`scores`: how many the network gives for each token."""
         self.tokenizer = tokenizer
+        self._tokens_per_pass = min(TOKENS_PER_PASS, SCORES_PER_PASS // scores)
         self._module = module
         self._padding = padding
         self._device = device
@@ -48,7 +54,7 @@ class TextEncoder:
             )
         order = sorted(range(len(texts)), key=lambda index: len(encodings[index].ids))
         found: dict[int, tuple[T, int]] = {}
-        for indexes in _passes(order, encodings):
+        for indexes in _passes(order, encodings, self._tokens_per_pass):
             rows = self._pass([encodings[index].ids for index in indexes], scores)
             for index, row in zip(indexes, rows, strict=True):
                 found[index] = part(texts[index], encodings[index], row), len(encodings[index].ids)
@@ -68,12 +74,12 @@ class TextEncoder:
         return rows
 
 
-def _passes(order: Sequence[int], encodings: Sequence[Encoding]) -> Iterator[list[int]]:
-    """Texts of similar length together, at most TOKENS_PER_PASS in a pass with its padding."""
+def _passes(order: Sequence[int], encodings: Sequence[Encoding], most: int) -> Iterator[list[int]]:
+    """Texts of similar length together, at most so many tokens in a pass with its padding, and at least one text."""
     part: list[int] = []
     for index in order:
         # Sorted by length: the newest is the longest.
-        if part and (len(part) + 1) * len(encodings[index].ids) > TOKENS_PER_PASS:
+        if part and (len(part) + 1) * len(encodings[index].ids) > most:
             yield part
             part = []
         part.append(index)

@@ -110,6 +110,8 @@ class LoadedGenerator:
         if text := writer.finish():
             said.append(text)
             yield Piece(text, index)
+        if writer.stopped:
+            reason = "stop"
         return {
             "text": "".join(said),
             "finish_reason": reason,
@@ -127,7 +129,8 @@ class LoadedGenerator:
         step = torch.tensor([ids], device=self._device)
         for _ in range(min(sampling.max_tokens, self._language.room - len(ids))):
             with torch.inference_mode():
-                output: Any = self._module(input_ids=step, use_cache=True, **cache)
+                # Scores of the last token alone: those of a whole prompt would take gigabytes.
+                output: Any = self._module(input_ids=step, use_cache=True, logits_to_keep=1, **cache)
                 scores = output.logits[0, -1].float()
                 if not torch.isfinite(scores).any() or torch.isnan(scores).any():
                     raise ModelFailed("the model gave a number that is not finite", kind="not_finite")
@@ -201,7 +204,10 @@ class _Writer:
 
     def finish(self) -> str:
         """What was held back, when nothing follows."""
-        return "" if self.stopped else self._held + self._fresh().rstrip(_HALF_CHARACTER)
+        if self.stopped:
+            return ""
+        # A stop text may have been completed by the token whose last character is not.
+        return self._shown(self._held + self._fresh().rstrip(_HALF_CHARACTER)) + self._held
 
     def _fresh(self) -> str:
         # A token's text may depend on those before it: decoded together, the difference is what it adds.
@@ -223,10 +229,14 @@ def _begun(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
+_COLDEST = 1e-5
+"""A temperature below it leaves the likeliest token alone, and numbers that no float32 has."""
+
+
 def _chosen(scores: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     import torch
 
-    if not sampling.temperature:
+    if sampling.temperature < _COLDEST:
         return int(scores.argmax())
     shares, order = (scores / sampling.temperature).softmax(-1).sort(descending=True, stable=True)
     # As many of the likeliest as make up top_p, the first one always.

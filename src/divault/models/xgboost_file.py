@@ -64,7 +64,8 @@ class _Booster(msgspec.Struct, Generic[T]):
 class _Learner(msgspec.Struct, Generic[T]):
     gradient_booster: _Booster[T]
     learner_model_param: dict[str, str]
-    objective: dict[str, str | dict[str, str]]
+    objective: dict[str, Any]
+    """Its name, its parameters as objects, and what training kept for itself, which is left out."""
     attributes: dict[str, str] = {}
     feature_types: list[str] = []
 
@@ -104,7 +105,7 @@ def read(file: MemoryFile) -> XgboostModel:
     data = mmap.mmap(file.fd, 0, access=mmap.ACCESS_READ)
     try:
         return _checked(*_parsed(data))
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as err:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, AttributeError) as err:  # the last: of an array
         _damaged(str(err).encode("ascii", "backslashreplace").decode()[:120])
 
 
@@ -201,13 +202,16 @@ def _whole(told: Mapping[str, str], name: str, least: int, default: str = "") ->
     return int(text)
 
 
-def _objective(told: Mapping[str, str | dict[str, str]], sizes: _Sizes) -> tuple[str, dict[str, dict[str, str]]]:
+def _objective(told: Mapping[str, Any], sizes: _Sizes) -> tuple[str, dict[str, dict[str, str]]]:
     name = told.get("name")
     if not isinstance(name, str):
         _damaged("an objective without a name")
     parameters = {key: value for key, value in told.items() if isinstance(value, dict)}
+    if parameters.get("lambdarank_param", {}).get("lambdarank_unbiased") == "1":
+        # It concerns training alone, and asks for the lists that training keeps.
+        parameters["lambdarank_param"] = parameters["lambdarank_param"] | {"lambdarank_unbiased": "0"}
     texts = [text for value in parameters.values() for pair in value.items() for text in pair]
-    if not all(map(_PARAMETER.fullmatch, (name, *parameters, *texts))):
+    if not all(isinstance(text, str) and _PARAMETER.fullmatch(text) for text in (name, *parameters, *texts)):
         _damaged("an objective with odd parameters")
     classes = parameters.get("softmax_multiclass_param", {}).get("num_class")
     if name.startswith("multi:") and (classes != str(sizes.classes) or sizes.classes < 2):

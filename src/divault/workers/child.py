@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 import orjson
 
 from divault import models
-from divault.errors import DivaultError, ModelFailed
+from divault.errors import DivaultError, InputInvalid, ModelFailed
 from divault.models.base import Answer, Inputs, LoadedModel, Place, StreamingModel
 from divault.values import MemoryFile
 from divault.workers import strict_json, wire
@@ -150,7 +150,16 @@ def _results(model: LoadedModel, callers: Sequence[Inputs]) -> list[wire.Success
 
 
 def _success(answer: Answer) -> wire.Success:
-    return wire.Success(strict_json.dump(answer.result, wire.MAX_RESULT_BYTES), answer.rows)
+    try:
+        return wire.Success(strict_json.dump(answer.result, wire.MAX_RESULT_BYTES), answer.rows)
+    except ModelFailed as err:
+        if err.data.get("kind") != "answer_too_large" or answer.rows < 2:
+            raise
+        raise InputInvalid(
+            f"{err.detail}: send fewer than {answer.rows} items in one call",
+            field="input_data",
+            expected=f"fewer than {answer.rows} items",
+        ) from None
 
 
 def _streamed(connection: socket.socket, model: LoadedModel, request: wire.Run) -> wire.Success | wire.Problem:
