@@ -496,6 +496,14 @@ def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
         pass
 
 
+@pytest.mark.parametrize(("began", "wrong"), [(-5, None), (-6, "startedAt"), (59, None), (60, "startedAt")])
+def test_a_call_begins_within_the_time_that_its_request_is_for(began: int, wrong: str | None) -> None:
+    principal = replace(PRINCIPAL, received_at=REQUEST.issued_at + began)
+    draft = replace(DRAFT, principal=principal, grant=replace(GRANT, principal=principal), finished_at=1790000100)
+
+    assert first_wrong(issuer().issue(draft, 0, Digest.ZERO).envelope) == wrong
+
+
 # --- of a session's call ----------------------------------------------------------------------------------------------
 
 

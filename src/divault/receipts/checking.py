@@ -314,6 +314,8 @@ def _request(case: _Case) -> str | _Holds | None:
         field = next((name for name in mismatches(case.envelope) if name.startswith("request.")), "request")
         raise ReceiptInvalid("the request does not have the hash in requestHash", field=field)
     _require(request.max_price.atomic >= values["price"], "price", "more was charged than the request allows")
+    in_time = request.issued_at - CLOCK_SKEW_S <= values["startedAt"] < request.expires_at
+    _require(in_time, "startedAt", "the call began outside the time that the request is for")
     return None
 
 
