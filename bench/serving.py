@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -136,7 +137,9 @@ async def plain_server(program: str, *arguments: str) -> AsyncIterator[tuple[str
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", f"bench.yardsticks.{program}", str(port), *arguments), cwd=Path(__file__).parent.parent
+        *(sys.executable, "-m", f"bench.yardsticks.{program}", str(port), *arguments),
+        cwd=Path(__file__).parent.parent,
+        start_new_session=True,
     )
     try:
         url = f"http://127.0.0.1:{port}"
@@ -144,7 +147,9 @@ async def plain_server(program: str, *arguments: str) -> AsyncIterator[tuple[str
         yield url, process.pid
     finally:
         if process.returncode is None:
-            process.terminate()
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # some have processes of their own, and don't end when they are asked
         await process.wait()
 
 
