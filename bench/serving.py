@@ -147,9 +147,7 @@ async def plain_server(program: str, *arguments: str) -> AsyncIterator[tuple[str
         yield url, process.pid
     finally:
         if process.returncode is None:
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # some have processes of their own, and don't end when they are asked
+            os.killpg(process.pid, signal.SIGKILL)  # some have processes that stay when asked to end
         await process.wait()
 
 
