@@ -117,6 +117,12 @@ async def refusal(authenticator: Authenticator, refused: SignedCall) -> tuple[ty
     return type(caught.value), caught.value.data["reason"]
 
 
+async def test_a_body_may_say_less_than_its_header_and_never_more() -> None:
+    for said, counts in ((5, 5), (7, 7), (999, 7)):
+        principal = await node().authenticate(replace(header_call(), max_price=Usdc(said)))
+        assert principal.max_price == Usdc(counts)
+
+
 async def test_signed_body_proves_its_wallet() -> None:
     principal = await node().authenticate(call())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from divault import models
 from divault.errors import SettingsInvalid
@@ -50,6 +52,29 @@ def test_embeddings_are_nearly_those_of_float32_and_not_the_same(dtype: str) -> 
     assert half.description.runtime["dtype"] == dtype
     assert half.description.tolerance > whole.description.tolerance
     assert runtime_hash(dict(half.description.runtime)) != runtime_hash(dict(whole.description.runtime))
+
+
+def test_positions_far_into_a_text_are_as_exact_as_the_first(tmp_path: Path) -> None:
+    """Their angles are computed, not stored: in half-size numbers they would be wrong by half a turn."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    files = tiny_language_model(tmp_path)
+    told = json.loads(files["config.json"]) | {"max_position_embeddings": 4096, "hidden_size": 64}
+    torch.manual_seed(0)
+    kept = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    network = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **{name: told[name] for name in kept}))
+    weights = {name: (v * 8 if v.ndim == 2 else v).contiguous() for name, v in network.state_dict().items()}
+    told["head_dim"] = told["hidden_size"] // told["num_attention_heads"]
+    files |= {"config.json": as_json(told), "model.safetensors": save(weights, {"format": "pt"})}
+    ids = torch.randint(5, told["vocab_size"], (1, 2048))
+    scores = []
+    for dtype in ("float32", "bfloat16"):
+        model: Any = loaded(files, dtype)
+        assert model._module.model.rotary_emb.inv_freq.dtype == torch.float32
+        with torch.inference_mode():
+            scores.append(model._module(ids).logits[0, 1900:].float())
+
+    assert float((scores[0] - scores[1]).norm() / scores[0].norm()) < 0.1
 
 
 @pytest.mark.parametrize("dtype", HALF)

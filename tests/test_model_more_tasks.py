@@ -102,6 +102,20 @@ def test_the_blank_before_a_word_is_no_part_of_an_entity(text: str) -> None:
     assert all(text[one["start"] : one["end"]] == one["text"] for one in found)
 
 
+def test_a_blank_alone_does_not_end_an_entity() -> None:
+    from tokenizers import models, pre_tokenizers
+
+    pieces = ["<unk>", "▁in", "▁New", "▁", "Y", "ork"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0 if piece != "<unk>" else 0.0) for piece in pieces], 0, False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    tokens = tokenizer.encode("in New York")
+    chosen = {"▁in": 0, "▁New": 1, "▁": 2, "Y": 2, "ork": 2}
+    rows = [[float(place == chosen[token]) for place in range(3)] for token in tokens.tokens]
+
+    assert tokens.tokens == pieces[1:]
+    assert [one["text"] for one in _entities(["O", "B-LOC", "I-LOC"], "in New York", tokens, rows)] == ["New York"]
+
+
 def test_masks_score_as_few_tokens_at_once_as_their_words_ask_for(
     mask_files: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +266,7 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "ConvNext, a number": ("convnext.image_processing_pil_convnext.ConvNext", {"size": 64, "crop_pct": 0.875}),
     "ConvNext, no crop_pct": ("convnext.image_processing_pil_convnext.ConvNext", {"size": EDGE}),
     "ConvNext, large": ("convnext.image_processing_pil_convnext.ConvNext", {"size": {"shortest_edge": 384}}),
+    "ConvNext, 384 and null": ("convnext.image_processing_pil_convnext.ConvNext", {"size": 384, "crop_pct": None}),
     "MobileNet, a number": (
         "mobilenet_v2.image_processing_pil_mobilenet_v2.MobileNetV2",
         {"size": 80, "do_center_crop": True, "crop_size": 64},

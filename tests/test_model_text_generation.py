@@ -186,6 +186,7 @@ def test_every_decoder_gives_the_scores_of_the_last_token_alone(kind: str) -> No
     assert "logits_to_keep" in inspect.signature(network.forward).parameters
 
 
+ASCII = '{"a":"\\u00fc","b":1}'
 HI = [{"role": "user", "content": "<Hi> & 'you'"}]
 
 
@@ -196,6 +197,7 @@ HI = [{"role": "user", "content": "<Hi> & 'you'"}]
         ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
         ("{% if tools is none and documents is none %}none{% endif %}", "none"),
         ("{{ '<|im|>' + (messages[0].content | tojson) }}", "<|im|>\"<Hi> & 'you'\""),
+        ("{{ {'b': 1, 'a': 'ü'} | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}", ASCII),
         ("{{ {'b': 1, 'a': 'ü'} | tojson(indent=1) }}", '{\n "b": 1,\n "a": "ü"\n}'),
     ],
 )

@@ -174,7 +174,7 @@ class Authenticator:
             nonce=signed.nonce,
             expires_at=signed.expires,
             received_at=now,
-            max_price=signed.max_price,
+            max_price=min(signed.max_price, call.max_price),  # the body is signed too, and may say less
             signature=signed.signature,
         )
 

@@ -114,9 +114,15 @@ def _generation() -> type[Extension]:
     return Generation
 
 
-def _as_json(value: object, indent: int | None = None) -> str:
+def _as_json(
+    value: object,
+    ensure_ascii: bool = False,  # noqa: FBT001, FBT002 - the order and names that templates know
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,  # noqa: FBT001, FBT002
+) -> str:
     """As transformers has it; jinja2's own writes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _token(told: Any) -> str:

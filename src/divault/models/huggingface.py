@@ -43,7 +43,7 @@ from divault.models.text_heads import (
     mask_head,
     token_head,
 )
-from divault.models.torch_runtime import prepare
+from divault.models.torch_runtime import placed, prepare
 from divault.models.transformer_modules import network
 from divault.models.weights import read_weights
 from divault.values import MemoryFile
@@ -81,7 +81,7 @@ class HuggingFace:
         hardware = prepare(place)
         weights = read_weights(weights_of(folder))
         config = config_of(folder, len(weights))
-        module = network(_CLASSES[head], config, weights).to(hardware.device, hardware.dtype)
+        module = placed(network(_CLASSES[head], config, weights), hardware)
         if head == "ForCausalLM":
             return LoadedGenerator(module, _language(folder, config), hardware)
         if head == "ForImageClassification":

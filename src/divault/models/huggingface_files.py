@@ -67,6 +67,8 @@ _OLDER_NAMES_TEXT = """
 """
 _OLDER_NAMES = frozenset(_OLDER_NAMES_TEXT.split())
 """Members that classes still take, under names that they don't write any more."""
+_SET_BY_PROPERTY = frozenset({"_remove_final_layer_norm", "num_labels", "out_features", "out_indices"}) | _OLDER_NAMES
+"""Members that are data, although a class has them as properties, or by a name that is its own."""
 MAX_LAYERS = 256
 MAX_LABELS = 32_768
 """Of a classifier; ImageNet-22k has 21,841."""
@@ -141,7 +143,7 @@ def config_of(folder: Folder, tensors: int) -> PretrainedConfig:
     kind, raw = model_type_of(folder), raw_config(folder)
     try:
         plain = AutoConfig.for_model(kind)
-        known = plain.to_dict().keys() | type(plain).attribute_map.keys() | _OLDER_NAMES | {"num_labels"}
+        known = plain.to_dict().keys() | type(plain).attribute_map.keys() | _SET_BY_PROPERTY
         kept = {name: value for name, value in raw.items() if name in known and name not in _DROPPED}
         _check_numbers(kept)
         config = AutoConfig.for_model(kind, **deepcopy(kept))  # classes move parts of what they are given
@@ -162,8 +164,8 @@ def config_of(folder: Folder, tensors: int) -> PretrainedConfig:
 def _is_data(kind: type, name: str) -> bool:
     """Whether a member can be given to the class as it is: no code, and nothing that it does itself."""
     does = callable(getattr(kind, name, None)) or isinstance(getattr_static(kind, name, None), property)
-    plain = name.isidentifier() and not name.startswith("_") and name not in _DROPPED
-    return plain and (not does or name in _OLDER_NAMES)
+    plain = name.isidentifier() and not name.startswith("_") and not does
+    return name not in _DROPPED and (plain or name in _SET_BY_PROPERTY)
 
 
 def _lost(config: PretrainedConfig, whole: PretrainedConfig) -> list[str]:

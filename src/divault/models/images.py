@@ -79,7 +79,9 @@ class Preparation:
         if told.get("do_center_crop"):
             cut = _size(told.get("crop_size", 224), shorter=False)
             crop = (cut.get("height", cut.get("shortest_edge", 224)), cut.get("width", cut.get("shortest_edge", 224)))
-        share = told.get("crop_pct", _CONVNEXT_SHARE if processor.startswith("ConvNext") else None)
+        share = told.get("crop_pct")
+        if share is None and processor.startswith("ConvNext"):
+            share = _CONVNEXT_SHARE
         if shortest is not None and isinstance(share, int | float) and 0.1 <= share <= 1:
             crop = (shortest, shortest)
             shortest = int(shortest / share) if shortest < _SMALL else None

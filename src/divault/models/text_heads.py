@@ -225,6 +225,8 @@ def _entities(labels: Sequence[str], text: str, tokens: Encoding, rows: list[lis
     for (begin, end), special, row in zip(tokens.offsets, tokens.special_tokens_mask, rows, strict=False):
         # Some tokenizers count the blank before a word as its own.
         start = begin + len(text[begin:end]) - len(text[begin:end].lstrip())
+        if begin < end == start and not special:  # a blank alone, before a word of several tokens
+            continue
         best = max(range(len(row)), key=row.__getitem__)
         begins, label = labels[best].startswith("B-"), labels[best].removeprefix("B-").removeprefix("I-")
         if special or label == "O" or start == end:
