@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from divault.auth import Authenticator
-from divault.errors import DivaultError, RateLimited, SessionInvalid
+from divault.errors import DivaultError, RateLimited, SessionInvalid, SignatureInvalid
 from divault.messages import (
     SessionCall,
     SignInContext,
@@ -24,8 +24,8 @@ from divault.messages import (
     personal_digest,
     signature_text,
 )
-from divault.messages.session_calls import resources_of
-from divault.sessions import IDLE_S, LONGEST_S, NONCE_S, Home, Sessions, Ticket
+from divault.messages.session_calls import LONGEST_S, resources_of
+from divault.sessions import IDLE_S, NONCE_S, Home, Sessions, Ticket
 from divault.state import State
 from divault.values import Address, Digest, Principal, PrincipalKind, Secret, SessionToken, SignedCall, Usdc
 
@@ -110,6 +110,11 @@ async def test_a_signed_text_opens_a_session_of_its_wallet(desk: Desk) -> None:
     assert ticket.allowances == {TOKEN: Usdc(500_000)}
     assert "spend at most 0.5 of the token" in given.message
     assert Sessions.claimed_user(ticket.token) == USER
+
+
+async def test_a_text_that_would_be_refused_is_not_offered(desk: Desk) -> None:
+    with pytest.raises(SignatureInvalid, match=str(TOKEN)):
+        desk.sessions.challenge(None, USER, {VAULT: Usdc(5)})
 
 
 async def test_a_page_that_the_operator_named_signs_in_for_itself(desk: Desk) -> None:

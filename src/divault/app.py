@@ -34,12 +34,13 @@ from divault.errors import SettingsInvalid, StorageFailed
 from divault.health import Health, Probe
 from divault.limits import PeerLimits, RefusalBudget, WalletLimits, WrongKeys
 from divault.messages import NodeDescriptor, authority_of
+from divault.messages.session_calls import LONGEST_S
 from divault.metrics import Metrics, Sources
 from divault.models.base import Place
 from divault.payments import Ledger, Payments, Terms, TransferCredit
 from divault.receipts import ReceiptIssuer
 from divault.service import Parts, Service
-from divault.sessions import IDLE_S, LONGEST_S, Home, Sessions
+from divault.sessions import IDLE_S, Home, Sessions
 from divault.settings import MB, Settings
 from divault.state import State
 from divault.storage.cache import CiphertextCache

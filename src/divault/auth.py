@@ -40,8 +40,9 @@ from divault.messages import (
     verify_headers,
 )
 from divault.messages.headers import DEFAULT_TTL_S
+from divault.messages.session_calls import LONGEST_S
 from divault.messages.signatures import signature_bytes
-from divault.sessions import LONGEST_S, Home, Sessions
+from divault.sessions import Home, Sessions
 from divault.values import (
     Address,
     BodySignature,

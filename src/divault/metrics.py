@@ -166,11 +166,8 @@ class Metrics(Collector):
         try:
             yield
             outcome = "ok"
-        except DivaultError as err:
-            outcome = err.code
-            raise
-        except Exception:
-            outcome = DivaultError.code
+        except Exception as err:
+            outcome = err.code if isinstance(err, DivaultError) else DivaultError.code
             raise
         finally:
             self._loads[outcome].observe(perf_counter() - began)

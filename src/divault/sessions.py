@@ -23,7 +23,6 @@ import re
 import secrets
 import sqlite3
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,14 +41,12 @@ from divault.messages import (
     refusal,
     verify_sign_in,
 )
-from divault.messages.session_calls import OURS, resources_of, statement
+from divault.messages.session_calls import LONGEST_S, OURS, resources_of, statement
 from divault.state import State
 from divault.values import Address, Digest, Secret, Usdc
 
 IDLE_S = 900
 """Seconds without a call after which a session is over."""
-LONGEST_S = 86_400
-"""Seconds after which every session is over."""
 NONCE_S = 600
 """Seconds in which a nonce has to come back with its signature."""
 PREFIX = "div1_"
@@ -139,7 +136,7 @@ class Sessions:
         self._clock = clock
         scope = f"{home.chain_id}:{home.vault}:{home.node}".encode()
         self._key = HKDF(SHA256(), 64, None, b"divault/sessions/v1\0" + scope).derive(key.reveal())
-        self._known: OrderedDict[Digest, Session] = OrderedDict()
+        self._known: dict[Digest, Session] = {}
         self._peers, self._all = (Buckets(limit, clock=clock) for limit in (_PER_PEER, _PER_NODE))
 
     # --- signing in -----------------------------------------------------------------------------------------------
@@ -149,13 +146,14 @@ class Sessions:
     ) -> Challenge:
         """A fresh nonce and what belongs around it, for the page at `origin`, or for a program.
 
-        Raises SessionInvalid for a page that may not ask here.
+        Raises SessionInvalid for a page that may not ask here, SignatureInvalid for tokens that are not taken.
         """
         if origin is not None and origin not in self._origins:
             raise SessionInvalid(
                 "pages of this origin may not sign in here: its operator names them in DIVAULT_CORS_ORIGINS",
                 reason="wrong_origin",
             )
+        self._require_taken(allowances or {})
         now = int(self._clock())
         context = self._context(origin or self._home.origin, self._new_nonce(now), now)
         resources = resources_of(self._home.node, self._home.vault, allowances or {})
@@ -270,12 +268,15 @@ class Sessions:
             raise refusal("wrong_domain", advice, vault=str(self._home.vault))
         allowances = allowances_of(message.resources)
         ours = [resource for resource in message.resources if resource.startswith(OURS)]
-        if not allowances.keys() <= self._tokens:
-            taken = ", ".join(map(str, sorted(self._tokens)))
-            raise refusal("bad_message", f"this node takes payments in {taken or 'no token'}, and in no other")
+        self._require_taken(allowances)
         if len(ours) != len(allowances) + 2:
             raise refusal("bad_message", f"resources {OURS}... name this node, its vault and sums to spend, each once")
         return allowances
+
+    def _require_taken(self, allowances: Mapping[Address, Usdc]) -> None:
+        if not allowances.keys() <= self._tokens:
+            taken = ", ".join(map(str, sorted(self._tokens)))
+            raise refusal("bad_message", f"this node takes payments in {taken or 'no token'}, and in no other")
 
     def _new_nonce(self, now: int) -> str:
         begin = f"{now:08x}{secrets.token_hex(12)}"
@@ -315,14 +316,10 @@ class Sessions:
         # At once: between the look and the keeping nobody may sign out. The row is on disk, or nobody had its token.
         session = self._state.look(lambda db: _find(db, login))
         if session is not None:
-            self._keep(session)
+            if len(self._known) >= _KNOWN:
+                del self._known[next(iter(self._known))]
+            self._known[login] = session
         return session
-
-    def _keep(self, session: Session) -> None:
-        self._known[session.login] = session
-        self._known.move_to_end(session.login)
-        while len(self._known) > _KNOWN:
-            self._known.popitem(last=False)
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import orjson
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from divault.api import schemas
@@ -28,6 +29,11 @@ def answer_response(answer: Answer) -> Response:
     if answer.receipt is not None:
         headers["x-request-id"] = answer.receipt.envelope["receipt"]["requestHash"]
     return Response(answer.body, 200, headers, JSON)
+
+
+def body_of(schema: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
+    """Show a JSON body of a route, which is parsed from raw bytes."""
+    return {"requestBody": {"required": required, "content": {JSON: {"schema": schema.model_json_schema()}}}}
 
 
 def documented(success: Any, *problems: int) -> dict[int | str, dict[str, Any]]:

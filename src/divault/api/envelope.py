@@ -47,6 +47,7 @@ MAX_SELF_SIGNED_BYTES = 64 * 1024
 _MAX_KEY_TEXT = 4096  # an age identity has 74 characters, a Kavach key 64; the rest is passphrases
 TIMEOUT = "divault-timeout"
 """Header with the seconds that a caller waits for a run, its turn included; the node's own limit stays."""
+_JSON = "application/json"
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,3})?", re.ASCII)
 _BEARER = re.compile(rf"bearer +({PREFIX}[!-~]+)", re.ASCII | re.IGNORECASE)
 _IDEMPOTENCY = "idempotency-key"
@@ -119,28 +120,23 @@ class Envelopes:
         Raises BadRequest, SignHeaders, SignatureIncomplete, SignatureInvalid (address), InputInvalid.
         """
         headers = single_headers(incoming)
-        if "signature-input" in headers:
-            return self._header_signed(incoming, headers, model)
-        if (token := session_token(headers)) is not None:
-            return self._of_session(incoming, headers, token, model)
+        proved = self._proof_in(incoming, headers)
+        if proved is not None:
+            return _beside(incoming, *proved, headers, model)
         if incoming.method != "POST":
             raise self._authenticator.headers_missing(method=incoming.method, path=incoming.path)
         return self._self_signed(incoming)
 
-    def foreign(self, incoming: Incoming, model: ModelId) -> SignedCall:
-        """Parse a call of another interface: signed in headers over its raw body, or of a session.
+    def foreign(self, incoming: Incoming, model: ModelId | None) -> SignedCall:
+        """Parse a call whose body is not this interface's: signed in headers over its raw bytes, or of a session.
 
         Raises SignatureIncomplete, BadRequest and what header signatures raise.
         """
         headers = single_headers(incoming)
-        user: Address
-        proof: HeaderSignature | SessionToken
-        if "signature-input" in headers:
-            user, proof = claimed_user(headers), HeaderSignature(headers, incoming.query or None)
-        elif (token := session_token(headers)) is not None:
-            user, proof = self._authenticator.claimed_user(token), _session_proof(incoming, headers, token)
-        else:
+        proved = self._proof_in(incoming, headers)
+        if proved is None:
             raise self._authenticator.headers_missing(method=incoming.method, path=incoming.path)
+        user, proof = proved
         return SignedCall(
             user,
             incoming.method,
@@ -155,16 +151,15 @@ class Envelopes:
             limit_s=_limit(incoming.header(TIMEOUT)),
         )
 
-    def bare(self, incoming: Incoming) -> SignedCall:
-        """Parse a call that is signed in its headers and names no model.
-
-        Raises SignatureIncomplete, BadRequest and what header signatures raise.
-        """
-        headers = single_headers(incoming)
-        if "signature-input" not in headers:
-            raise self._authenticator.headers_missing(method=incoming.method, path=incoming.path)
-        proof, user = HeaderSignature(headers, incoming.query or None), claimed_user(headers)
-        return SignedCall(user, incoming.method, incoming.path, incoming.raw, proof, None, Usdc(0), peer=incoming.peer)
+    def _proof_in(
+        self, incoming: Incoming, headers: dict[str, str]
+    ) -> tuple[Address, HeaderSignature | SessionToken] | None:
+        """Who the headers name, and by what; None where they name nobody (rule 1)."""
+        if "signature-input" in headers:
+            return claimed_user(headers), HeaderSignature(headers, incoming.query or None)
+        if (token := session_token(headers)) is not None:
+            return self._authenticator.claimed_user(token), _session_proof(incoming, headers, token)
+        return None
 
     def _self_signed(self, incoming: Incoming) -> SignedCall:
         if len(incoming.raw) > MAX_SELF_SIGNED_BYTES:
@@ -189,17 +184,6 @@ class Envelopes:
         limit = Usdc.parse_atomic(_member(body, "max_price", str) or "0")
         return _call(incoming, body, proof, Address.parse(body["user_address"]), limit)
 
-    def _header_signed(self, incoming: Incoming, headers: dict[str, str], model: ModelId | None) -> SignedCall:
-        return _beside(
-            incoming, HeaderSignature(headers, incoming.query or None), claimed_user(headers), headers, model
-        )
-
-    def _of_session(
-        self, incoming: Incoming, headers: dict[str, str], token: Secret, model: ModelId | None
-    ) -> SignedCall:
-        proof = _session_proof(incoming, headers, token)
-        return _beside(incoming, proof, self._authenticator.claimed_user(token), headers, model)
-
 
 def single_headers(incoming: Incoming) -> dict[str, str]:
     """The headers by their lower-case names. Raises BadRequest for one that must not come twice and does (rule 4)."""
@@ -209,6 +193,12 @@ def single_headers(incoming: Incoming) -> dict[str, str]:
             raise BadRequest(f"the header {name} came twice", field=name)
         found[name] = value
     return found
+
+
+def require_json(incoming: Incoming) -> None:
+    """Return only if the body is said to be JSON, or nothing is said of it. Raises BadRequest."""
+    if not incoming.header("content-type", _JSON).startswith(_JSON):
+        raise BadRequest(f"send the body as {_JSON}", field="content-type")
 
 
 def session_token(headers: Mapping[str, str]) -> Secret | None:
@@ -237,8 +227,8 @@ def _most(headers: Mapping[str, str], proof: HeaderSignature | SessionToken, tol
 
 def _beside(
     incoming: Incoming,
-    proof: HeaderSignature | SessionToken,
     user: Address,
+    proof: HeaderSignature | SessionToken,
     headers: Mapping[str, str],
     model: ModelId | None,
 ) -> SignedCall:

@@ -13,14 +13,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from divault.api import schemas, views
-from divault.api.describing import JSON, answer_response, documented, json_response
-from divault.api.envelope import Incoming
+from divault.api.describing import answer_response, body_of, documented, json_response
+from divault.api.envelope import Incoming, require_json
 from divault.api.hot import Handler, incoming_of
 from divault.api.node import Node
 from divault.api.openai_routes import add_openai, openai_handlers
 from divault.api.protocol_routes import add_protocol, protocol_handler
 from divault.api.sign_in_routes import add_sign_in
-from divault.errors import BadRequest
 from divault.values import Digest, ModelId, SignedCall
 
 _INFERENCE, _RUN = "/api/v1/inference", "/api/v1/inference/run"
@@ -68,7 +67,7 @@ def _add_models(router: APIRouter, node: Node) -> None:
     @router.post(
         "/api/v1/models/load",
         tags=["models"],
-        openapi_extra=_body(schemas.LoadBody),
+        openapi_extra=body_of(schemas.LoadBody),
         responses=documented(schemas.LoadAnswer, 400, 401, 403, 404, 409, 413, 429, 502, 503, 504),
     )
     async def load(request: Request) -> Response:
@@ -116,7 +115,7 @@ def _add_models(router: APIRouter, node: Node) -> None:
 def _add_inference(router: APIRouter, node: Node) -> None:
     told: Any = {
         "tags": ["inference"],
-        "openapi_extra": _body(schemas.InferenceBody),
+        "openapi_extra": body_of(schemas.InferenceBody),
         "responses": documented(schemas.InferenceAnswer, 400, 401, 402, 403, 404, 409, 413, 422, 429, 502, 503, 504),
     }
 
@@ -159,8 +158,8 @@ def _own_handlers(node: Node) -> dict[str, Handler]:
 
 
 def _parsed(node: Node, incoming: Incoming, model: ModelId | None = None) -> SignedCall:
-    if incoming.method == "POST" and not incoming.header("content-type", JSON).startswith(JSON):
-        raise BadRequest(f"send the body as {JSON}", field="content-type")
+    if incoming.method == "POST":
+        require_json(incoming)
     return node.envelopes.parse(incoming, model)
 
 
@@ -170,7 +169,3 @@ async def _call(node: Node, request: Request, model: ModelId | None = None) -> S
 
 async def _incoming(request: Request) -> Incoming:
     return await incoming_of(request.scope, request.receive)
-
-
-def _body(schema: type[schemas.SignedBody]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {JSON: {"schema": schema.model_json_schema()}}}}

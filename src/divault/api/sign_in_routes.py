@@ -5,19 +5,19 @@ They touch no model; what a session may do is decided later, where every call is
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from divault.api import schemas
-from divault.api.describing import JSON, documented, json_response
-from divault.api.envelope import Incoming, session_token, single_headers
+from divault.api.describing import body_of, documented, json_response
+from divault.api.envelope import Incoming, require_json, session_token, single_headers
 from divault.api.hot import incoming_of
 from divault.api.node import Node
 from divault.errors import BadRequest, SessionInvalid, TooLarge
 from divault.messages import strict_object
+from divault.messages.sign_in import time_text
 from divault.sessions import IDLE_S, NONCE_S, Challenge
 from divault.values import Address, Secret, Usdc
 
@@ -30,7 +30,7 @@ def add_sign_in(router: APIRouter, node: Node) -> None:
     @router.post(
         "/api/v1/auth/nonce",
         tags=["sessions"],
-        openapi_extra=_body(schemas.NonceBody, required=False),
+        openapi_extra=body_of(schemas.NonceBody, required=False),
         responses=documented(schemas.NonceAnswer, 400, 401, 413, 429),
     )
     async def nonce(request: Request) -> Response:
@@ -44,7 +44,7 @@ def add_sign_in(router: APIRouter, node: Node) -> None:
     @router.post(
         "/api/v1/auth/login",
         tags=["sessions"],
-        openapi_extra=_body(schemas.LoginBody),
+        openapi_extra=body_of(schemas.LoginBody),
         responses=documented(schemas.LoginAnswer, 400, 401, 413, 429, 503),
     )
     async def login(request: Request) -> Response:
@@ -74,14 +74,14 @@ def add_sign_in(router: APIRouter, node: Node) -> None:
     @router.post(
         "/api/v1/auth/logout",
         tags=["sessions"],
-        openapi_extra=_body(schemas.LogoutBody, required=False),
+        openapi_extra=body_of(schemas.LogoutBody, required=False),
         responses=documented(schemas.LogoutAnswer, 400, 401, 503),
     )
     async def logout(request: Request) -> Response:
         """End the session of the token, or all of its wallet: with `everywhere`, or by a signature in the headers."""
         incoming = await incoming_of(request.scope, request.receive)
         if incoming.header("signature-input"):
-            return _ended(await node.service.sign_out(node.envelopes.bare(incoming)))
+            return _ended(await node.service.sign_out(node.envelopes.foreign(incoming, None)))
         everywhere = _object(incoming).get("everywhere", False)
         if type(everywhere) is not bool:
             raise BadRequest("everywhere is true or false", field="everywhere")
@@ -105,7 +105,7 @@ def _shown(challenge: Challenge) -> dict[str, Any]:
         "uri": f"{context.origin}/",
         "version": "1",
         "chain_id": context.chain_id,
-        "issued_at": datetime.fromtimestamp(context.now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "issued_at": time_text(context.now),
         "resources": list(challenge.resources),
         "expires_in": NONCE_S,
     }
@@ -120,8 +120,7 @@ def _object(incoming: Incoming) -> dict[str, Any]:
         )
     if not incoming.raw:
         return {}
-    if not incoming.header("content-type", JSON).startswith(JSON):
-        raise BadRequest(f"send the body as {JSON}", field="content-type")
+    require_json(incoming)
     return strict_object(incoming.raw)
 
 
@@ -147,7 +146,3 @@ def _required(token: Secret | None) -> Secret:
     if token is None:
         raise SessionInvalid("send the session's token as Authorization: Bearer", reason="bad_token")
     return token
-
-
-def _body(schema: type[Any], *, required: bool = True) -> dict[str, Any]:
-    return {"requestBody": {"required": required, "content": {JSON: {"schema": schema.model_json_schema()}}}}

@@ -16,7 +16,7 @@ import orjson
 from divault import messages, receipts
 from divault.client.known_nodes import KnownNodes
 from divault.client.paying import Payer
-from divault.client.signing import Signed, Signer
+from divault.client.signing import ISSUED_AGO_S, Signed, Signer
 from divault.client.transport import Exchange, Transport
 from divault.errors import DeadlineExceeded, DivaultError, NodeUntrusted, PaymentRequired, ReceiptInvalid
 from divault.messages import NodeDescriptor, SignInContext, SignInMessage, compose
@@ -241,7 +241,11 @@ class AsyncClient:
         asked = await self._json(Exchange("POST", f"{SESSIONS}/nonce", b"{}"))
         scheme, authority = self._transport.url.partition("://")[0], self._authority(node)
         context = SignInContext(
-            authority, f"{scheme}://{authority}", node.chain_id, _part(asked, "nonce", str), int(time.time()) - 2
+            authority,
+            f"{scheme}://{authority}",
+            node.chain_id,
+            _part(asked, "nonce", str),
+            int(time.time()) - ISSUED_AGO_S,
         )
         allowed = {self._token(node): most} if most.atomic else {}
         text = compose(

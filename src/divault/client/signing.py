@@ -31,7 +31,7 @@ WINDOW_S = 120
 """Validity of a signature: long enough for a cold load of a model, well under the 300 s that nodes take."""
 BODY_SIGNATURE_LIMIT = 64 * 1024 - 1024
 """Nodes canonicalise bodies up to 64 KiB; 1 KiB is left for the signature's own members."""
-_ISSUED_AGO_S = 2  # a clock a little ahead of the node's must not make a fresh signature come from the future
+ISSUED_AGO_S = 2  # a clock a little ahead of the node's must not make a fresh signature come from the future
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Signer:
 
     def _in_body(self, path: str, model: ModelId, raw: bytes, limit: Usdc) -> tuple[Exchange, Digest, int]:
         members = strict_object(raw)
-        issued_at = int(time.time()) - _ISSUED_AGO_S
+        issued_at = int(time.time()) - ISSUED_AGO_S
         request = InferenceRequest(
             user=messages.address_of(self.key),
             node=self.node,
@@ -108,7 +108,7 @@ class Signer:
     def _in_headers(
         self, method: str, path: str, raw: bytes, limit: Usdc, payment: str | None = None
     ) -> tuple[Exchange, Digest, int]:
-        created = int(time.time()) - _ISSUED_AGO_S
+        created = int(time.time()) - ISSUED_AGO_S
         message = HttpMessage(method, self.authority, path, body=raw)
         parameters = HeaderParameters(
             self.chain_id, created, created + DEFAULT_TTL_S, secrets.token_hex(16), limit if raw else None, payment

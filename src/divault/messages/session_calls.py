@@ -25,6 +25,8 @@ from divault.messages.bodies import canonical
 from divault.messages.reasons import refusal
 from divault.values import Address, Digest, Usdc
 
+LONGEST_S = 86_400
+"""Seconds after which every session is over."""
 OURS = "urn:div:"
 """How every resource begins that says something to a node."""
 _SPEND = re.compile(r"urn:div:spend:(0x[0-9a-fA-F]{40}):([0-9]{1,78})", re.ASCII)

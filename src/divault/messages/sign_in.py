@@ -144,8 +144,8 @@ def compose(
         "Version: 1",
         f"Chain ID: {context.chain_id}",
         f"Nonce: {context.nonce}",
-        f"Issued At: {_time(context.now)}",
-        *([f"Expiration Time: {_time(expires_at)}"] if expires_at else []),
+        f"Issued At: {time_text(context.now)}",
+        *([f"Expiration Time: {time_text(expires_at)}"] if expires_at else []),
         *(["Resources:", *(f"- {resource}" for resource in resources)] if resources else []),
     ]
     return "\n".join(lines)
@@ -178,7 +178,8 @@ def _seconds(text: str) -> float:
         raise refusal("bad_message", "a time in the message does not exist") from err
 
 
-def _time(seconds: int) -> str:
+def time_text(seconds: int) -> str:
+    """Unix seconds as the text has them (RFC 3339, UTC)."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

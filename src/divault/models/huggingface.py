@@ -87,8 +87,9 @@ class HuggingFace:
         if head == "ForImageClassification":
             return LoadedImages(module, Preparation.of(folder), labels_of(config), hardware)
         scores = config.vocab_size if head == "ForMaskedLM" else 1
-        padding = config.pad_token_id if 0 <= (config.pad_token_id or 0) < config.vocab_size else 0
-        encoder = TextEncoder(module, tokenizer_of(folder, config), padding or 0, hardware.device, scores)
+        padding = config.pad_token_id or 0
+        padding = padding if 0 <= padding < config.vocab_size else 0
+        encoder = TextEncoder(module, tokenizer_of(folder, config), padding, hardware.device, scores)
         return LoadedText(encoder, _text_head(head, pooling, folder, config, encoder), hardware)
 
 

@@ -279,17 +279,19 @@ def draw(db: sqlite3.Connection, principal: Principal, row: Row, model: Digest, 
 
 def allowance(db: sqlite3.Connection, login: Digest, token: Address) -> int:
     """What the session may still spend of the token, atomic units; 0 where its wallet allowed none."""
-    found = db.execute(
-        "SELECT most, used FROM allowance WHERE login = ? AND token = ?", (login.raw, token.raw)
-    ).fetchone()
-    return 0 if found is None else int(found[0]) - int(found[1])
+    most, used = _allowed_and_used(db, login.raw, token.raw)
+    return most - used
+
+
+def _allowed_and_used(db: sqlite3.Connection, login: bytes, token: bytes) -> tuple[int, int]:
+    found = db.execute("SELECT most, used FROM allowance WHERE login = ? AND token = ?", (login, token)).fetchone()
+    return (int(found[0]), int(found[1])) if found is not None else (0, 0)
 
 
 def _take_allowance(db: sqlite3.Connection, login: bytes, token: bytes, price: int) -> None:
     if db.execute("SELECT 1 FROM login WHERE digest = ? AND ended = 1", (login,)).fetchone() is not None:
         raise SessionInvalid("this session was ended while its call was under way", reason="signed_out")
-    found = db.execute("SELECT most, used FROM allowance WHERE login = ? AND token = ?", (login, token)).fetchone()
-    most, used = (int(found[0]), int(found[1])) if found is not None else (0, 0)
+    most, used = _allowed_and_used(db, login, token)
     if used + price > most:
         raise AllowanceTooLow(most - used)
     _set_used(db, login, token, used + price)

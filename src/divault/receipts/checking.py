@@ -33,6 +33,7 @@ from divault.messages import (
     request_domain,
     require_signer,
 )
+from divault.messages.session_calls import LONGEST_S
 from divault.messages.sign_in import MAX_AGE_S
 from divault.messages.typed import Domain
 from divault.receipts.checksums import mismatches
@@ -351,12 +352,11 @@ def _session_request(case: _Case, members: dict[str, Any]) -> str | _Holds:
 
 
 _SESSION_MEMBERS = frozenset({"body_hash", "login", "method", "path", "request_id", "message"})
-_LONGEST_SESSION_S = 86_400
 
 
 def _was_open(login: SignInMessage, moment: int) -> bool:
     """Whether a session by this text can have been open: all that a text says of it, and the longest that there are."""
-    latest = login.issued_at + MAX_AGE_S + _LONGEST_SESSION_S
+    latest = login.issued_at + MAX_AGE_S + LONGEST_S
     ends = latest if login.expires_at is None else min(latest, login.expires_at)
     begins = max(login.issued_at - CLOCK_SKEW_S, login.not_before or 0)
     return int(begins) <= moment < ends
