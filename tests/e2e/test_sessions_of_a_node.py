@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from divault import messages, receipts
 from divault.cli.commands import app as commands
-from divault.errors import ReceiptInvalid
+from divault.errors import BadRequest, ReceiptInvalid
 from divault.receipts import Outcome, redact
 from divault.values import Secret, Usdc
 from tests.e2e.conftest import World
@@ -308,12 +308,14 @@ async def test_the_command_line_signs_in_and_out(world: World, tmp_path: Path) -
     file.chmod(0o600)
     told = ["--node", world.node.url, "--key", str(file)]
     runner = CliRunner(env={"HOME": str(tmp_path)})
+    wrong = await asyncio.to_thread(runner.invoke, commands, ["sign-in", *told, "--spend", "1,5"])
     signed_in = await asyncio.to_thread(runner.invoke, commands, ["sign-in", *told])
     token = signed_in.stdout.strip()
     found = await world.request("GET", "/api/v1/results/0x" + "11" * 32, headers=bearer(token))
     signed_out = await asyncio.to_thread(runner.invoke, commands, ["sign-out", *told])
     after = await world.request("GET", "/api/v1/results/0x" + "11" * 32, headers=bearer(token))
 
+    assert isinstance(wrong.exception, BadRequest), "which the command prints in a line"
     assert signed_in.exit_code == signed_out.exit_code == 0, (signed_in.output, signed_out.output)
     assert found[1]["code"] == "result_unknown"
     assert "sessions ended: 1" in signed_out.output

@@ -1,6 +1,6 @@
 """The command line: `divault serve | demo | publish | seal | open | call | verify | doctor | keys | config`.
 
-For development also `divault lighthouse`.
+For other programs `divault sign-in` and `sign-out`, for development `divault lighthouse`.
 """
 
 from __future__ import annotations

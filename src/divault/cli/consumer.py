@@ -12,6 +12,7 @@ import typer
 
 from divault import keyfiles, receipts
 from divault.cli.console import say, show
+from divault.cli.offer import price
 from divault.client import Client
 from divault.errors import BadRequest
 from divault.values import Address
@@ -33,9 +34,9 @@ def call(
 
     Example: divault call breast-cancer @row.json --node http://127.0.0.1:8000 -k consumer.key --max-price 0.02
     """
-    url, _, pinned = node.partition("#")
+    price(max_price)  # a typed error before anything is asked
     rpc = os.environ.get("WEB3_PROVIDER_URL", "").split(",")[0].strip() or None
-    with Client(url, keyfiles.read_signing_key(key), node=pinned or None, rpc=rpc) as client:
+    with _client(node, key, rpc) as client:
         result = client.run(model, _input(input_data), max_price=max_price)
     if save is not None:
         save.write_bytes(result.response)
@@ -53,8 +54,8 @@ def sign_in(
 
     Example: export OPENAI_API_KEY=$(divault sign-in --node http://127.0.0.1:8000 -k consumer.key)
     """
-    url, _, pinned = node.partition("#")
-    with Client(url, keyfiles.read_signing_key(key), node=pinned or None) as client:
+    price(spend)
+    with _client(node, key) as client:
         login = client.sign_in(spend=spend)
     ends = datetime.fromtimestamp(login.expires_at, UTC).isoformat(timespec="minutes")
     say(f"{login.user} is signed in until {ends}, or until {login.idle_s} s pass without a call; keep the token secret")
@@ -70,8 +71,7 @@ def sign_out(
 
     Example: divault sign-out --node http://127.0.0.1:8000 -k consumer.key
     """
-    url, _, pinned = node.partition("#")
-    with Client(url, keyfiles.read_signing_key(key), node=pinned or None) as client:
+    with _client(node, key) as client:
         ended = client.sign_out()
     say(f"sessions ended: {ended}")
 
@@ -117,6 +117,11 @@ def redact(
         show(text)
     else:
         output.write_text(text + "\n", encoding="utf-8")
+
+
+def _client(node: str, key: Path, rpc: str | None = None) -> Client:
+    url, _, pinned = node.partition("#")
+    return Client(url, keyfiles.read_signing_key(key), node=pinned or None, rpc=rpc)
 
 
 def _input(text: str) -> Any:
