@@ -342,9 +342,10 @@ async def test_a_session_that_is_read_while_it_is_ended_is_out(desk: Desk) -> No
 async def test_a_sign_out_that_was_not_written_is_none(desk: Desk) -> None:
     token = (await desk.sign_in()).token
     await desk.sessions.of(token, None)
-    desk.state._writer.execute("PRAGMA query_only = 1")  # as a disk without room
+    full = "CREATE TEMP TRIGGER full BEFORE UPDATE ON login BEGIN SELECT RAISE(ABORT, 'as a disk without room'); END"
+    desk.state._writer.execute(full)
     assert (await reason(desk.sessions.sign_out(token, None))).startswith("not_ready")
-    desk.state._writer.execute("PRAGMA query_only = 0")
+    desk.state._writer.execute("DROP TRIGGER full")
 
     assert await desk.sessions.of(token, None)
     assert await desk.sessions.sign_out(token, None) == 1
@@ -354,6 +355,7 @@ async def test_a_sign_out_that_was_not_written_is_none(desk: Desk) -> None:
 async def test_what_a_token_proves_of_a_call(desk: Desk) -> None:
     node = Authenticator(HOME, desk.sessions, clock=desk.clock)
     one, other = await desk.sign_in(), await desk.sign_in()
+    desk.clock.now += 100
 
     async def proved(ticket: Ticket, key: str | None, body: bytes = b"{}") -> Principal:
         proof = SessionToken(ticket.token, None, key)
