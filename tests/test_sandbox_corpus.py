@@ -7,6 +7,7 @@ the canary process, and whether another model of the same node still answers as 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import socket
@@ -126,6 +127,17 @@ def breached(answer: Any) -> bool:
     return answer == "FORGED" or (isinstance(answer, dict) and answer.get("breached") is True)
 
 
+async def forks_ended(scene: Scene) -> list[list[int]]:
+    """The processes of each template, once what it killed last is reaped, or ten seconds later."""
+    for _ in range(100):
+        templates = [tree(template._popen.pid) for template in scene.hostile._templates.there()]
+        with contextlib.suppress(OSError):  # one ended between the look and its name
+            if all(programs(pids).count("python") == 1 for pids in templates):
+                break
+        await asyncio.sleep(0.1)
+    return templates
+
+
 async def contain(scene: Scene, folder: Path, cases: list[dict[str, Any]], canaries: Canaries) -> None:
     memory = resident()
     before, turns, answers = children(), asyncio.Semaphore(AT_ONCE), dict[str, Any]()
@@ -139,7 +151,7 @@ async def contain(scene: Scene, folder: Path, cases: list[dict[str, Any]], canar
 
     assert {name: answer for name, answer in answers.items() if breached(answer)} == {}
     assert canaries.touched() == []
-    templates = [tree(template._popen.pid) for template in scene.hostile._templates.there()]
+    templates = await forks_ended(scene)
     assert children() - {pids[0] for pids in templates} == before, "a process is left over"
     assert {name for pids in templates for name in programs(pids[1:])} <= {"bwrap", "python"}
     assert all(programs(pids).count("python") == 1 for pids in templates), "a fork is left over"
