@@ -28,34 +28,32 @@ async def test_a_wallet_that_spent_its_minute_is_told_when_to_come_back() -> Non
     clock = Clock()
     limits = WalletLimits(2, 10, clock=clock)
     for nonce in range(2):
-        async with limits.admit(principal(ANN, nonce)):
+        with limits.admit(principal(ANN, nonce)):
             pass
 
-    with pytest.raises(RateLimited) as refused:
-        async with limits.admit(principal(ANN, 9)):
-            pass
+    with pytest.raises(RateLimited) as refused, limits.admit(principal(ANN, 9)):
+        pass
 
     assert refused.value.data["retry_after"] == 30
     clock.now += 30
-    async with limits.admit(principal(ANN, 9)):
+    with limits.admit(principal(ANN, 9)):
         pass
 
 
 async def test_one_wallets_limit_is_not_anothers() -> None:
     limits = WalletLimits(1, 1, clock=Clock())
-    async with limits.admit(principal(ANN, 1)), limits.admit(principal(BOB, 1)):
+    with limits.admit(principal(ANN, 1)), limits.admit(principal(BOB, 1)):
         pass
 
 
 async def test_runs_at_once_are_capped_and_copies_do_not_count() -> None:
     limits = WalletLimits(60, 1, clock=Clock())
-    async with limits.admit(principal(ANN, 1)):
-        async with limits.admit(principal(ANN, 1)):
+    with limits.admit(principal(ANN, 1)):
+        with limits.admit(principal(ANN, 1)):
             pass
-        with pytest.raises(RateLimited):
-            async with limits.admit(principal(ANN, 2)):
-                pass
-    async with limits.admit(principal(ANN, 2)):
+        with pytest.raises(RateLimited), limits.admit(principal(ANN, 2)):
+            pass
+    with limits.admit(principal(ANN, 2)):
         pass
 
 
@@ -63,7 +61,7 @@ async def test_a_cancelled_run_gives_its_place_back() -> None:
     limits = WalletLimits(60, 1, clock=Clock())
 
     async def hang() -> None:
-        async with limits.admit(principal(ANN, 1)):
+        with limits.admit(principal(ANN, 1)):
             await asyncio.sleep(60)
 
     task = asyncio.create_task(hang())
@@ -71,7 +69,7 @@ async def test_a_cancelled_run_gives_its_place_back() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    async with limits.admit(principal(ANN, 2)):
+    with limits.admit(principal(ANN, 2)):
         pass
 
 
@@ -81,13 +79,17 @@ def test_peers_and_bytes_in_flight_are_bounded() -> None:
     limits.knock("b")
     with pytest.raises(RateLimited):
         limits.knock("a")
-    with limits.bytes_in_flight(60):
-        with pytest.raises(Overloaded), limits.bytes_in_flight(60):
-            pass
-        with limits.bytes_in_flight(40):
-            pass
-    with limits.bytes_in_flight(100):
-        pass
+    with limits.bytes_in_flight() as held:
+        held.take(30)
+        held.take(30)
+        with limits.bytes_in_flight() as more:
+            with pytest.raises(Overloaded):
+                more.take(60)
+            more.take(40)
+        with pytest.raises(Overloaded):
+            held.take(60)
+    with limits.bytes_in_flight() as held:
+        held.take(100)
 
 
 def test_refusal_receipts_have_a_budget_per_peer_and_for_the_node() -> None:

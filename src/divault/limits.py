@@ -16,8 +16,9 @@ import hashlib
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Self
 
 from divault.errors import Overloaded, RateLimited, WrongKey
 from divault.values import Address, Principal, Secret
@@ -64,24 +65,27 @@ class WalletLimits:
         self._at_once = at_once
         self._running: dict[Address, dict[bytes, int]] = {}
 
-    @asynccontextmanager
-    async def admit(self, principal: Principal) -> AsyncIterator[None]:
-        """Let one request of the wallet in while the context lasts. Raises RateLimited."""
-        running = self._running.setdefault(principal.user, {})
+    def admit(self, principal: Principal) -> AbstractContextManager[None]:
+        """Let one request of the wallet in while the context lasts, which raises RateLimited."""
+        return _Admission(self, principal)
+
+    def enter(self, principal: Principal) -> None:
+        """Count one request. Raises RateLimited."""
+        running = self._running.get(principal.user, {})
         nonce = principal.nonce.raw
-        try:
-            if nonce not in running:
-                self._check(principal.user, len(running))
-            running[nonce] = running.get(nonce, 0) + 1
-            try:
-                yield
-            finally:
-                running[nonce] -= 1
-                if not running[nonce]:
-                    del running[nonce]
-        finally:
-            if not running:
-                self._running.pop(principal.user, None)
+        if nonce not in running:
+            self._check(principal.user, len(running))
+        running[nonce] = running.get(nonce, 0) + 1
+        self._running[principal.user] = running
+
+    def leave(self, principal: Principal) -> None:
+        """One that was counted has ended."""
+        running, nonce = self._running[principal.user], principal.nonce.raw
+        running[nonce] -= 1
+        if not running[nonce]:
+            del running[nonce]
+        if not running:
+            del self._running[principal.user]
 
     def _check(self, user: Address, running: int) -> None:
         if running >= self._at_once:
@@ -94,6 +98,22 @@ class WalletLimits:
                 retry_after=wait,
                 limit=self._per_minute,
             )
+
+
+class _Admission:
+    """One request that is let in. A class of its own, because a generator costs each call as much as the rest here."""
+
+    __slots__ = ("_limits", "_principal")
+
+    def __init__(self, limits: WalletLimits, principal: Principal) -> None:
+        self._limits = limits
+        self._principal = principal
+
+    def __enter__(self) -> None:
+        self._limits.enter(self._principal)
+
+    def __exit__(self, *_: object) -> None:
+        self._limits.leave(self._principal)
 
 
 class PeerLimits:
@@ -113,16 +133,40 @@ class PeerLimits:
                 limit=self._per_minute,
             )
 
-    @contextmanager
-    def bytes_in_flight(self, size: int) -> Iterator[None]:
-        """Reserve `size` bytes of body while the context lasts. Raises Overloaded."""
+    def bytes_in_flight(self) -> BytesInFlight:
+        """A context that bytes of a body are reserved in."""
+        return BytesInFlight(self)
+
+    def take(self, size: int) -> None:
+        """Reserve bytes of a body. Raises Overloaded."""
         if size > self._free:
             raise Overloaded("the node holds as many request bytes as it may; try again", retry_after=1)
         self._free -= size
-        try:
-            yield
-        finally:
-            self._free += size
+
+    def give_back(self, size: int) -> None:
+        """They are not held any more."""
+        self._free += size
+
+
+class BytesInFlight:
+    """Bytes that one request holds, until the context ends."""
+
+    __slots__ = ("_limits", "_size")
+
+    def __init__(self, limits: PeerLimits) -> None:
+        self._limits = limits
+        self._size = 0
+
+    def take(self, size: int) -> None:
+        """Reserve so many more. Raises Overloaded."""
+        self._limits.take(size)
+        self._size += size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._limits.give_back(self._size)
 
 
 class WrongKeys:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from divault.auth import Authenticator
@@ -128,43 +128,43 @@ class Service:
         lap = self._metrics.lap()
         principal = await self._authenticator.authenticate(call)
         lap("authenticate")
-        with _named(principal):
+        with _Named(principal):
             stored = await self._ledger.answered(principal)
             if stored is not None:
                 return stored
-            async with self._limits.admit(principal), self._ledger.outcome(principal, call, self._refusals):
-                lap("known")
-                grant = await self._gates.check(principal, _model_of(call))
-                lap("gate")
-                if not load:
-                    self._require_loaded(grant)
-                async with self._payments.hold(grant, call) as hold:
-                    lap("hold")
-                    opened = await self._open(hold.grant, call)
-                    description = self._workers.describe(opened).description
-                    self._ledger.opened(hold, opened.plaintext_sha256, description.runtime)
-                    lap("open")
-                    output = await self._workers.run(opened, hold, dialect.ask(call, description), dialect.on_piece)
-                    lap("run")
-                    answer = await self._ledger.charge(hold, call, dialect.tell(output), dialect.wording)
-                    lap("charge")
-                    return answer
+            with self._limits.admit(principal):
+                async with self._ledger.outcome(principal, call, self._refusals):
+                    lap("known")
+                    grant = await self._gates.check(principal, _model_of(call))
+                    lap("gate")
+                    if not load:
+                        self._require_loaded(grant)
+                    async with self._payments.hold(grant, call) as hold:
+                        lap("hold")
+                        opened = await self._open(hold.grant, call)
+                        description = self._workers.describe(opened).description
+                        self._ledger.opened(hold, opened.plaintext_sha256, description.runtime)
+                        lap("open")
+                        output = await self._workers.run(opened, hold, dialect.ask(call, description), dialect.on_piece)
+                        lap("run")
+                        answer = await self._ledger.charge(hold, call, dialect.tell(output), dialect.wording)
+                        lap("charge")
+                        return answer
 
     async def load(self, call: SignedCall) -> LoadResult:
         """Fetch, verify, open and load the model, unless it is loaded already."""
         principal = await self._authenticator.authenticate(call)
-        with _named(principal):
-            async with self._limits.admit(principal):
-                grant = await self._gates.check(principal, _model_of(call))
-                await self._ledger.consume(principal)
-                opened = await self._open(grant, call)
-                return LoadResult(grant.model, self._workers.describe(opened))
+        with _Named(principal), self._limits.admit(principal):
+            grant = await self._gates.check(principal, _model_of(call))
+            await self._ledger.consume(principal)
+            opened = await self._open(grant, call)
+            return LoadResult(grant.model, self._workers.describe(opened))
 
     async def unload(self, call: SignedCall) -> ModelId:
         """End the model's worker, for an operator or the model's owner."""
         principal = await self._authenticator.authenticate(call)
         model = _model_of(call)
-        with _named(principal):
+        with _Named(principal):
             _require_signed(principal)
             if principal.user not in self._operators and principal.user != (await self._gates.info(model)).owner:
                 raise NotOperator("only the model's owner or an operator of this node may unload it")
@@ -176,7 +176,7 @@ class Service:
     async def clear_caches(self, call: SignedCall) -> tuple[int, Freed]:
         """Unload all models and drop all cached ciphertext, for an operator; how many models, and what was freed."""
         principal = await self._authenticator.authenticate(call)
-        with _named(principal):
+        with _Named(principal):
             _require_signed(principal)
             if principal.user not in self._operators:
                 raise NotOperator("only an operator of this node may clear its caches")
@@ -189,7 +189,7 @@ class Service:
     async def sign_out(self, call: SignedCall) -> int:
         """End all sessions of the wallet that signed this; how many there were."""
         principal = await self._authenticator.authenticate(call)
-        with _named(principal):
+        with _Named(principal):
             _require_signed(principal)
             await self._ledger.consume(principal)
             return await self._sessions.end_all(principal.user)
@@ -197,7 +197,7 @@ class Service:
     async def result(self, call: SignedCall, request: Digest) -> Answer:
         """Give the stored answer of a request, to the wallet that signed it."""
         principal = await self._authenticator.authenticate(call)
-        with _named(principal):
+        with _Named(principal):
             answer = await self._ledger.result(request, principal.user)
             await self._ledger.consume(principal)
             return answer
@@ -238,14 +238,20 @@ class Service:
             )
 
 
-@contextmanager
-def _named(principal: Principal) -> Iterator[None]:
-    """Give every error from here on the id of the authenticated request."""
-    try:
-        yield
-    except DivaultError as err:
-        err.request_id = str(principal.request)
-        raise
+class _Named:
+    """Gives every error in its context the id of the authenticated request."""
+
+    __slots__ = ("_principal",)
+
+    def __init__(self, principal: Principal) -> None:
+        self._principal = principal
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, DivaultError):
+            error.request_id = str(self._principal.request)
 
 
 def _require_signed(principal: Principal) -> None:

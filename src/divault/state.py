@@ -34,6 +34,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -45,6 +46,7 @@ Work = Callable[[sqlite3.Connection], T]
 APPLICATION_ID = 0x44495641  # "DIVA" in the file's header: tells our file from any other SQLite database
 _FOLD_PATIENCE_MS = 50  # for a long scan; the log is folded back another time then
 _LONG_LOG = 16 << 20  # bytes; folding so many back takes about 50 ms, during which writes wait
+_TURNS = 8  # of the loop, that a commit waits for at most, while every one brings more writes
 _SETTING = "DIVAULT_STATE_DIR"
 _RETRY_S = 5
 
@@ -98,8 +100,37 @@ _MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY(login, token)) WITHOUT ROWID;
     ALTER TABLE request ADD COLUMN login BLOB;
     """,
+    # Receipts in the order in which they come, with one index whose keys are random: each of those costs a call a page.
+    """
+    CREATE TABLE log(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+    INSERT INTO log(name) SELECT DISTINCT log FROM receipt;
+    CREATE TABLE receipt_of_3(
+        log INTEGER NOT NULL, sequence INTEGER NOT NULL, hash BLOB NOT NULL, previous BLOB NOT NULL,
+        request BLOB NOT NULL, user BLOB NOT NULL, model BLOB NOT NULL, status INTEGER NOT NULL, envelope BLOB NOT NULL,
+        UNIQUE(log, sequence));
+    INSERT INTO receipt_of_3 SELECT log.id, sequence, hash, previous, request, user, model, status, envelope
+        FROM receipt JOIN log ON log.name = receipt.log ORDER BY receipt.log, sequence;
+    CREATE TABLE charge_of_3(
+        payment_key TEXT PRIMARY KEY, request BLOB NOT NULL UNIQUE, account INTEGER NOT NULL REFERENCES credit(id),
+        model BLOB NOT NULL, price TEXT NOT NULL, receipt BLOB NOT NULL, at INTEGER NOT NULL) WITHOUT ROWID;
+    INSERT INTO charge_of_3 SELECT payment_key, request, account, model, price, receipt, at FROM charge;
+    DROP TABLE charge;
+    DROP TABLE receipt;
+    ALTER TABLE receipt_of_3 RENAME TO receipt;
+    ALTER TABLE charge_of_3 RENAME TO charge;
+    CREATE INDEX receipt_request ON receipt(request);
+    CREATE INDEX receipt_success ON receipt(log, model) WHERE status = 1;
+    CREATE TRIGGER receipt_is_final BEFORE UPDATE ON receipt BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+    CREATE TRIGGER receipt_stays BEFORE DELETE ON receipt BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+    CREATE TRIGGER charge_is_final BEFORE UPDATE ON charge BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+    CREATE TRIGGER charge_stays BEFORE DELETE ON charge BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+    """,
 )
 """One step per schema version, oldest first; released steps never change."""
+
+
+_Waiting = tuple[asyncio.Future[None], Callable[[], None] | None]
+"""Done when a write is on disk; and what is to be called then, whether or not anybody waits any more."""
 
 
 @dataclass(slots=True)
@@ -153,8 +184,8 @@ class State:
             undo.callback(self._writer.close)
             self._disk = _Disk(path)
             undo.pop_all()
-        self._open: list[asyncio.Future[None]] = []
-        """Of the writes in the open transaction."""
+        self._open: list[_Waiting] = []
+        """Who waits for the open transaction."""
         self._syncing: asyncio.Future[None] | None = None
         """Done when what was committed last is on disk; None when nothing is under way."""
         self._held: list[_Held] = []
@@ -194,22 +225,34 @@ class State:
         """The result of `work` on one consistent view, at once. Raises NotReady.
 
         What it sees may not be on disk yet, nor committed: a refusal may rest on it, an answer may not (`read`). For a
-        few rows.
+        few rows. Work that writes is a fault of ours: what it wrote is undone, with all that was not committed yet.
         """
         self._require_usable()
+        # Nobody but this thread writes, so the view can't change under it. And this connection has the pages.
+        db = self._writer
+        changes, alone = db.total_changes, not db.in_transaction
         try:
-            with _View(self._writer):
-                # Writes happen on this thread: the view can't change under it. And this connection has the pages.
-                return work(self._writer)
+            if alone:
+                db.execute("BEGIN")
+            try:
+                result = work(db)
+            finally:
+                if alone:
+                    db.execute("ROLLBACK")
+                if db.total_changes != changes:
+                    raise sqlite3.OperationalError("a look that writes")
         except sqlite3.Error as err:
+            if db.total_changes != changes:
+                self._undo(err)
             raise _unusable(err) from err
+        return result
 
     async def read(self, work: Work[T]) -> T:
         """The result of `work` on one consistent view, all of which is on disk. Raises NotReady. For a few rows."""
         result = self.look(work)
         if self._open:
             seen = asyncio.get_running_loop().create_future()
-            self._open.append(seen)
+            self._open.append((seen, None))
             await seen
         elif self._syncing is not None:
             await _outcome(self._syncing)
@@ -256,16 +299,21 @@ class State:
             self._soon()
             raise _unusable(point.error) if isinstance(point.error, sqlite3.Error) else point.error
         self._soon()
-        if then is not None:
-            self._open.append(_told(then, result))
         written = asyncio.get_running_loop().create_future()
-        self._open.append(written)
+        self._open.append((written, None if then is None else partial(then, result)))
         return result, written
 
     def _soon(self) -> None:
         """Commit after what else runs now, so that it shares the commit."""
         if not self._open and self._syncing is None:
-            asyncio.get_running_loop().call_soon(self._flush)
+            asyncio.get_running_loop().call_soon(self._gather, 0, _TURNS)
+
+    def _gather(self, had: int, turns: int) -> None:
+        """Commit, unless writes still come in with every turn of the loop."""
+        if turns and len(self._open) > had:
+            asyncio.get_running_loop().call_soon(self._gather, len(self._open), turns - 1)
+        else:
+            self._flush()
 
     def _flush(self) -> None:
         """Commit, and bring it to the disk; while that is under way the next transaction fills."""
@@ -289,16 +337,20 @@ class State:
             self._writer.execute("ROLLBACK")
         self.undone += 1
         failed, self._open = self._open, []
-        for waiting in failed:
+        for waiting, _ in failed:
             _fail(waiting, _unusable(err))
 
-    def _synced(self, waiting: list[asyncio.Future[None]], err: OSError | None) -> None:
+    def _synced(self, waiting: list[_Waiting], err: OSError | None) -> None:
         done, self._syncing = self._syncing, None
         self._folding = False
-        for one in (*waiting, *([done] if done is not None else [])):
+        loop = asyncio.get_running_loop()
+        for one, then in (*waiting, *([(done, None)] if done is not None else [])):
             if err is not None:
                 _fail(one, _unusable(err))
-            elif not one.done():  # the caller was cancelled meanwhile; what was written stays written
+                continue
+            if then is not None:
+                loop.call_soon(then)
+            if not one.done():  # else the caller was cancelled meanwhile; what was written stays written
                 one.set_result(None)
         if err is not None:
             # What a disk that failed has kept of it nobody knows, and asking again would not tell.
@@ -307,7 +359,7 @@ class State:
         held, self._held = self._held, []
         for turn in held:
             self._run_held(turn)
-        self._flush()
+        self._gather(0, _TURNS)
 
     def _run_held(self, turn: _Held) -> None:
         try:
@@ -407,33 +459,6 @@ class _Savepoint:
         self._db.execute("RELEASE job")
         self.error = error
         return True
-
-
-class _View:
-    """A look at what the connection that writes sees. Whatever is written meanwhile is undone."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-        self._begin, self._end = ("SAVEPOINT look", "RELEASE look") if db.in_transaction else ("BEGIN", "ROLLBACK")
-        self._changes = db.total_changes
-
-    def __enter__(self) -> None:
-        self._db.execute(self._begin)
-
-    def __exit__(self, *_: object) -> None:
-        wrote = self._db.total_changes != self._changes
-        if wrote and self._end != "ROLLBACK":
-            self._db.execute("ROLLBACK TO look")
-        self._db.execute(self._end)
-        if wrote:
-            raise sqlite3.OperationalError("a look that writes")
-
-
-def _told(then: Callable[[T], None], result: T) -> asyncio.Future[None]:
-    """A future that nobody else has, and so nobody cancels: gives `then` the result when it is on disk."""
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    future.add_done_callback(lambda done: None if done.exception() else then(result))
-    return future
 
 
 async def _outcome(future: asyncio.Future[None]) -> None:

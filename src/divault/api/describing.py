@@ -13,6 +13,7 @@ from divault.api import schemas
 from divault.values import Answer
 
 JSON = "application/json"
+_OF_ANSWERS = ((b"content-type", JSON.encode()), (b"cache-control", b"no-store"))
 
 
 def json_response(body: Mapping[str, Any], status: int = 200) -> Response:
@@ -25,10 +26,20 @@ def answer_response(answer: Answer) -> Response:
 
     A kept answer that is given again goes under an id of its own.
     """
-    headers = {"cache-control": "no-store"}
+    headers = [(b"content-length", b"%d" % len(answer.body)), *_OF_ANSWERS]
     if answer.receipt is not None:
-        headers["x-request-id"] = answer.receipt.envelope["receipt"]["requestHash"]
-    return Response(answer.body, 200, headers, JSON)
+        headers.append((b"x-request-id", answer.receipt.envelope["receipt"]["requestHash"].encode()))
+    return _Ready(answer.body, headers)
+
+
+class _Ready(Response):
+    """A response whose headers are bytes already: to make them is half of what an answer costs here."""
+
+    def __init__(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = body
+        self.raw_headers = headers
 
 
 def body_of(schema: type[BaseModel], *, required: bool = True) -> dict[str, Any]:

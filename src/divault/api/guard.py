@@ -11,19 +11,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterable
-from contextlib import ExitStack
+from typing import Any, Self
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from divault.api.problems import problem_response
 from divault.errors import BadRequest, DivaultError, TooLarge
-from divault.limits import PeerLimits
+from divault.limits import BytesInFlight, PeerLimits
 from divault.telemetry import new_request_id
 
 PATIENCE_S = 10.0
 """Longest silence within a body, and what it may take beside its bytes at the least rate."""
 _LEAST_RATE = 32 * 1024  # bytes per second; a telephone's worst uplink has twice as many
+_LOOKS = 20  # at silent bodies, within the longest silence
 _STEP = 64 * 1024  # bytes counted at once; what a server reads from a socket
 _READ_ON_S, _READ_ON_BYTES = 5.0, 64 << 20
 """Of a body that is too large: who sends all of it before he reads would otherwise see a broken connection only."""
@@ -38,14 +39,14 @@ class Guard:
         self._app = app
         self._limits = limits
         self._max = max_body_bytes
-        self._patience_s = patience_s
+        self._patience = Patience(patience_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        with ExitStack() as held:
+        with self._limits.bytes_in_flight() as held:
             try:
                 self._limits.knock(scope["client"][0] if scope.get("client") else "")
                 self._check_head(scope["headers"])
@@ -87,28 +88,101 @@ class Guard:
             if name == b"content-length" and value.isdigit() and int(value) > self._max:
                 raise self._too_large(int(value))
 
-    async def _read(self, receive: Receive, held: ExitStack) -> bytes:
+    async def _read(self, receive: Receive, held: BytesInFlight) -> bytes:
         """The whole body. Raises TimeoutError, BadRequest, TooLarge, Overloaded."""
-        began = asyncio.get_running_loop().time()
-        body, counted, more = bytearray(), 0, True
-        async with asyncio.timeout(self._patience_s) as patience:
+        body: bytes | bytearray = b""
+        counted, more = 0, True
+        with self._patience.of_reader() as reader:
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise BadRequest("the request ended before its body did")
-                body += message.get("body", b"")
+                part = message.get("body", b"")
+                body = _joined(body, part) if body else part
                 if len(body) > self._max:
                     raise self._too_large(len(body))
                 while counted < len(body):
-                    held.enter_context(self._limits.bytes_in_flight(_STEP))
+                    held.take(_STEP)
                     counted += _STEP
                 more = message.get("more_body", False)
-                latest = began + self._patience_s + len(body) / _LEAST_RATE
-                patience.reschedule(min(asyncio.get_running_loop().time() + self._patience_s, latest))
+                reader.goes_on(len(body))
         return bytes(body)
 
     def _too_large(self, size: int) -> TooLarge:
         return TooLarge(f"bodies are at most {self._max} bytes here", limit_bytes=self._max, have_bytes=size)
+
+
+def _joined(body: bytes | bytearray, part: bytes) -> bytearray:
+    if isinstance(body, bytes):
+        body = bytearray(body)
+    body += part
+    return body
+
+
+class Patience:
+    """How long bodies are waited for: one timer for all of them, which most are not there long enough to meet."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._readers: dict[int, Reader] = {}
+        self._next: asyncio.TimerHandle | None = None
+
+    def of_reader(self) -> Reader:
+        """A context that raises TimeoutError when its body does not go on."""
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("bodies are read in tasks")
+        return Reader(self, task, asyncio.get_running_loop().time())
+
+    def enter(self, reader: Reader) -> None:
+        """Somebody waits for a body."""
+        self._readers[id(reader)] = reader
+        if self._next is None:
+            self._look_again()
+
+    def leave(self, reader: Reader) -> None:
+        """He does not any more."""
+        del self._readers[id(reader)]
+
+    def _look_again(self) -> None:
+        self._next = asyncio.get_running_loop().call_later(self.seconds / _LOOKS, self._look)
+
+    def _look(self) -> None:
+        self._next = None
+        now = asyncio.get_running_loop().time()
+        for reader in self._readers.values():
+            if reader.latest < now and not reader.late:
+                reader.late = True
+                reader.task.cancel()
+        if self._readers:
+            self._look_again()
+
+
+class Reader:
+    """One body that is waited for."""
+
+    __slots__ = ("_began", "_patience", "late", "latest", "task")
+
+    def __init__(self, patience: Patience, task: asyncio.Task[Any], now: float) -> None:
+        self._patience = patience
+        self._began = now
+        self.task = task
+        self.latest = now + patience.seconds
+        self.late = False
+
+    def goes_on(self, size: int) -> None:
+        """So many bytes are here now."""
+        whole = self._began + self._patience.seconds + size / _LEAST_RATE
+        self.latest = min(asyncio.get_running_loop().time() + self._patience.seconds, whole)
+
+    def __enter__(self) -> Self:
+        self._patience.enter(self)
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._patience.leave(self)
+        if self.late and isinstance(error, asyncio.CancelledError) and not self.task.uncancel():
+            raise TimeoutError from error
 
 
 async def _read_on(receive: Receive) -> None:

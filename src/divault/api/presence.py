@@ -10,8 +10,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from starlette.types import Receive
@@ -21,11 +20,24 @@ LOOK_AFTER_S = 0.05
 
 @dataclass(slots=True, eq=False)
 class _Guest:
+    """One call, and the context of it."""
+
+    presence: Presence
     task: asyncio.Task[None]
     receive: Receive
     since: float
     watcher: asyncio.Task[None] | None = None
     gone: bool = False
+
+    def __enter__(self) -> None:
+        self.presence.enter(self)
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        self.presence.leave(self)
+        hung_up = self.gone and isinstance(error, asyncio.CancelledError)
+        if hung_up:
+            self.task.uncancel()
+        return hung_up
 
 
 class Presence:
@@ -35,30 +47,27 @@ class Presence:
         self._guests: dict[int, _Guest] = {}
         self._next: asyncio.TimerHandle | None = None
 
-    @contextmanager
-    def of(self, receive: Receive) -> Iterator[None]:
-        """Cancel the current task when the client behind `receive` hangs up while the context lasts.
+    def of(self, receive: Receive) -> AbstractContextManager[None]:
+        """A context that cancels the current task when the client behind `receive` hangs up while it lasts.
 
         A cancellation for that reason ends with the context; any other goes on.
         """
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("calls run in tasks")
-        loop = asyncio.get_running_loop()
-        guest = _Guest(task, receive, loop.time())
+        return _Guest(self, task, receive, asyncio.get_running_loop().time())
+
+    def enter(self, guest: _Guest) -> None:
+        """A call has begun."""
         self._guests[id(guest)] = guest
         if self._next is None:
-            self._next = loop.call_later(LOOK_AFTER_S, self._look)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not guest.gone:
-                raise
-            task.uncancel()
-        finally:
-            del self._guests[id(guest)]
-            if guest.watcher is not None:
-                guest.watcher.cancel()
+            self._next = asyncio.get_running_loop().call_later(LOOK_AFTER_S, self._look)
+
+    def leave(self, guest: _Guest) -> None:
+        """It has ended."""
+        del self._guests[id(guest)]
+        if guest.watcher is not None:
+            guest.watcher.cancel()
 
     def _look(self) -> None:
         loop = asyncio.get_running_loop()

@@ -106,7 +106,7 @@ class Struct:
 
     def hash(self, values: Mapping[str, Value]) -> bytes:
         """The EIP-712 hashStruct of the values. Raises ValueError for a number that its type can't hold."""
-        return keccak256(self.type_hash.raw + b"".join(encode(values[name]) for name, encode in self._encoders))
+        return keccak256(self.type_hash.raw + b"".join([encode(values[name]) for name, encode in self._encoders]))
 
     def to_json(self, values: Mapping[str, Value]) -> dict[str, str]:
         """Give the values in their JSON form, in the struct's order."""

@@ -17,12 +17,11 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import orjson
+from typing import Any
 
 from divault.errors import SessionInvalid
 from divault.payments.stages import Stage, check_move
-from divault.receipts import redact
+from divault.receipts import from_kept, to_keep
 from divault.values import Address, Digest, ModelId, Principal, Receipt, Usdc
 
 TRANSFER = "transfer"
@@ -337,7 +336,13 @@ def _columns(account: Account) -> Sequence[int | bytes]:
 # --- receipts and outcomes ------------------------------------------------------------------------------------------
 
 
-def last_receipt(db: sqlite3.Connection, log: str) -> tuple[int, Digest]:
+def log_of(db: sqlite3.Connection, name: str) -> int:
+    """Number of the log of this name, which begins with this if there is none."""
+    db.execute("INSERT INTO log(name) VALUES (?) ON CONFLICT DO NOTHING", (name,))
+    return int(db.execute("SELECT id FROM log WHERE name = ?", (name,)).fetchone()[0])
+
+
+def last_receipt(db: sqlite3.Connection, log: int) -> tuple[int, Digest]:
     """Sequence number and hash that the next receipt of the log follows: (-1, zero) for the first."""
     found = db.execute("SELECT sequence, hash FROM receipt WHERE log = ? ORDER BY sequence DESC LIMIT 1", (log,))
     row = found.fetchone()
@@ -363,20 +368,19 @@ def outcome_of(db: sqlite3.Connection, request: Digest, user: Address, now: int)
     return found
 
 
-def receipt_of(db: sqlite3.Connection, request: Digest, user: Address) -> bytes | None:
+def receipt_of(db: sqlite3.Connection, request: Digest, user: Address) -> dict[str, Any] | None:
     """The redacted envelope of the request's receipt, None if there is none for this user."""
     found = db.execute(
         "SELECT envelope FROM receipt WHERE request = ? AND user = ?", (request.raw, user.raw)
     ).fetchone()
-    return None if found is None else bytes(found[0])
+    return None if found is None else from_kept(found[0])
 
 
 def append_receipt(
-    db: sqlite3.Connection, log: str, receipt: Receipt, previous: Digest, principal: Principal, model: ModelId | None
+    db: sqlite3.Connection, log: int, receipt: Receipt, previous: Digest, principal: Principal, model: ModelId | None
 ) -> None:
     """Append to the log, without the private part of the envelope."""
     key = model.key if model is not None else Digest.ZERO
-    envelope = orjson.dumps(redact(receipt.envelope))
     db.execute(
         "INSERT INTO receipt(log, sequence, hash, previous, request, user, model, status, envelope)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -389,14 +393,14 @@ def append_receipt(
             principal.user.raw,
             key.raw,
             receipt.status,
-            envelope,
+            to_keep(receipt.envelope),
         ),
     )
 
 
 def count_successes(db: sqlite3.Connection, log: str, model: ModelId | None) -> int:
     """Receipts of status 1 in the log: of one model, or of all."""
-    query = "SELECT count(*) FROM receipt WHERE log = ? AND status = 1"
+    query = "SELECT count(*) FROM receipt WHERE log = (SELECT id FROM log WHERE name = ?) AND status = 1"
     if model is None:
         return int(db.execute(query, (log,)).fetchone()[0])
     return int(db.execute(query + " AND model = ?", (log, model.key.raw)).fetchone()[0])

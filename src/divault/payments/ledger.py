@@ -26,8 +26,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -144,8 +144,8 @@ class Ledger:
         self._trails: dict[int, _Trail] = {}
         self._free: dict[_NonceKey, _FreeRun] = {}
         """Free runs under way, the oldest first."""
-        self._last: tuple[int, int, Digest] | None = None
-        """The newest receipt's number and hash, as of so many undone writes."""
+        self._last: tuple[int, int, int, Digest] | None = None
+        """As of so many undone writes: the log's number, and the newest receipt's number and hash."""
         self._tidied_at, self._purge_at = 0, self._now() + _PURGE_EVERY_S
 
     @property
@@ -208,7 +208,7 @@ class Ledger:
         """
         now = self._now()
 
-        def look(db: sqlite3.Connection) -> tuple[tuple[str | None, bytes] | None, bytes | None]:
+        def look(db: sqlite3.Connection) -> tuple[tuple[str | None, bytes] | None, dict[str, Any] | None]:
             return books.outcome_of(db, request, user, now), books.receipt_of(db, request, user)
 
         kept, envelope = await self._state.read(look)
@@ -217,7 +217,7 @@ class Ledger:
         if envelope is None:
             raise ResultUnknown("this node keeps no result of that request for this wallet")
         expired = ResultUnknown("the answer is not kept any more; its receipt is")
-        expired.evidence = orjson.loads(envelope)
+        expired.evidence = envelope
         raise expired
 
     async def successes(self, model: ModelId | None = None) -> int:
@@ -236,25 +236,29 @@ class Ledger:
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def outcome(
+    def outcome(
         self, principal: Principal, call: SignedCall, budget: Budget | None = None
-    ) -> AsyncIterator[None]:
-        """Bring whatever happens inside to an end that is on disk (rule 2).
+    ) -> AbstractAsyncContextManager[None]:
+        """A context that brings whatever happens inside to an end that is on disk (rule 2).
 
         Raises what was raised inside, with `evidence` where there is a receipt; RateLimited instead of a refusal when
         `budget` is spent; NonceUsed or RequestRunning instead when another copy of the request was faster.
         """
-        if id(principal) in self._trails:
+        return _Outcome(self, _Trail(principal, call, os.urandom(16)), budget)
+
+    def begin(self, trail: _Trail) -> None:
+        """Part of `outcome`: a presentation of a request is under way."""
+        if id(trail.principal) in self._trails:
             raise RuntimeError("each presentation of a request is authenticated by itself: one Principal, one outcome")
-        trail = self._trails[id(principal)] = _Trail(principal, call, os.urandom(16))
+        self._trails[id(trail.principal)] = trail
+
+    async def end(self, trail: _Trail, error: BaseException | None, budget: Budget | None) -> None:
+        """Part of `outcome`: it has ended."""
         try:
-            yield
-        except DivaultError as err:
-            await self._end(trail, err, budget)
-            raise
+            if isinstance(error, DivaultError):
+                await self._end(trail, error, budget)
         finally:  # also after a cancellation, or a fault of ours
-            del self._trails[id(principal)]
+            del self._trails[id(trail.principal)]
             if trail.reserving:
                 await self._release(trail, turned_away=False)
 
@@ -435,11 +439,12 @@ class Ledger:
 
     def _issue(self, db: sqlite3.Connection, draft: ReceiptDraft, trail: _Trail) -> Receipt:
         if self._last is None or self._last[0] != self._state.undone:
-            self._last = (self._state.undone, *books.last_receipt(db, self._log))
-        _, sequence, previous = self._last
+            number = books.log_of(db, self._log)
+            self._last = (self._state.undone, number, *books.last_receipt(db, number))
+        undone, number, sequence, previous = self._last
         receipt = self._issuer.issue(draft, sequence + 1, previous)
-        self._last = (self._state.undone, receipt.sequence, receipt.hash)
-        books.append_receipt(db, self._log, receipt, previous, trail.principal, trail.call.model)
+        self._last = (undone, number, receipt.sequence, receipt.hash)
+        books.append_receipt(db, number, receipt, previous, trail.principal, trail.call.model)
         return receipt
 
     def _told(self, answer: Answer) -> None:
@@ -491,6 +496,23 @@ class Ledger:
 
     def _now(self) -> int:
         return int(self._clock())
+
+
+class _Outcome:
+    """The context of `Ledger.outcome`."""
+
+    __slots__ = ("_budget", "_ledger", "_trail")
+
+    def __init__(self, ledger: Ledger, trail: _Trail, budget: Budget | None) -> None:
+        self._ledger = ledger
+        self._trail = trail
+        self._budget = budget
+
+    async def __aenter__(self) -> None:
+        self._ledger.begin(self._trail)
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        await self._ledger.end(self._trail, error, self._budget)
 
 
 def status_of(error: DivaultError) -> ReceiptStatus:

@@ -44,6 +44,7 @@ from divault.payments.transfer import (
 )
 from divault.values import Address, Digest, Grant, Hold, SignedCall, Usdc
 
+_FREE = Usdc(0)
 _PENDING_RETRY_S = 2  # a block time of the chains that USDC calls home
 _ADVICE = {
     "already_spent": "this transfer is credited already: send the request without `payment`, or ask for its result",
@@ -69,12 +70,27 @@ class FreeRun:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    @asynccontextmanager
-    async def hold(self, grant: Grant, call: SignedCall) -> AsyncIterator[Hold]:  # noqa: ARG002 - the seam's signature
-        """The run, reserved. Raises NonceUsed."""
+    def hold(self, grant: Grant, call: SignedCall) -> AbstractAsyncContextManager[Hold]:  # noqa: ARG002 - the seam's
+        """A context in which the run is reserved. It raises NonceUsed."""
         if grant.model.price.atomic:
             raise ValueError("a model with a price is not free")
-        yield await self._ledger.reserve(grant, Usdc(0))
+        return _Reserved(self._ledger, grant)
+
+
+class _Reserved:
+    """A free run; what it reserved ends with `Ledger.outcome`."""
+
+    __slots__ = ("_grant", "_ledger")
+
+    def __init__(self, ledger: Ledger, grant: Grant) -> None:
+        self._ledger = ledger
+        self._grant = grant
+
+    async def __aenter__(self) -> Hold:
+        return await self._ledger.reserve(self._grant, _FREE)
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
 
 
 class TransferCredit:

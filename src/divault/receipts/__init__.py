@@ -12,7 +12,7 @@ A receipt does not prove that the node computed honestly; it can't be denied lat
 second node needs to run the request again.
 """
 
-from divault.receipts.answers import answer_body, read_receipt, redact, slice_result
+from divault.receipts.answers import answer_body, from_kept, read_receipt, redact, slice_result, to_keep
 from divault.receipts.checking import CheckStep, Outcome, check, require_valid
 from divault.receipts.fields import FIELDS, RECEIPT, input_bytes, receipt_domain
 from divault.receipts.issuing import ReceiptDraft, ReceiptIssuer, reopen
@@ -26,6 +26,7 @@ __all__ = [
     "ReceiptIssuer",
     "answer_body",
     "check",
+    "from_kept",
     "input_bytes",
     "read_receipt",
     "receipt_domain",
@@ -33,4 +34,5 @@ __all__ = [
     "reopen",
     "require_valid",
     "slice_result",
+    "to_keep",
 ]

@@ -8,6 +8,7 @@ of what is disclosed. Sums of private members go when those go, since a sum of a
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 from zlib import crc32
 
@@ -16,8 +17,10 @@ from divault.messages import canonical
 
 PRIVATE = ("request", "request_signature", "input_salt", "output_salt")
 """The members that only the user who signed gets; the unsalted hash of the body in `request` would undo the salts."""
-_NOTHING = f"{crc32(b'null'):08x}"
-_GROUPS = ("domain", "receipt", "request")
+_NOTHING = crc32(b"null").to_bytes(4, "big").hex()
+_GROUPS = (("domain", "domain."), ("receipt", ""), ("request", "request."))
+"""Members with members of their own, and what stands before their names."""
+_UNKNOWN: Mapping[str, str] = MappingProxyType({})
 _SINGLE = (
     "receipt_hash",
     "signature",
@@ -34,11 +37,26 @@ _SINGLE = (
 )
 
 
-def checksums(envelope: Mapping[str, Any]) -> dict[str, str]:
-    """One sum per member: 8 hex digits by name, the struct's fields by their bare names. Raises BadRequest."""
-    sums = {}
-    for name, value in _leaves(envelope):
-        sums[name] = f"{crc32(value.encode()):08x}" if type(value) is str and value.isascii() else _sum(value)
+def sum_of(raw: bytes) -> str:
+    """The sum of a member's bytes: text as UTF-8, all else in its RFC 8785 form."""
+    return crc32(raw).to_bytes(4, "big").hex()
+
+
+def checksums(envelope: Mapping[str, Any], known: Mapping[str, str] = _UNKNOWN) -> dict[str, str]:
+    """One sum per member: 8 hex digits by name, the struct's fields by their bare names. Raises BadRequest.
+
+    `known`: sums of members beside the struct that are there already.
+    """
+    sums: dict[str, str] = {}
+    for group, prefix in _GROUPS:
+        members = envelope.get(group)
+        if isinstance(members, dict):
+            for name, value in members.items():
+                # the same as `_sum` does, which costs half as much again to call
+                quick = type(value) is str and value.isascii()
+                sums[prefix + name] = crc32(value.encode()).to_bytes(4, "big").hex() if quick else _sum(value)
+    for name in _SINGLE:
+        sums[name] = known[name] if name in known else _sum(envelope.get(name))
     return sums
 
 
@@ -59,9 +77,8 @@ def mismatches(envelope: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _leaves(envelope: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for group in _GROUPS:
+    for group, prefix in _GROUPS:
         members = envelope.get(group)
-        prefix = "" if group == "receipt" else f"{group}."
         if isinstance(members, dict):
             for name, value in members.items():
                 yield prefix + name, value
@@ -73,7 +90,6 @@ def _sum(value: Any) -> str:
     if value is None:
         return _NOTHING
     try:
-        raw = value.encode() if isinstance(value, str) else canonical(value)
+        return sum_of(value.encode() if isinstance(value, str) else canonical(value))
     except UnicodeEncodeError as err:
         raise BadRequest("a member is not valid Unicode") from err
-    return f"{crc32(raw):08x}"

@@ -12,6 +12,7 @@ zero. `receipt_hash` is the EIP-712 digest; it never covers the signature.
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Any
 
 from divault.messages import Domain, Struct, canonical
@@ -36,6 +37,7 @@ def receipt_domain(chain_id: int, vault: Address) -> Domain:
     return Domain(DOMAIN_NAME, DOMAIN_VERSION, chain_id, vault)
 
 
+@lru_cache(maxsize=1024)  # CIDs, mostly
 def text_hash(text: str) -> Digest:
     """keccak256 of the UTF-8 of a CID or payment key, exactly as it is written."""
     return Digest.keccak(text.encode())

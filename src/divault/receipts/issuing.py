@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from divault.messages import Domain, SigningKey, address_of
+from divault.messages import Domain, SigningKey, address_of, canonical
 from divault.messages.typed import Value
-from divault.receipts.checksums import checksums
+from divault.receipts.checksums import checksums, sum_of
 from divault.receipts.fields import (
     CHARGED,
     RECEIPT,
@@ -27,6 +28,7 @@ from divault.receipts.fields import (
 from divault.values import Address, Digest, Grant, ModelId, Output, Principal, Receipt, ReceiptStatus, Secret, Usdc
 
 _NOTHING = Usdc(0)
+_MOST_RUNTIMES = 256  # remembered; more than that many models are not loaded at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,15 @@ class ReceiptDraft:
 
 
 @dataclass(frozen=True, slots=True)
+class _Runtime:
+    """A runtime object, and what a receipt says of it."""
+
+    members: dict[str, Any]
+    hash: Digest
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Salts:
     input: bytes | None
     output: bytes | None
@@ -85,6 +96,8 @@ class ReceiptIssuer:
         self.domain: Domain = receipt_domain(chain_id, vault)
         self._signer = SigningKey(key)
         self._entropy = entropy
+        self._runtimes: dict[Digest, _Runtime] = {}
+        """What the receipts of a model say again and again, by the hash of its plaintext."""
 
     def issue(self, draft: ReceiptDraft, sequence: int, previous: Digest) -> Receipt:
         """The signed receipt with this place in the chain: `previous` is the hash of sequence - 1, zero for 0.
@@ -97,7 +110,8 @@ class ReceiptIssuer:
             None if draft.input_data is None else self._entropy(32),
             None if draft.output is None else self._entropy(32),
         )
-        values = self._values(draft, salts) | {"sequence": sequence, "prevReceiptHash": previous}
+        runtime = self._runtime(draft)
+        values = self._values(draft, salts, runtime) | {"sequence": sequence, "prevReceiptHash": previous}
         digest = self.domain.digest(RECEIPT.hash(values))
         envelope = {
             "type": RECEIPT.name,
@@ -108,13 +122,12 @@ class ReceiptIssuer:
             "signature": self._signer.text(digest),
             **_disclosed(draft, salts),
         }
-        envelope["checksums"] = checksums(envelope)
+        envelope["checksums"] = checksums(envelope, {} if runtime is None else {"runtime": runtime.checksum})
         return Receipt(envelope, digest, sequence, draft.status)
 
-    def _values(self, draft: ReceiptDraft, salts: _Salts) -> dict[str, Value]:
+    def _values(self, draft: ReceiptDraft, salts: _Salts, runtime: _Runtime | None) -> dict[str, Value]:
         principal, grant = draft.principal, draft.grant
-        runtime = _runtime(draft)
-        plaintext = draft.output.plaintext_sha256 if draft.output else draft.plaintext
+        plaintext = _plaintext(draft)
         return {
             "node": self.node,
             "user": principal.user,
@@ -123,7 +136,7 @@ class ReceiptIssuer:
             "cidHash": text_hash(grant.model.cid) if grant else Digest.ZERO,
             "vaultBlock": grant.block.hash if grant else Digest.ZERO,
             "plaintextHash": plaintext or Digest.ZERO,
-            "runtimeHash": runtime_hash(runtime) if runtime is not None else Digest.ZERO,
+            "runtimeHash": runtime.hash if runtime is not None else Digest.ZERO,
             "inputHash": _input_hash(draft, salts),
             "outputHash": output_hash(salts.output, draft.output.result)
             if draft.output and salts.output
@@ -138,6 +151,18 @@ class ReceiptIssuer:
             "finishedAt": max(draft.finished_at, principal.received_at),
         }
 
+    def _runtime(self, draft: ReceiptDraft) -> _Runtime | None:
+        members, plaintext = _runtime(draft), _plaintext(draft) or Digest.ZERO
+        if members is None:
+            return None
+        found = self._runtimes.get(plaintext)
+        if found is None or found.members != members:
+            found = _Runtime(deepcopy(members), runtime_hash(members), sum_of(canonical(members)))
+            if len(self._runtimes) >= _MOST_RUNTIMES:
+                self._runtimes.clear()
+            self._runtimes[plaintext] = found
+        return found
+
 
 def reopen(envelope: dict[str, Any]) -> Receipt:
     """A receipt that this node issued and stored, out of its envelope. Nothing is checked: that is `check`'s."""
@@ -148,6 +173,10 @@ def reopen(envelope: dict[str, Any]) -> Receipt:
 
 def _runtime(draft: ReceiptDraft) -> dict[str, Any] | None:
     return draft.output.runtime if draft.output else draft.runtime
+
+
+def _plaintext(draft: ReceiptDraft) -> Digest | None:
+    return draft.output.plaintext_sha256 if draft.output else draft.plaintext
 
 
 def _input_hash(draft: ReceiptDraft, salts: _Salts) -> Digest:
