@@ -142,7 +142,7 @@ class Service:
                     async with self._payments.hold(grant, call) as hold:
                         lap("hold")
                         opened = await self._open(hold.grant, call)
-                        description = self._workers.describe(opened).description
+                        description = self._workers.description(opened)
                         self._ledger.opened(hold, opened.plaintext_sha256, description.runtime)
                         lap("open")
                         output = await self._workers.run(opened, hold, dialect.ask(call, description), dialect.on_piece)

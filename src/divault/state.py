@@ -189,6 +189,8 @@ class State:
         self._syncing: asyncio.Future[None] | None = None
         """Done when what was committed last is on disk; None when nothing is under way."""
         self._held: list[_Held] = []
+        self.writes = 0
+        """Grows with everything that is written or undone: what was looked at before is unchanged while it stands."""
         self.undone = 0
         """Grows when something that was written is undone: what a caller remembers of the rows may be wrong then."""
         self._folding = False
@@ -286,6 +288,7 @@ class State:
 
     def _run(self, work: Work[T], then: Callable[[T], None] | None) -> tuple[T, asyncio.Future[None]]:
         """The result of the work, and what tells when it is on disk. Raises what the work raised."""
+        self.writes += 1
         try:
             if not self._writer.in_transaction:
                 self._writer.execute("BEGIN IMMEDIATE")
@@ -335,6 +338,7 @@ class State:
     def _undo(self, err: sqlite3.Error | OSError) -> None:
         if self._writer.in_transaction:
             self._writer.execute("ROLLBACK")
+        self.writes += 1
         self.undone += 1
         failed, self._open = self._open, []
         for waiting, _ in failed:

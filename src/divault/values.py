@@ -53,17 +53,9 @@ class Address:
 
         Raises SignatureInvalid (reason `bad_address`) for anything else.
         """
-        if not isinstance(text, str) or not _ADDRESS.fullmatch(text):
+        if not isinstance(text, str) or len(text) != 42:
             raise SignatureInvalid("an address is 0x and 40 hex digits", reason="bad_address")
-        value = cls(bytes.fromhex(text[2:]))
-        digits = text[2:]
-        if digits not in (digits.lower(), digits.upper()) and str(value) != text:
-            raise SignatureInvalid(
-                f"the checksum of this address is wrong; write {str(value).lower()}", reason="bad_address"
-            )
-        if value == cls.ZERO:
-            raise SignatureInvalid("the zero address is nobody", reason="bad_address")
-        return value
+        return cls(_raw_address(text))
 
     def __str__(self) -> str:
         """EIP-55 spelling."""
@@ -71,6 +63,20 @@ class Address:
 
     def __repr__(self) -> str:
         return f"Address({self})"
+
+
+@lru_cache(maxsize=16_384)  # a caller's address comes twice in each of his requests
+def _raw_address(text: str) -> bytes:
+    if not _ADDRESS.fullmatch(text):
+        raise SignatureInvalid("an address is 0x and 40 hex digits", reason="bad_address")
+    digits, value = text[2:], Address(bytes.fromhex(text[2:]))
+    if digits not in (digits.lower(), digits.upper()) and str(value) != text:
+        raise SignatureInvalid(
+            f"the checksum of this address is wrong; write {str(value).lower()}", reason="bad_address"
+        )
+    if value == Address.ZERO:
+        raise SignatureInvalid("the zero address is nobody", reason="bad_address")
+    return value.raw
 
 
 @lru_cache(maxsize=16_384)  # a request spells the same few addresses a dozen times, at 12 us each

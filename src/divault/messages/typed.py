@@ -134,7 +134,7 @@ def _encoder(name: str, kind: str) -> Callable[[Any], bytes]:
     if kind == "bytes32":
         return lambda value: value.raw
     if kind == "string":
-        return lambda value: keccak256(value.encode())
+        return _text_hash
     bits = int(kind.removeprefix("uint"))
 
     def number(value: int) -> bytes:
@@ -143,6 +143,11 @@ def _encoder(name: str, kind: str) -> Callable[[Any], bytes]:
         return value.to_bytes(32, "big")
 
     return number
+
+
+@lru_cache(maxsize=1024)  # a node's paths, and a few methods
+def _text_hash(text: str) -> bytes:
+    return keccak256(text.encode())
 
 
 def _members(what: str, value: Any, names: tuple[str, ...]) -> dict[str, Any]:

@@ -146,6 +146,8 @@ class Ledger:
         """Free runs under way, the oldest first."""
         self._last: tuple[int, int, int, Digest] | None = None
         """As of so many undone writes: the log's number, and the newest receipt's number and hash."""
+        self._seen: tuple[Principal, int, Row | None] | None = None
+        """Whose row was looked up last, after how many writes."""
         self._tidied_at, self._purge_at = 0, self._now() + _PURGE_EVERY_S
 
     @property
@@ -180,7 +182,7 @@ class Ledger:
         """
         now = self._now()
         self._require_not_running_free(principal, None)
-        if _may_run(self._state.look(lambda db: books.find(db, principal)), principal, now):
+        if _may_run(self._row(principal), principal, now):
             return None
         kept = await self._state.read(lambda db: books.outcome_of(db, principal.request, principal.user, now))
         if kept is None:
@@ -312,7 +314,7 @@ class Ledger:
         """Reserve a free run in memory; False where the nonce has a row already. Raises NonceUsed."""
         principal = trail.principal
         self._require_not_running_free(principal, trail)
-        row = self._state.look(lambda db: books.find(db, principal))
+        row = self._row(principal)
         if not _may_run(row, principal, now):
             raise _just_ended()
         if row is not None:
@@ -320,6 +322,14 @@ class Ledger:
         self._free[_nonce_key(principal)] = _FreeRun(principal, trail.attempt, wanted.lease_until)
         trail.reserving = True
         return True
+
+    def _row(self, principal: Principal) -> Row | None:
+        """The row of the principal's nonce. Looked up once while nobody else's call comes between."""
+        seen = self._seen
+        if seen is None or seen[0] is not principal or seen[1] != self._state.writes:
+            row = self._state.look(lambda db: books.find(db, principal))
+            self._seen = seen = principal, self._state.writes, row
+        return seen[2]
 
     def opened(self, hold: Hold, plaintext: Digest, runtime: Mapping[str, Any]) -> None:
         """Note what the run stands on (sha256 of the opened model, runtime object), for the receipt of a failed run."""

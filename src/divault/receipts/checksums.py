@@ -17,6 +17,7 @@ from divault.messages import canonical
 
 PRIVATE = ("request", "request_signature", "input_salt", "output_salt")
 """The members that only the user who signed gets; the unsalted hash of the body in `request` would undo the salts."""
+_SAFE = 2**53
 _NOTHING = crc32(b"null").to_bytes(4, "big").hex()
 _GROUPS = (("domain", "domain."), ("receipt", ""), ("request", "request."))
 """Members with members of their own, and what stands before their names."""
@@ -89,6 +90,8 @@ def _leaves(envelope: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _sum(value: Any) -> str:
     if value is None:
         return _NOTHING
+    if type(value) is int and abs(value) < _SAFE:
+        return sum_of(b"%d" % value)
     try:
         return sum_of(value.encode() if isinstance(value, str) else canonical(value))
     except UnicodeEncodeError as err:

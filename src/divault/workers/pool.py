@@ -197,6 +197,10 @@ class WorkerPool:
         """What is known of this model. Raises ModelNotLoaded when it was unloaded or replaced meanwhile."""
         return _view(self._entry(opened))
 
+    def description(self, opened: OpenedModel) -> Description:
+        """What this model said of itself. Raises ModelNotLoaded as `describe`."""
+        return self._entry(opened).worker.description
+
     def loaded(self) -> list[Loaded]:
         """All loaded models, in the order of their loads."""
         return [_view(entry) for entry in self._entries.values()]
