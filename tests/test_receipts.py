@@ -142,7 +142,7 @@ REFUSAL = ReceiptDraft(
 
 def issuer() -> ReceiptIssuer:
     salts = iter(SALTS)
-    return ReceiptIssuer(NODE_KEY, CHAIN, VAULT, entropy=lambda _: next(salts))
+    return ReceiptIssuer(NODE_KEY, CHAIN, VAULT, entropy=lambda _: next(salts) + next(salts))
 
 
 def envelope() -> dict[str, Any]:

@@ -25,6 +25,7 @@ import divault
 from divault import keyfiles, messages
 from divault.api import ApiLimits, Node, create_api
 from divault.api.envelope import MAX_SELF_SIGNED_BYTES, Envelopes
+from divault.api.joined import JoinedProtocol
 from divault.auth import Authenticator
 from divault.chain import erc20
 from divault.chain.chain import Chain
@@ -145,6 +146,8 @@ async def serve(settings: Settings, *, until_eof: bool = False) -> None:
     async with running(settings, url) as app:
         config = uvicorn.Config(
             app,
+            http=JoinedProtocol,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

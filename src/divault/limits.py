@@ -38,20 +38,20 @@ class Buckets:
 
     def take(self, key: object) -> float:
         """Take one token: 0.0 if there was one, otherwise the seconds until there is."""
-        level, now = self._level(key), self._clock()
-        self._levels.pop(key, None)
+        now = self._clock()
+        level = self._level(key, now)
         taken = level >= 1
         self._levels[key] = (level - 1 if taken else level, now)
+        self._levels.move_to_end(key)
         if len(self._levels) > _MAX_BUCKETS:
             self._levels.popitem(last=False)
         return 0.0 if taken else (1 - level) / self._rate
 
     def wait(self, key: object) -> float:
         """Seconds until there is a token, 0.0 if there is one; takes none."""
-        return max(0.0, 1 - self._level(key)) / self._rate
+        return max(0.0, 1 - self._level(key, self._clock())) / self._rate
 
-    def _level(self, key: object) -> float:
-        now = self._clock()
+    def _level(self, key: object, now: float) -> float:
         level, then = self._levels.get(key, (self._capacity, now))
         return min(self._capacity, level + (now - then) * self._rate)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -84,28 +85,33 @@ class Incoming:
         return next((value for have, value in self.headers if have == name), default)
 
 
+_ABSENT = msgspec.Raw()
+
+
 class _Members(msgspec.Struct, frozen=True):
     """The members that a node reads, as their bytes stood in the body, empty where there is none.
 
     Of several members of one name the last counts; others are stepped over.
     """
 
-    model_id: msgspec.Raw = msgspec.Raw()
-    user_address: msgspec.Raw = msgspec.Raw()
-    input_data: msgspec.Raw = msgspec.Raw()
-    parameters: msgspec.Raw = msgspec.Raw()
-    payment: msgspec.Raw = msgspec.Raw()
-    decryption_key: msgspec.Raw = msgspec.Raw()
-    lighthouse_authorization: msgspec.Raw = msgspec.Raw()
-    cid: msgspec.Raw = msgspec.Raw()
-    chain_id: msgspec.Raw = msgspec.Raw()
-    vault: msgspec.Raw = msgspec.Raw()
-    user_signature: msgspec.Raw = msgspec.Raw()
-    max_price: msgspec.Raw = msgspec.Raw()
+    model_id: msgspec.Raw = _ABSENT
+    user_address: msgspec.Raw = _ABSENT
+    input_data: msgspec.Raw = _ABSENT
+    parameters: msgspec.Raw = _ABSENT
+    payment: msgspec.Raw = _ABSENT
+    decryption_key: msgspec.Raw = _ABSENT
+    lighthouse_authorization: msgspec.Raw = _ABSENT
+    cid: msgspec.Raw = _ABSENT
+    chain_id: msgspec.Raw = _ABSENT
+    vault: msgspec.Raw = _ABSENT
+    user_signature: msgspec.Raw = _ABSENT
+    max_price: msgspec.Raw = _ABSENT
 
 
 _MEMBERS = msgspec.json.Decoder(_Members)
 _INPUT = ("input_data", "parameters")
+_SMALL = tuple(name for name in _Members.__struct_fields__ if name not in _INPUT)
+_SMALL_OF = attrgetter(*_SMALL)
 
 
 class Envelopes:
@@ -182,7 +188,7 @@ class Envelopes:
             vault=None if "vault" not in body else Address.parse(body["vault"]),
         )
         limit = Usdc.parse_atomic(_member(body, "max_price", str) or "0")
-        return _call(incoming, body, proof, Address.parse(body["user_address"]), limit)
+        return _call(incoming, body, _members(incoming.raw), proof, Address.parse(body["user_address"]), limit)
 
 
 def single_headers(incoming: Incoming) -> dict[str, str]:
@@ -236,7 +242,8 @@ def _beside(
     if incoming.method != "POST":
         limit = _most(headers, proof)
         return SignedCall(user, incoming.method, incoming.path, incoming.raw, proof, model, limit, peer=incoming.peer)
-    small = _small_members(incoming.raw)
+    members = _members(incoming.raw)
+    small = _small(members)
     if "user_signature" in small and isinstance(proof, SessionToken):
         raise BadRequest("send a session's token, or a body that is signed, not both", field="user_signature")
     proof = replace(
@@ -246,17 +253,17 @@ def _beside(
     )
     if "user_address" in small and Address.parse(small["user_address"]) != user:
         raise BadRequest("user_address is not the wallet that this request is proved by", field="user_address")
-    return _call(incoming, small, proof, user, _most(headers, proof, _member(small, "max_price", str)))
+    return _call(incoming, small, members, proof, user, _most(headers, proof, _member(small, "max_price", str)))
 
 
 def _call(
     incoming: Incoming,
     body: Mapping[str, Any],
+    raw: _Members,
     proof: BodySignature | HeaderSignature | SessionToken,
     user: Address,
     limit: Usdc,
 ) -> SignedCall:
-    raw = _members(incoming.raw)
     key = _member(body, "decryption_key", str)
     if key is not None and not 0 < len(key) <= _MAX_KEY_TEXT:
         raise BadRequest(f"decryption_key has 1 to {_MAX_KEY_TEXT} characters", field="decryption_key")
@@ -319,10 +326,10 @@ def _members(raw: bytes) -> _Members:
         raise BadRequest("the body is a JSON object") from err
 
 
-def _small_members(raw: bytes) -> dict[str, Any]:
+def _small(members: _Members) -> dict[str, Any]:
     """What stands in the body beside the model's input, parsed strictly."""
-    members = _members(raw)
-    values = {name: bytes(getattr(members, name)) for name in _Members.__struct_fields__ if name not in _INPUT}
+    found = zip(_SMALL, _SMALL_OF(members), strict=True)
+    values = {name: bytes(value) for name, value in found if value is not _ABSENT}
     size = sum(map(len, values.values()))
     if size > MAX_SELF_SIGNED_BYTES:
         raise TooLarge(
@@ -330,4 +337,4 @@ def _small_members(raw: bytes) -> dict[str, Any]:
             limit_bytes=MAX_SELF_SIGNED_BYTES,
             have_bytes=size,
         )
-    return {name: strict_object(b'{"v":' + value + b"}")["v"] for name, value in values.items() if value}
+    return {name: strict_object(b'{"v":' + value + b"}")["v"] for name, value in values.items()}

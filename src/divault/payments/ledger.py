@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Protocol
 
 import orjson
@@ -141,6 +142,8 @@ class Ledger:
         self._keep_results_s = keep_results_s
         self._on_receipt = on_receipt or (lambda _: None)
         self._log = f"{issuer.domain.chain_id}:{issuer.domain.contract}:{issuer.node}".lower()
+        self._process, self._attempts = os.urandom(8), count()
+        """Together: what tells a presentation from all others, of earlier processes too."""
         self._trails: dict[int, _Trail] = {}
         self._free: dict[_NonceKey, _FreeRun] = {}
         """Free runs under way, the oldest first."""
@@ -246,7 +249,8 @@ class Ledger:
         Raises what was raised inside, with `evidence` where there is a receipt; RateLimited instead of a refusal when
         `budget` is spent; NonceUsed or RequestRunning instead when another copy of the request was faster.
         """
-        return _Outcome(self, _Trail(principal, call, os.urandom(16)), budget)
+        attempt = self._process + next(self._attempts).to_bytes(8, "big")
+        return _Outcome(self, _Trail(principal, call, attempt), budget)
 
     def begin(self, trail: _Trail) -> None:
         """Part of `outcome`: a presentation of a request is under way."""

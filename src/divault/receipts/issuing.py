@@ -106,9 +106,10 @@ class ReceiptIssuer:
         """
         if (previous == Digest.ZERO) != (sequence == 0):
             raise ValueError("the first receipt, and only it, has no predecessor")
+        random = self._entropy(64)
         salts = _Salts(
-            None if draft.input_data is None else self._entropy(32),
-            None if draft.output is None else self._entropy(32),
+            None if draft.input_data is None else random[:32],
+            None if draft.output is None else random[32:],
         )
         runtime = self._runtime(draft)
         values = self._values(draft, salts, runtime) | {"sequence": sequence, "prevReceiptHash": previous}
