@@ -8,7 +8,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from divault.errors import DivaultError, ModelFailed, NotReady, Overloaded
 from divault.values import Address, OpenedModel

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from msgspec import structs
 
 from divault.errors import AccessDenied, BadRequest, RateLimited, SettingsInvalid, StorageFailed, WrongKey
 from divault.ipfs.cid import parse_cid
@@ -54,8 +54,8 @@ async def fetched(kavach: Kavach, key: Secret = OWNER, owner: Address | None = N
 
 
 def granted(owner: Secret = OWNER, cid=CID) -> Grant:
-    model = dataclasses.replace(grant().model, cid=cid.text, owner=address_of(owner))
-    return dataclasses.replace(grant(), model=model)
+    model = structs.replace(grant().model, cid=cid.text, owner=address_of(owner))
+    return structs.replace(grant(), model=model)
 
 
 async def offered(search: KavachSearch | None, wanted: str, given: Grant | None = None) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from msgspec import structs
 
 from divault.errors import AccessDenied, DivaultError, NotAFile
 from divault.ipfs.cid import make_cid, multihash, parse_cid
@@ -117,8 +118,8 @@ class World:
         blob = await self.fetcher.fetch(parse_cid(cid))
         async with self.kavach.as_wallet(who) as word:
             search = KeyAccess(self.kavach, WrongKeys()).of_caller(word.address, word.token)
-            model = dataclasses.replace(grant().model, cid=cid)
-            opened = await self.opener.open(blob, dataclasses.replace(grant(), model=model), [], search)
+            model = structs.replace(grant().model, cid=cid)
+            opened = await self.opener.open(blob, structs.replace(grant(), model=model), [], search)
         (data,) = contents(opened).values()
         return data
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
 
 from divault.errors import ModelFailed
@@ -39,7 +40,7 @@ async def look(pool: WorkerPool, model: str | None = None) -> dict[str, float]:
 
 
 def ask(pool: WorkerPool, model: OpenedModel, wallet: int = 1, **data: Any) -> asyncio.Task[Any]:
-    asked = replace(call(model, data), user=Address(bytes([wallet]) * 20))
+    asked = structs.replace(call(model, data), user=Address(bytes([wallet]) * 20))
 
     async def said() -> Any:
         return json.loads((await pool.run(model, hold(model), asked)).result)

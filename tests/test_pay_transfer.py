@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from divault.chain.records import Log, Transaction, TransactionReceipt
 from divault.errors import (

@@ -6,13 +6,13 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from sklearn.linear_model import LogisticRegression
 
 from divault.errors import DeadlineExceeded, DivaultError, InputInvalid, ModelFailed, Overloaded

@@ -8,12 +8,12 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from sklearn.linear_model import LogisticRegression
 from sklearn.tree import DecisionTreeClassifier
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from divault.values import BodySignature, Digest, Hold, Nonce, OpenedModel, SignedCall, Usdc
 from divault.workers.confinement import Confinement

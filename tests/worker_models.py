@@ -8,11 +8,11 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import joblib
+from msgspec.structs import replace
 
 from divault.values import (
     BodySignature,

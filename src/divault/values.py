@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import hmac
 import re
-from dataclasses import dataclass
 from decimal import Decimal
 from enum import IntEnum, StrEnum
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Self
+
+from msgspec import Struct
 
 from divault.errors import BadRequest, SignatureInvalid
 from divault.keccak import keccak256
@@ -35,8 +36,7 @@ _ATOMIC = re.compile(r"0|[1-9][0-9]{0,77}", re.ASCII)
 UINT256_MAX = 2**256 - 1
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Address:
+class Address(Struct, frozen=True, order=True):
     """An account or contract of an EVM chain: 20 bytes. Compare these, never text."""
 
     raw: bytes
@@ -89,8 +89,7 @@ def _checksummed(raw: bytes) -> str:
 Address.ZERO = Address(bytes(20))
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Digest:
+class Digest(Struct, frozen=True, order=True):
     """32 bytes: a hash, a block or transaction id, a bytes32 of a contract."""
 
     raw: bytes
@@ -120,14 +119,11 @@ class Digest:
 Digest.ZERO = Digest(bytes(32))
 
 
-class Nonce(Digest):
+class Nonce(Digest, frozen=True):
     """32 random bytes that a wallet uses once."""
 
-    __slots__ = ()
 
-
-@dataclass(frozen=True, slots=True)
-class ModelId:
+class ModelId(Struct, frozen=True):
     """A model's name and its key in the vault.
 
     `key` is keccak256 of the UTF-8 text, unless the text is `0x` + 64 hex digits, which is the key itself.
@@ -153,8 +149,7 @@ class ModelId:
         return self.text
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Usdc:
+class Usdc(Struct, frozen=True, order=True):
     """An amount in atomic units of a token with 6 decimals (1 USDC = 1,000,000)."""
 
     atomic: int
@@ -186,8 +181,7 @@ class Usdc:
         return f"{whole}.{rest:06d}".rstrip("0").rstrip(".")
 
 
-@dataclass(frozen=True, slots=True)
-class Cid:
+class Cid(Struct, frozen=True):
     """A parsed content id; `divault.ipfs.parse_cid` makes them. Blocks match by (hash_code, digest), not by text."""
 
     text: str
@@ -244,8 +238,7 @@ class Secret:
         raise TypeError("a Secret can't be pickled or copied")
 
 
-@dataclass(frozen=True, slots=True)
-class BlockRef:
+class BlockRef(Struct, frozen=True):
     """A block by hash; the number is a hint for people, since it means another block after a reorg."""
 
     number: int
@@ -260,8 +253,7 @@ class GateType(IntEnum):
     OPEN = 1
 
 
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
+class ModelInfo(Struct, frozen=True):
     """What the vault says about a model at one block: the published tuple, payment token and gate."""
 
     model: ModelId
@@ -285,8 +277,7 @@ class ModelInfo:
 # --- the pipeline's proofs, in the order in which they arise ------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class BodySignature:
+class BodySignature(Struct, frozen=True):
     """EIP-712 `InferenceRequest` fields that came inside the JSON body."""
 
     signature: str
@@ -298,8 +289,7 @@ class BodySignature:
     vault: Address | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderSignature:
+class HeaderSignature(Struct, frozen=True):
     """ERC-8128 headers over the raw request (RFC 9421); lower-case header names."""
 
     headers: dict[str, str]
@@ -308,8 +298,7 @@ class HeaderSignature:
     vault: Address | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SessionToken:
+class SessionToken(Struct, frozen=True):
     """The token of a session that a wallet opened by signing in (EIP-4361), as it came with a call."""
 
     token: Secret
@@ -321,15 +310,13 @@ class SessionToken:
     vault: Address | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TransferClaim:
+class TransferClaim(Struct, frozen=True):
     """A plain token transfer, claimed by its transaction hash (text as sent, checked by the rail)."""
 
     tx_hash: str
 
 
-@dataclass(frozen=True, slots=True)
-class SignedCall:
+class SignedCall(Struct, frozen=True):
     """A request whose fields parsed and whose signature nobody has checked yet. `api.envelope` makes them."""
 
     user: Address
@@ -349,11 +336,11 @@ class SignedCall:
     """The caller's Kavach signature or `jwt:` token, with which this node may fetch the key in his name."""
     cid: str | None = None
     peer: str = ""
+    """Network address of the caller, for the limits that come before and beside identity."""
     covered: bytes | None = None
     """What the receipt's input hash covers where that is not `input_data`: a whole body of another interface."""
     limit_s: float | None = None
     """How long the caller waits for the run, its turn included; no signature covers it."""
-    """Network address of the caller, for the limits that come before and beside identity."""
 
 
 class PrincipalKind(StrEnum):
@@ -364,8 +351,7 @@ class PrincipalKind(StrEnum):
     SESSION = "session"
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
+class Principal(Struct, frozen=True):
     """Proof that `user` signed exactly this call for this node, now, or opened the session that it came by.
 
     Made by `auth` alone.
@@ -393,8 +379,7 @@ class Principal:
     """Whether the same request can come again; a session's call can with an `Idempotency-Key` only."""
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(Struct, frozen=True):
     """Proof that the model is active and its gate open for the principal at `block`. Made by `chain` alone."""
 
     principal: Principal
@@ -404,8 +389,7 @@ class Grant:
     """The balance that opened the gate, raw units; 0 for an open gate."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(Struct, frozen=True):
     """Proof that this run is reserved, durably and once, and paid for if it has a price. Made by `payments` alone."""
 
     grant: Grant
@@ -416,8 +400,7 @@ class Hold:
     lease_until: int
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
-class VerifiedBlob:
+class VerifiedBlob(Struct, frozen=True, weakref=True):
     """Proof that the file at `path` is, byte for byte, what `cid` names. Made by `storage` alone.
 
     While the object lives, the cache does not evict the file.
@@ -428,16 +411,14 @@ class VerifiedBlob:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class VerifiedFolder:
+class VerifiedFolder(Struct, frozen=True):
     """Proof of what the directory `cid` holds: paths and content ids of its files, in order. `storage` makes it."""
 
     cid: Cid
     files: tuple[tuple[str, Cid], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryFile:
+class MemoryFile(Struct, frozen=True):
     """A sealed memory file (memfd): its name inside the model, its descriptor in this process, its size in bytes."""
 
     name: str
@@ -445,8 +426,7 @@ class MemoryFile:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedModel:
+class OpenedModel(Struct, frozen=True):
     """Proof that the plaintext in `files` came out of the seal of `cid`, authenticated to its end.
 
     Made by `workers.opening` alone. Whoever holds it owns the descriptors and closes them.
@@ -459,8 +439,7 @@ class OpenedModel:
     files: tuple[MemoryFile, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(Struct, frozen=True):
     """Proof that the loaded model ran on these inputs. Made by `workers` alone."""
 
     result: bytes
@@ -481,8 +460,7 @@ class ReceiptStatus(IntEnum):
     PARTIAL = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(Struct, frozen=True):
     """A signed, chained outcome, durable before anybody sees it. Made by `receipts` alone."""
 
     envelope: dict[str, Any]
@@ -491,8 +469,7 @@ class Receipt:
     status: ReceiptStatus
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """A finished request: the exact bytes of the response body, and its receipt."""
 
     body: bytes

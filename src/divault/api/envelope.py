@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from divault.auth import Authenticator
 from divault.errors import BadRequest, SignHeaders, TooLarge
@@ -68,8 +68,7 @@ _SINGLE_HEADERS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(msgspec.Struct, frozen=True):
     """One HTTP request, unparsed."""
 
     raw: bytes

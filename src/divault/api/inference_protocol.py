@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import orjson
+from msgspec.structs import replace
 
 from divault.api.tensors import bytes_of, read_tensor, written_tensor
 from divault.errors import BadRequest, InputInvalid

@@ -15,11 +15,11 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import msgspec
 import orjson
+from msgspec.structs import replace
 
 from divault.errors import BadRequest, InputInvalid, ModelFailed, UnsupportedModel
 from divault.messages import strict_object

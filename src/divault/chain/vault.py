@@ -12,7 +12,7 @@ Rules:
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from divault.chain.answers import Reverted
 from divault.chain.blockcache import BlockCache

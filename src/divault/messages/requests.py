@@ -13,8 +13,9 @@ the node knows itself, in a fixed order; whether the nonce was used is not known
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Self
+
+import msgspec
 
 from divault.messages.reasons import refusal
 from divault.messages.signatures import require_signer
@@ -34,8 +35,7 @@ def request_domain(chain_id: int, vault: Address) -> Domain:
     return Domain("DIV Inference", "1", chain_id, vault)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestContext:
+class RequestContext(msgspec.Struct, frozen=True):
     """What a node knows of a request without believing it: itself, the HTTP line, the body that came, the time."""
 
     node: Address
@@ -52,8 +52,7 @@ class RequestContext:
     max_ttl_s: int = MAX_TTL_S
 
 
-@dataclass(frozen=True, slots=True)
-class InferenceRequest:
+class InferenceRequest(msgspec.Struct, frozen=True):
     """The struct with its values parsed; times in unix seconds, `max_price` in atomic units of the payment token."""
 
     user: Address

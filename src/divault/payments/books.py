@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from divault.errors import SessionInvalid
 from divault.payments.stages import Stage, check_move
@@ -29,8 +30,7 @@ TRANSFER = "transfer"
 _CLOCK_MARGIN_S = 300  # nonces outlive their signatures by this much, should the clock be set back
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+class Account(Struct, frozen=True):
     """Whose prepaid credit, with which owner, in which token."""
 
     chain_id: int
@@ -39,8 +39,7 @@ class Account:
     owner: Address
 
 
-@dataclass(frozen=True, slots=True)
-class Credit:
+class Credit(Struct, frozen=True):
     """An account's balance in atomic units, and how much of it running requests hold."""
 
     id: int
@@ -53,8 +52,7 @@ class Credit:
         return self.balance - self.reserved
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(Struct, frozen=True):
     """What the ledger knows of one (user, nonce)."""
 
     digest: Digest
@@ -68,8 +66,7 @@ class Row:
     login: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(Struct, frozen=True):
     """What a request reserves: `account` is None for a free run, whose price is 0."""
 
     attempt: bytes
@@ -78,8 +75,7 @@ class Reservation:
     account: Account | None
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(Struct, frozen=True):
     """A transfer to credit: its transaction, and (log index, atomic units) of each."""
 
     tx: Digest

@@ -28,11 +28,11 @@ import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, Protocol
 
 import orjson
+from msgspec import Struct
 
 from divault.errors import (
     ContentInvalid,
@@ -80,8 +80,7 @@ class Budget(Protocol):
         """Count one. Raises RateLimited when there is none left."""
 
 
-@dataclass(slots=True)
-class _Trail:
+class _Trail(Struct):
     """How far one presentation of a request got. `attempt` tells it from other presentations of the same bytes."""
 
     principal: Principal
@@ -99,15 +98,13 @@ class _Trail:
 _NonceKey = tuple[bytes, bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class _FreeRun:
+class _FreeRun(Struct, frozen=True):
     principal: Principal
     attempt: bytes
     lease_until: int
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(Struct, frozen=True):
     """What a payment method has to know before it reserves."""
 
     credit: int

@@ -9,8 +9,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from divault.messages import Domain, SigningKey, address_of, canonical
 from divault.messages.typed import Value
@@ -31,8 +32,7 @@ _NOTHING = Usdc(0)
 _MOST_RUNTIMES = 256  # remembered; more than that many models are not loaded at once
 
 
-@dataclass(frozen=True, slots=True)
-class ReceiptDraft:
+class ReceiptDraft(Struct, frozen=True):
     """What is known of an outcome; leave out what was not reached."""
 
     principal: Principal
@@ -65,8 +65,7 @@ class ReceiptDraft:
             raise ValueError("a receipt for an answer needs the answer")
 
 
-@dataclass(frozen=True, slots=True)
-class _Runtime:
+class _Runtime(Struct, frozen=True):
     """A runtime object, and what a receipt says of it."""
 
     members: dict[str, Any]
@@ -74,8 +73,7 @@ class _Runtime:
     checksum: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Salts:
+class _Salts(Struct, frozen=True):
     input: bytes | None
     output: bytes | None
 

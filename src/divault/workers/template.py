@@ -20,8 +20,9 @@ import socket
 import subprocess
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from divault.errors import NotReady
 from divault.telemetry import log
