@@ -313,7 +313,7 @@ class State:
     def _soon(self) -> None:
         """Commit after what else runs now, so that it shares the commit."""
         if not self._open and self._syncing is None:
-            asyncio.get_running_loop().call_soon(self._gather, 0, _TURNS)
+            asyncio.get_running_loop().call_soon(self._gather, 1, _TURNS)
 
     def _gather(self, had: int, turns: int) -> None:
         """Commit, unless writes still come in with every turn of the loop."""
@@ -367,7 +367,7 @@ class State:
         held, self._held = self._held, []
         for turn in held:
             self._run_held(turn)
-        self._gather(0, _TURNS)
+        self._gather(1, _TURNS)
 
     def _run_held(self, turn: _Held) -> None:
         try:
