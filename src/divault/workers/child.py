@@ -38,6 +38,7 @@ ENVIRONMENT = frozenset(
         "JOBLIB_MULTIPROCESSING",
         "LANG",
         "LC_CTYPE",  # Python itself sets it at its start
+        "GOMP_SPINCOUNT",
         "OMP_NUM_THREADS",
         "OMP_WAIT_POLICY",
         "OPENBLAS_NUM_THREADS",
