@@ -158,7 +158,6 @@ async def test_auto_is_the_cpu_where_there_is_nothing_else(make_pool: MakePool) 
     loaded = await pool.load(model)
 
     assert loaded.description.device == "cpu"
-    assert loaded.description.runtime["threads"] == Tuning().threads
     assert await answer(pool, model, {"tensor": [1.0, 2.0]}) == {"predictions": [[3.0]]}
 
 
@@ -167,13 +166,6 @@ async def test_a_device_that_is_not_there_is_the_nodes_fault_and_no_500(make_poo
     with pytest.raises(NotReady, match="DIVAULT_DEVICE"):
         await pool.load(opened(TINY))
     assert pool.loaded() == []
-
-
-async def test_threads_are_what_the_operator_says(make_pool: MakePool) -> None:
-    pool = make_pool(tuning=Tuning(threads=1))
-    loaded = await pool.load(opened(TINY))
-
-    assert loaded.description.runtime["threads"] == 1
 
 
 def test_auto_takes_a_gpu_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ async def test_unloading_leaves_no_process_but_the_template(make_pool: MakePool)
 
 async def test_a_template_that_nobody_uses_ends(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, model = make_pool(), classifier()
-    pool._templates = Templates(1, lambda: None, idle_s=0.3)
+    pool._templates = Templates(lambda: None, idle_s=0.3)
     loaded = await pool.load(model)
     template = parent_of(loaded.pid)
     await asyncio.sleep(0.6)
@@ -315,7 +315,7 @@ class _Lying(Templates):
 @pytest.mark.parametrize("name", ["nobody", "os", "x" * 50])
 async def test_a_template_that_there_is_not_is_never_asked_for(name: str) -> None:
     confinement = Confinement("off")
-    lying = _Lying(1, lambda: None)
+    lying = _Lying(lambda: None)
     lying.name = name
     around = Surroundings(Tuning(), confinement, lying)
     worker = Worker(classifier(), CPU, Deadlines(20, 5), around)

@@ -146,7 +146,10 @@ class Settings(BaseModel):
         "float32", description="numbers of networks by name and of Hugging Face; half as large ones answer less exactly"
     )
     divault_worker_threads: int = Field(
-        0, ge=0, le=64, description="threads of one worker's libraries; 0: as many as there are cores, at most 4"
+        0,
+        ge=0,
+        le=64,
+        description="threads of each worker's libraries; 0: what other workers left of the cores, 1 to 4",
     )
     divault_model_memory_mb: int = Field(
         0,

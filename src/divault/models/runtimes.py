@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
@@ -20,10 +21,20 @@ def threads() -> int:
     return int(told) if told.isdecimal() and 1 <= int(told) <= 1024 else 1
 
 
+def pin_threads(count: int) -> None:
+    """Have the libraries of this process, those that it was forked with too, use so many threads."""
+    if count == threads():
+        return
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(count)
+    # torch, onnxruntime and the boosters are told when they load a model; scikit-learn's libraries are not its own.
+    if "sklearn" in sys.modules:
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(count)
+
+
 def seed() -> None:
     """Give the generators of Python and numpy, and of torch where it is in use, the same start each time."""
-    import sys
-
     import numpy as np
 
     random.seed(SEED)

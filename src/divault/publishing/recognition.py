@@ -133,6 +133,7 @@ async def _loaded(files: Sequence[MemoryFile], what: tuple[Digest, int], command
             device=CPU.device,
             dtype=CPU.dtype,
             memory_bytes=3 * sum(file.size for file in files),  # as a node gives it
+            threads=_THREADS,
         )
         reply = await process.ask(order)
         if isinstance(reply, wire.Failed):

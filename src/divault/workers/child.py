@@ -24,6 +24,7 @@ import orjson
 from divault import models
 from divault.errors import DivaultError, InputInvalid, ModelFailed
 from divault.models.base import Answer, Inputs, LoadedModel, Place, StreamingModel
+from divault.models.runtimes import pin_threads
 from divault.values import MemoryFile
 from divault.workers import strict_json, wire
 from divault.workers.sandbox import Policy, confine
@@ -65,6 +66,7 @@ def work(channel: int) -> None:
         order = wire.receive(connection)
         if isinstance(order, wire.Load):
             checks = confine(_policy(order, connection.fileno()))
+            pin_threads(order.threads)  # now, since some libraries start theirs at once
             model, reply = _load(order, checks)
             wire.send(connection, reply)
             # After a failure too: who ends at once might be seen to end before the answer is read.

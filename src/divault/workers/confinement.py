@@ -74,7 +74,7 @@ class Confinement:
         return missing_for(level, self.checks)
 
     def order(
-        self, files: Sequence[MemoryFile], place: Place, memory_bytes: int, *, recognise: bool = False
+        self, files: Sequence[MemoryFile], place: Place, memory_bytes: int, threads: int, *, recognise: bool = False
     ) -> wire.Load:
         """What a worker is told first. `recognise`: it is to load nothing, but to say what these files are."""
         return wire.Load(
@@ -83,6 +83,7 @@ class Confinement:
             device=place.device,
             dtype=place.dtype,
             memory_bytes=memory_bytes,
+            threads=threads,
             level=self.level,
             canary=str(self._canary),
             namespaces=self._namespaces,

@@ -7,6 +7,7 @@ for deadlines, queues and restarts, `sandbox` for what a worker gives up. This m
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from divault.workers.users import Shared
 from divault.workers.worker import SIZES, Deadlines, Surroundings, Tuning, Worker
 
 _log = log("workers")
+_MOST_THREADS = 4
+"""Of one worker: more gain little for one request at a time."""
 _WORKER_BYTES = 64 << 20
 """What a worker takes before it has a model; measured, with scikit-learn or torch imported, it is 60 to 250 MB."""
 
@@ -99,7 +102,7 @@ class WorkerPool:
         self._coming: dict[Worker, int] = {}
         """Bytes that are kept for loads under way."""
         self._confinement = confinement or Confinement()
-        self._templates = Templates(self._tuning.threads, lambda: self._confinement.separate)
+        self._templates = Templates(lambda: self._confinement.separate)
         self._memory_bytes = memory_bytes
         self._closed = False
 
@@ -165,6 +168,7 @@ class WorkerPool:
         began = time.monotonic()
         await self._make_room(worker, 2 * opened.size + _WORKER_BYTES)
         if not self._closed:
+            worker.threads = self._tuning.threads or self.threads_left(worker)
             try:
                 await worker.start()
             except SettingsInvalid as err:
@@ -183,6 +187,17 @@ class WorkerPool:
         going, _ = self._choose(*await self._measured(), 0, opened.model.key)
         await self._evict(going)
         return _view(entry)
+
+    def threads_left(self, worker: Worker) -> int:
+        """Threads for a worker that is to start: what the others left of the cores, at least 1 and at most 4.
+
+        So there are no more threads than cores, as long as each can have one. A worker keeps its number.
+        """
+        key = worker.opened.model.key
+        others = [entry.worker for model, entry in self._entries.items() if model != key]
+        coming = [other for other in self._coming if other is not worker and other.opened.model.key != key]
+        taken = sum(other.threads for other in (*others, *coming))
+        return max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) - taken))
 
     def figures(self) -> list[ModelFigures]:
         """What each loaded model's worker does and did; measures memory, in about 0.1 ms each."""
@@ -334,10 +349,10 @@ class WorkerPool:
         """Start a worker that loads nothing: proves that one can be started, confined and asked."""
         limit_s = self._deadlines.load_s
         separate, tuning = self._confinement.separate, self._tuning
-        process = await Process.start(tuning.command, (), tuning.threads, lambda: None, separate=separate)
+        process = await Process.start(tuning.command, (), 1, lambda: None, separate=separate)
         try:
             async with asyncio.timeout(limit_s):
-                order = self._confinement.order((), self._place, 0)
+                order = self._confinement.order((), self._place, 0, 1)
                 ready = wire.expect(await process.ask(order), wire.Ready)
         except TimeoutError:
             raise DeadlineExceeded(f"no worker started within {limit_s:g} s", limit_s=f"{limit_s:g}") from None

@@ -36,6 +36,7 @@ _COMMAND = command_of("template_child")
 _FORK = b"fork"
 IDLE_S = 600.0
 """How long a template stays without workers: its libraries take 20 to 330 MB."""
+_THREADS = 1  # what a fork has until it is told: to have more started is easier than to have some ended
 _PAUSE_S = 60.0
 """Before one that did not start is tried again."""
 
@@ -63,7 +64,7 @@ class Template:
         loop.add_reader(self._pidfd, self._ended)
 
     @classmethod
-    async def start(cls, name: str, threads: int, separate: str | None, idle_s: float = IDLE_S) -> Template:
+    async def start(cls, name: str, separate: str | None, idle_s: float = IDLE_S) -> Template:
         """A template that is ready to fork. `separate`: the path of bubblewrap, for namespaces of its own.
 
         It ends when it had no workers for `idle_s`.
@@ -73,12 +74,12 @@ class Template:
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         near.setblocking(False)  # noqa: FBT003 - the standard library's signature
         reading, writing = os.pipe()
-        around = () if separate is None else (separate, *bubblewrap(threads))
+        around = () if separate is None else (separate, *bubblewrap(_THREADS))
         namespaces = "shared" if separate is None else "own"
         try:
             with far:
                 command = (*around, *_COMMAND, name, namespaces, str(far.fileno()))
-                popen = spawn(command, (far.fileno(),), threads, writing)
+                popen = spawn(command, (far.fileno(),), _THREADS, writing)
         except NotReady:
             near.close()
             os.close(reading)
@@ -222,9 +223,8 @@ def _pid_of(pidfd: int) -> int:
 class Templates:
     """The templates of one pool, by name."""
 
-    def __init__(self, threads: int, separate: Callable[[], str | None], *, idle_s: float = IDLE_S) -> None:
+    def __init__(self, separate: Callable[[], str | None], *, idle_s: float = IDLE_S) -> None:
         """`separate` says now whether, and by which program, processes get namespaces of their own."""
-        self._threads = threads
         self._separate = separate
         self._idle_s = idle_s
         self._starts: dict[str, asyncio.Task[Template]] = {}
@@ -261,7 +261,7 @@ class Templates:
         """The one of this name; all who want it wait for one start, whoever of them goes away."""
         start = self._starts.get(name)
         if start is None or (start.done() and (start.cancelled() or start.exception() or start.result().lost)):
-            work = Template.start(name, self._threads, self._separate(), self._idle_s)
+            work = Template.start(name, self._separate(), self._idle_s)
             start = self._starts[name] = asyncio.create_task(work, name=f"template {name}")
         return await asyncio.shield(start)
 

@@ -69,6 +69,8 @@ class Load(Frame, frozen=True, tag="load"):
     dtype: str
     memory_bytes: int
     """How much memory the worker may map beyond what an idle one needs."""
+    threads: int = 1
+    """Of its numerical libraries."""
     level: Literal["strict", "standard", "off"] = "standard"
     """How far to confine yourself."""
     canary: str = ""

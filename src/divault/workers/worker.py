@@ -57,8 +57,8 @@ class Tuning:
     """Starts a worker that isn't forked."""
     templates: bool = True
     """Fork workers from processes that have a format's libraries already, where it lets them."""
-    threads: int = field(default_factory=lambda: min(4, len(os.sched_getaffinity(0))))
-    """Of numerical libraries in one worker: more than four gain little for one request at a time."""
+    threads: int | None = None
+    """Of numerical libraries in one worker; without it see `WorkerPool.threads_left`."""
     max_queue: int | None = None
     """Requests that may wait for one model, whatever it takes; without it see `places`."""
     longest_wait_s: float = 0.8
@@ -131,6 +131,8 @@ class Worker:
         self._template: str | None = None if self._tuning.templates else ""
         """What its process is forked from; empty: nothing; None: not known yet."""
         self.checks: dict[str, str] = {}
+        self.threads = surroundings.tuning.threads or 1
+        """Of its libraries, for as long as it lives: another number may give other last digits. Set before `start`."""
         self._place = place
         self._deadlines = deadlines
         self._queue = Queue()
@@ -475,12 +477,12 @@ class Worker:
         if template:
             process = await self._templates.fork(template, self.opened.files, self._lost)
         if process is None:
-            command, threads = self._tuning.command, self._tuning.threads
-            separate = self._confinement.separate
-            process = await Process.start(command, self.opened.files, threads, self._lost, separate=separate)
+            command, separate = self._tuning.command, self._confinement.separate
+            process = await Process.start(command, self.opened.files, self.threads, self._lost, separate=separate)
         self._process = process
         # The mapped file, the model made of it, and as much again while it is made and at work.
-        order = self._confinement.order(process.files, self._place, 3 * self.opened.size, recognise=recognise)
+        memory = 3 * self.opened.size
+        order = self._confinement.order(process.files, self._place, memory, self.threads, recognise=recognise)
         reply = await process.ask(order)
         if isinstance(reply, wire.Failed):
             raise wire.reported(reply.problem, wire.LOAD_ERRORS)
