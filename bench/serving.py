@@ -27,6 +27,7 @@ import aiohttp
 from divault.client import AsyncClient
 from divault.client.signing import Signer
 from divault.devnet.content import ContentStore
+from divault.messages import address_of
 from divault.publishing import Listing, Publisher, SealedTo
 from divault.testing import TestChain
 from divault.testing.node import NodeProcess, node_environment, serving_node
@@ -118,16 +119,18 @@ class Serving:
 
 @asynccontextmanager
 async def serving(wallets: int = 16, **settings: str) -> AsyncIterator[Serving]:
-    """A node, its chain and its store, and wallets that hold the gate's token."""
+    """A node, its chain and its store, and wallets that hold the gate's token; the first is the node's operator."""
+    keys = [Secret(secrets.token_bytes(32)) for _ in range(wallets)]
+    settings = {"DIVAULT_OPERATORS": str(address_of(keys[0]))} | settings
     with tempfile.TemporaryDirectory(dir=Path(__file__).parent, prefix=".serving-") as text:
         folder = Path(text)
         (folder / "node").mkdir()
         async with TestChain.start() as chain, ContentStore(folder / "store") as store:
             environment = node_environment(chain.devnet.url, chain.vault, chain.usdc, store.url) | _SETTINGS | settings
             async with serving_node(environment, folder / "node") as node:
-                world = Serving(chain, store, node, folder, [Secret(secrets.token_bytes(32)) for _ in range(wallets)])
-                for signer in await world.signers():
-                    await chain.mint_tokens(_address(signer), _MINIMUM)
+                world = Serving(chain, store, node, folder, keys)
+                for key in keys:
+                    await chain.mint_tokens(address_of(key), _MINIMUM)
                 yield world
 
 
@@ -214,12 +217,6 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
     except OSError:
         return []
-
-
-def _address(signer: Signer) -> Address:
-    from divault.messages import address_of
-
-    return address_of(signer.key)
 
 
 async def _until_up(url: str) -> None:
