@@ -71,6 +71,48 @@ async def test_a_sql_error_of_a_work_is_typed(state: State) -> None:
     assert await state.read(keys) == ["a"]
 
 
+@pytest.mark.parametrize("what", ["it writes", "the disk fails", "no memory"])
+async def test_a_look_that_ends_the_transaction_takes_no_write_for_done(path: Path, what: str) -> None:
+    """SQLite undoes the open transaction by itself when a read fails: who waits hears so, and nothing is stuck."""
+
+    def look(db: sqlite3.Connection) -> None:
+        if what == "it writes":
+            insert("by a look")(db)
+            return
+        db.execute("ROLLBACK")
+        raise MemoryError if what == "no memory" else sqlite3.OperationalError("disk I/O error")
+
+    async with State(path) as state:
+        told: list[int] = []
+        waiting = asyncio.create_task(state.write(insert("lost"), told.append))
+        await asyncio.sleep(0)
+        with pytest.raises((NotReady, MemoryError)):
+            state.look(look)
+        other = asyncio.create_task(state.write(insert("kept")))
+        with pytest.raises(NotReady):
+            await waiting
+        assert await other == 1
+        assert await state.read(keys) == ["kept"]
+        assert told == []
+
+
+async def test_a_look_that_writes_alone_has_written_nothing(state: State) -> None:
+    with pytest.raises(NotReady):
+        state.look(insert("by a look"))
+    assert await state.read(keys) == []
+
+
+async def test_a_transaction_that_ended_by_itself_is_no_commit(path: Path) -> None:
+    state = State(path)
+    waiting = asyncio.create_task(state.write(insert("lost")))
+    await asyncio.sleep(0)
+    state._writer.execute("ROLLBACK")
+    with pytest.raises(NotReady):
+        await waiting
+    assert await state.write(insert("kept")) == 1
+    await asyncio.wait_for(state.close(), 5)
+
+
 async def test_writes_that_wait_together_share_a_commit(state: State) -> None:
     commits: list[str] = []
     state._writer.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
@@ -238,6 +280,32 @@ async def test_a_long_log_is_folded_back_and_nothing_is_lost_or_reordered(
     assert longest < 1 << 20
 
 
+async def test_a_log_that_a_long_scan_made_long_is_given_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divault.state, "_LONG_LOG", 128 << 10)
+    monkeypatch.setattr(divault.state, "_FOLD_PAUSE_S", 0.05)
+    log, reading, go = path.with_name(path.name + "-wal"), threading.Event(), threading.Event()
+
+    def scan(db: sqlite3.Connection) -> int:
+        seen = len(keys(db))
+        reading.set()
+        go.wait(10)
+        return seen
+
+    async with State(path) as state:
+        await state.write(insert("first"))
+        scanning = asyncio.create_task(state.scan(scan))
+        await asyncio.to_thread(reading.wait, 10)
+        for number in range(600):
+            await state.write(insert(f"{number:0500d}"))
+        assert log.stat().st_size > 512 << 10
+        go.set()
+        assert await scanning == 1
+        async with asyncio.timeout(10):
+            while log.stat().st_size > 256 << 10:
+                await state.write(insert(f"{log.stat().st_mtime_ns}"))
+        assert "first" in await state.read(keys)
+
+
 async def test_a_second_user_of_the_file_is_refused(state: State, path: Path) -> None:
     with pytest.raises(SettingsInvalid, match="another divault process uses this state directory"):
         State(path)
@@ -276,6 +344,40 @@ async def test_an_older_schema_moves_forward_with_its_rows(path: Path, monkeypat
     monkeypatch.setattr(divault.state, "_MIGRATIONS", steps)
     async with State(path) as state:
         assert await state.read(lambda db: db.execute("SELECT key, note FROM spent").fetchall()) == [("old", "added")]
+
+
+async def test_receipts_and_charges_of_schema_2_are_the_same_in_the_next(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = divault.state._MIGRATIONS
+    monkeypatch.setattr(divault.state, "_MIGRATIONS", steps[:2])
+    row = "SELECT sequence, hash, previous, request, user, model, status, envelope FROM receipt ORDER BY hash"
+    async with State(path) as state:
+
+        def rows(db: sqlite3.Connection) -> None:
+            db.execute("INSERT INTO credit VALUES (1, 1, x'', x'', x'', '0', '0', 0)")
+            for number in range(60):
+                names = (f"log {number % 2}", number // 2, bytes([number]), b"p", bytes([number, 1]), b"u", b"m", b"{}")
+                db.execute("INSERT INTO receipt VALUES (?, ?, ?, ?, ?, ?, ?, 1, ?)", names)
+                db.execute(
+                    "INSERT INTO charge VALUES (?, ?, 1, x'', '1', ?, 0)", (str(number), bytes([number]), names[2])
+                )
+
+        await state.write(rows)
+        before = await state.read(lambda db: db.execute(row).fetchall())
+    monkeypatch.setattr(divault.state, "_MIGRATIONS", steps)
+    async with State(path) as state:
+        assert await state.read(lambda db: db.execute(row).fetchall()) == before
+        charged = await state.read(lambda db: db.execute("SELECT count(*) FROM charge JOIN receipt ON receipt = hash"))
+        logs = await state.read(
+            lambda db: db.execute(
+                "SELECT name, count(*), max(sequence) FROM receipt JOIN log ON log.id = log GROUP BY name"
+            ).fetchall()
+        )
+        assert charged.fetchone() == (60,)
+        assert logs == [("log 0", 30, 29), ("log 1", 30, 29)]
+        with pytest.raises(NotReady):
+            await state.write(lambda db: db.execute("DELETE FROM receipt"))
 
 
 async def test_a_migration_that_fails_leaves_the_old_schema(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ import queue
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -46,6 +47,7 @@ Work = Callable[[sqlite3.Connection], T]
 
 APPLICATION_ID = 0x44495641  # "DIVA" in the file's header: tells our file from any other SQLite database
 _FOLD_PATIENCE_MS = 50  # for a long scan; the log is folded back another time then
+_FOLD_PAUSE_S = 1.0
 _PAGE = 2048  # bytes: most of what a call changes is a few bytes each in pages of their own
 _FRAME_HEAD, _FRAMES_AT = 24, 16  # of the log, and where its index says how many it has (sqlite.org/walformat.html)
 _LONG_LOG = 16 << 20  # bytes; folding so many back takes about 50 ms, during which writes wait
@@ -242,14 +244,16 @@ class State:
             try:
                 result = work(db)
             finally:
-                if alone:
+                if alone and db.in_transaction:
                     db.execute("ROLLBACK")
-                if db.total_changes != changes:
-                    raise sqlite3.OperationalError("a look that writes")
-        except sqlite3.Error as err:
             if db.total_changes != changes:
-                self._undo(err)
+                raise sqlite3.OperationalError("a look that writes")
+        except sqlite3.Error as err:
             raise _unusable(err) from err
+        finally:
+            # What it wrote, and also what SQLite undid by itself: a read that finds no memory ends the transaction.
+            if not alone and (db.total_changes != changes or not db.in_transaction):
+                self._undo(sqlite3.OperationalError("a look ended the transaction"))
         return result
 
     async def read(self, work: Work[T]) -> T:
@@ -324,7 +328,11 @@ class State:
 
     def _flush(self) -> None:
         """Commit, and bring it to the disk; while that is under way the next transaction fills."""
-        if self._syncing is not None or not self._writer.in_transaction:
+        if self._syncing is not None:
+            return
+        if not self._writer.in_transaction:
+            if self._open:  # nothing ends it but this: never tell anybody that it is on disk
+                self._undo(sqlite3.OperationalError("the transaction ended by itself"))
             return
         if not self._open:  # whatever was tried in it was undone
             self._writer.execute("ROLLBACK")
@@ -389,6 +397,7 @@ class _Disk:
         self._scanner = _connect(path, query_only=True)
         self._folder = _connect(path)
         self._folder.execute(f"PRAGMA busy_timeout = {_FOLD_PATIENCE_MS}")
+        self._not_before = 0.0
         self._frame = int(_pragma(self._folder, "page_size")) + _FRAME_HEAD
         # Kept open until all connections are closed: to close it takes the locks on the file along that they hold.
         self._index = os.open(path.with_name(path.name + "-shm"), os.O_RDONLY | os.O_CLOEXEC)
@@ -403,7 +412,7 @@ class _Disk:
     def log_is_long(self) -> bool:
         """Whether the log should be folded back into the main file."""
         frames = int.from_bytes(os.pread(self._index, 4, _FRAMES_AT), sys.byteorder)
-        return frames * self._frame > _LONG_LOG
+        return frames * self._frame > _LONG_LOG and time.monotonic() >= self._not_before
 
     def sync(
         self, loop: asyncio.AbstractEventLoop, done: Callable[[OSError | None], None], *, fold: bool = False
@@ -455,8 +464,10 @@ class _Disk:
 
         Its file keeps its length: to write over what is there costs half of what it costs to make a file longer.
         """
-        with contextlib.suppress(sqlite3.Error):  # a full disk, a long scan: the log grows, and it is tried again
-            self._folder.execute("PRAGMA wal_checkpoint(RESTART)")
+        with contextlib.suppress(sqlite3.Error):  # a full disk: the log grows, and it is tried again
+            busy, _, _ = self._folder.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+            if busy:  # a long scan, which every try would wait for
+                self._not_before = time.monotonic() + _FOLD_PAUSE_S
 
 
 class _Savepoint:
@@ -546,6 +557,7 @@ def _begin(db: sqlite3.Connection, path: Path) -> None:
     # The log is synced by `_Disk` before anybody learns of a write; a checkpoint syncs both files by itself.
     db.execute("PRAGMA synchronous = NORMAL")
     db.execute("PRAGMA wal_autocheckpoint = 0")
+    db.execute(f"PRAGMA journal_size_limit = {2 * _LONG_LOG}")  # what a long scan made of it is given back
     db.execute("PRAGMA foreign_keys = ON")
     for number, step in enumerate(_MIGRATIONS[version:], version + 1):
         stamp = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number}"
