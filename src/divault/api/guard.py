@@ -161,7 +161,7 @@ class Patience:
 class Reader:
     """One body that is waited for."""
 
-    __slots__ = ("_began", "_patience", "late", "latest", "task")
+    __slots__ = ("_began", "_cancelled", "_patience", "late", "latest", "task")
 
     def __init__(self, patience: Patience, task: asyncio.Task[Any], now: float) -> None:
         self._patience = patience
@@ -169,6 +169,7 @@ class Reader:
         self.task = task
         self.latest = now + patience.seconds
         self.late = False
+        self._cancelled = task.cancelling()
 
     def goes_on(self, size: int) -> None:
         """So many bytes are here now."""
@@ -181,7 +182,7 @@ class Reader:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._patience.leave(self)
-        if self.late and isinstance(error, asyncio.CancelledError) and not self.task.uncancel():
+        if self.late and isinstance(error, asyncio.CancelledError) and self.task.uncancel() <= self._cancelled:
             raise TimeoutError from error
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+_ENOUGH = 64 * 1024  # bytes, sent without waiting for more
+
 
 class JoinedTransport:
     """The transport, for one who writes several times in a turn of the loop: sent as one when the turn ends."""
@@ -17,17 +19,23 @@ class JoinedTransport:
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._parts: list[bytes] = []
+        self._size = 0
 
     def write(self, data: bytes) -> None:
         """Send the data, at the latest when this turn of the loop ends."""
+        if not data:
+            return
         if not self._parts:
             asyncio.get_running_loop().call_soon(self.send)
         self._parts.append(data)
+        self._size += len(data)
+        if self._size > _ENOUGH:  # so that the transport says when its reader is slow
+            self.send()
 
     def send(self) -> None:
         """Send what was written, now."""
-        if self._parts:
-            parts, self._parts = self._parts, []
+        parts, self._parts, self._size = self._parts, [], 0
+        if parts and not self._transport.is_closing():
             self._transport.writelines(parts)
 
     def close(self) -> None:
