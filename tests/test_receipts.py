@@ -33,12 +33,14 @@ from divault.receipts import (
     ReceiptIssuer,
     answer_body,
     check,
+    from_kept,
     input_bytes,
     read_receipt,
     redact,
     reopen,
     require_valid,
     slice_result,
+    to_keep,
 )
 from divault.receipts.checksums import checksums
 from divault.values import (
@@ -329,6 +331,25 @@ def test_redacted_receipt_is_not_checked_where_it_was_redacted_and_valid_elsewhe
     private = {"request", "request_signature", "input", "output"}
     assert private | {"log", "chain"} == {name for name, outcome in found.items() if outcome is Outcome.NOT_CHECKED}
     assert Outcome.FAILED not in found.values()
+
+
+@pytest.mark.parametrize("draft", [DRAFT, REFUSAL])
+def test_what_a_ledger_keeps_gives_the_redacted_receipt_back(draft: ReceiptDraft) -> None:
+    whole = copy.deepcopy(issuer().issue(draft, 0, Digest.ZERO).envelope)
+    kept = to_keep(whole)
+
+    assert b"checksums" not in kept
+    assert json.dumps(from_kept(kept)) == json.dumps(redact(whole))
+    assert json.dumps(from_kept(json.dumps(redact(whole)).encode())) == json.dumps(redact(whole)), "as older ones lie"
+
+
+def test_runtime_that_is_equal_but_not_the_same_is_disclosed_as_it_was_hashed() -> None:
+    again = issuer()
+    for threads in (1, True):
+        output = replace(OUTPUT, runtime={**OUTPUT.runtime, "threads": threads})
+        envelope = again.issue(replace(DRAFT, output=output), 0, Digest.ZERO).envelope
+        assert Outcome.FAILED not in outcomes(check(envelope)).values()
+        again._entropy = lambda _: bytes(64)
 
 
 def test_redacted_receipt_holds_nothing_private() -> None:

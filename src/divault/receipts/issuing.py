@@ -119,7 +119,7 @@ class ReceiptIssuer:
             "receipt": RECEIPT.to_json(values),
             "receipt_hash": str(digest),
             "signature": self._signer.text(digest),
-            **_disclosed(draft, salts),
+            **_disclosed(draft, salts, runtime),
         }
         envelope["checksums"] = checksums(envelope, {} if runtime is None else {"runtime": runtime.checksum})
         return Receipt(envelope, digest, sequence, draft.status)
@@ -184,13 +184,13 @@ def _input_hash(draft: ReceiptDraft, salts: _Salts) -> Digest:
     return input_hash(salts.input, input_bytes(draft.input_data, draft.parameters))
 
 
-def _disclosed(draft: ReceiptDraft, salts: _Salts) -> dict[str, Any]:
+def _disclosed(draft: ReceiptDraft, salts: _Salts, runtime: _Runtime | None) -> dict[str, Any]:
     """What lies beside the struct: values that its hashes name, and hints."""
     grant, principal = draft.grant, draft.principal
     return {
         "cid": grant.model.cid if grant else None,
         "vault_block_number": grant.block.number if grant else None,
-        "runtime": _runtime(draft),
+        "runtime": None if runtime is None else runtime.members,  # what was hashed, to the last type
         "payment_key": draft.payment_key,
         "request": principal.typed_message,
         "request_signature": principal.signature,

@@ -66,7 +66,6 @@ def work(channel: int) -> None:
         order = wire.receive(connection)
         if isinstance(order, wire.Load):
             checks = confine(_policy(order, connection.fileno()))
-            pin_threads(order.threads)  # now, since some libraries start theirs at once
             model, reply = _load(order, checks)
             wire.send(connection, reply)
             # After a failure too: who ends at once might be seen to end before the answer is read.
@@ -99,6 +98,7 @@ def _load(order: wire.Load, checks: dict[str, Verdict]) -> tuple[LoadedModel | N
         return None, wire.Known(id=order.id, template=found)
 
     def work() -> tuple[LoadedModel, bytes]:
+        pin_threads(order.threads)  # not before the process is confined: some libraries start theirs at once
         model = models.load(files, Place(order.device, order.dtype), allow_code=order.allow_code)
         return model, orjson.dumps(model.description)
 
