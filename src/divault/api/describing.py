@@ -42,9 +42,10 @@ class _Ready(Response):
         self.raw_headers = headers
 
 
-def body_of(schema: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
-    """Show a JSON body of a route, which is parsed from raw bytes."""
-    return {"requestBody": {"required": required, "content": {JSON: {"schema": schema.model_json_schema()}}}}
+def body_of(schema: type[BaseModel] | Mapping[str, Any], *, required: bool = True) -> dict[str, Any]:
+    """Show a JSON body of a route, which is parsed from raw bytes; `schema` is a model, or JSON Schema itself."""
+    shown = schema if isinstance(schema, Mapping) else schema.model_json_schema()
+    return {"requestBody": {"required": required, "content": {JSON: {"schema": shown}}}}
 
 
 def documented(success: Any, *problems: int) -> dict[int | str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from divault.api import schemas
-from divault.api.describing import JSON, answer_response, documented, json_response
+from divault.api.describing import answer_response, body_of, documented, json_response
 from divault.api.envelope import Incoming
 from divault.api.hot import Handler, incoming_of
 from divault.api.measured import STREAM_CODE
@@ -51,7 +51,7 @@ def add_openai(router: APIRouter, node: Node) -> None:
             methods=["POST"],
             name=kind,
             tags=["openai"],
-            openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": schemas.OPENAI[kind]}}}},
+            openapi_extra=body_of(schemas.OPENAI[kind]),
             responses=documented(schemas.OpenAiAnswer, 400, 401, 402, 403, 404, 409, 413, 422, 429, 502, 503, 504),
         )
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from divault.api import schemas
-from divault.api.describing import JSON, answer_response, documented, json_response
+from divault.api.describing import JSON, answer_response, body_of, documented, json_response
 from divault.api.envelope import Incoming
 from divault.api.hot import Handler, incoming_of
 from divault.api.inference_protocol import BINARY_HEADER, EXTENSIONS, Translation, metadata
@@ -88,7 +88,7 @@ def _add_models(router: APIRouter, node: Node) -> None:
         @router.post(
             path + _INFER,
             tags=tags,
-            openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": schemas.TENSORS_IN}}}},
+            openapi_extra=body_of(schemas.TENSORS_IN),
             responses=documented(schemas.Tensors, 400, 401, 402, 403, 404, 409, 413, 422, 429, 502, 503, 504),
         )
         async def infer(request: Request, model_id: str) -> Response:
