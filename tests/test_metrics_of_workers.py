@@ -53,7 +53,9 @@ async def test_who_waits_and_how_long_is_seen_while_it_lasts(pool: WorkerPool) -
     await pool.load(model)
     assert (await look(pool))["oldest_seconds"] == 0
 
-    callers = [ask(pool, model, wallet, tag="x") for wallet in range(1, 10)]
+    callers = [ask(pool, model, 1, tag="x")]
+    await asyncio.sleep(0.005)
+    callers += [ask(pool, model, wallet, tag="x") for wallet in range(2, 10)]
     await asyncio.sleep(0)  # all of them have asked: one is in the worker, the others wait
     figures = pool.figures()[0]
     busy = await look(pool)

@@ -21,7 +21,7 @@ from divault.values import Address, OpenedModel
 from divault.workers.pool import WorkerPool
 from divault.workers.queue import Job, Queue
 from divault.workers.wire import Item
-from divault.workers.worker import Tuning
+from divault.workers.worker import Tuning, Worker
 from tests.worker_models import call, dumped, hold, hostile, opened
 
 MakePool = Callable[..., WorkerPool]
@@ -70,6 +70,67 @@ async def test_a_single_caller_is_not_kept_waiting_for_others(make_pool: MakePoo
     await pool.load(model)
 
     assert [await said(pool, model, {"tag": "a"}) for _ in range(3)] == [{"tag": "a", "callers": 1}] * 3
+
+
+async def test_who_were_answered_together_go_together_again(make_pool: MakePool) -> None:
+    """One came later than the others: he must not go alone for ever, while all others wait for him."""
+    pool, model = make_pool(hostile("tagged")), opened(b"any")
+    await pool.load(model)
+    seen: list[list[int]] = []
+
+    async def caller(wallet: int) -> None:
+        rounds = [(await said(pool, model, {"tag": "again"}, wallet=wallet))["callers"] for _ in range(12)]
+        seen.append(rounds)
+
+    others = [asyncio.create_task(caller(wallet)) for wallet in range(1, 8)]
+    await asyncio.sleep(0.005)
+    await asyncio.gather(caller(8), *others)
+
+    shared = [callers for rounds in seen for callers in rounds[3:-3]]
+    assert sum(callers == 8 for callers in shared) > 0.8 * len(shared), seen
+
+
+async def test_who_do_not_come_back_are_hardly_ever_waited_for(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, model = make_pool(hostile("tagged")), opened(b"any")
+    await pool.load(model)
+    in_vain = 0
+    real = Worker._held_in_vain
+
+    def counted(self: Worker) -> None:
+        nonlocal in_vain
+        in_vain += 1
+        real(self)
+
+    monkeypatch.setattr(Worker, "_held_in_vain", counted)
+    for _ in range(30):
+        both = [asyncio.create_task(said(pool, model, {"tag": "once"}, wallet=wallet)) for wallet in (1, 2)]
+        await asyncio.sleep(0.005)
+        assert (await said(pool, model, {"tag": "late"}, wallet=3))["callers"] == 1
+        await asyncio.gather(*both)
+
+    assert 1 <= in_vain <= 8
+
+
+async def test_who_leaves_while_others_are_waited_for_is_not_run(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("tagged")), opened(b"any")
+    await pool.load(model)
+    both = [asyncio.create_task(said(pool, model, {"tag": "once"}, wallet=wallet)) for wallet in (1, 2)]
+    await asyncio.sleep(0.005)
+    late = asyncio.create_task(said(pool, model, {"tag": "late"}, wallet=3))
+    await asyncio.gather(*both)
+    worker = pool._entries[model.model.key].worker
+    assert worker._hold is not None
+    late.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await late
+    await asyncio.sleep(0.03)
+
+    assert worker.idle
+    assert worker._hold is None
+    assert worker.figures.callers == 2
+    assert (await said(pool, model, {"tag": "next"}))["callers"] == 1
 
 
 async def test_other_parameters_are_another_pass(make_pool: MakePool) -> None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from divault.errors import Overloaded
 from divault.models.base import Piece
@@ -76,6 +77,10 @@ class Queue:
     def __len__(self) -> int:
         return self._count
 
+    def __iter__(self) -> Iterator[Job]:
+        """Everybody who waits."""
+        return chain(self._first, *self._lines.values())
+
     def oldest(self) -> float | None:
         """When the one who waits longest came."""
         heads = [line[0].arrived for line in (*self._lines.values(), self._first) if line]
@@ -123,7 +128,7 @@ class Queue:
 
     def take_all(self) -> list[Job]:
         """Everybody who waits."""
-        jobs = [job for line in (self._first, *self._lines.values()) for job in line]
+        jobs = list(self)
         self._lines.clear()
         self._first.clear()
         self._count = 0

@@ -9,7 +9,10 @@
 
 Rules:
 
-1. No timer: an idle process gets a request at once; what comes while it works goes together in the next pass.
+1. An idle process gets what one turn of the loop brought at once; what comes while it works goes together in the next
+   pass. After a pass with several callers the next one waits for them to come back, a sixth of the time that the last
+   one took at most: whoever came meanwhile would otherwise go alone, and all of them wait for him. Where they don't
+   come back so soon it hardly ever waits. A single caller never does.
 2. A request waits at most one predict deadline and runs at most one; its caller's own deadline counts for both, and
    ends his wait alone: who sets a short one costs nobody else the process. A pass that nobody waits for any more is
    stopped when it goes on for longer than a restart takes.
@@ -95,6 +98,9 @@ class Surroundings:
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Upper bounds of the sizes of passes that are counted."""
+_HOLD_SHARE, _SHORTEST_HOLD_S, _LONGEST_HOLD_S = 1 / 6, 0.001, 0.01
+"""Of a pass' time, that the next waits for the callers of the last: a loop's timers know no less than a millisecond."""
+_MOST_NOT_HELD = 32
 _FEWEST_PLACES, _PASSES_WAITING = 8, 8
 _NOBODY = b""
 
@@ -140,6 +146,13 @@ class Worker:
         """In the pass that is under way."""
         self._began = 0.0
         self._overrun: asyncio.TimerHandle | None = None
+        self._gathering = False
+        """A pass is about to be sent, when this turn of the loop ends."""
+        self._hold: asyncio.TimerHandle | None = None
+        """A pass waits until so many as are expected have come back, and not longer than this."""
+        self._expected = 0
+        self._in_vain = self._not_held = 0
+        """How many passes wait for nobody after the next that waits in vain, and how many of the last are to come."""
         self._process: Process | None = None
         self._reviving: asyncio.Task[None] | None = None
         self._state: State = "restarting"
@@ -233,6 +246,8 @@ class Worker:
         if self._state == "closed":
             return
         self._state = "closed"
+        if self._hold is not None:
+            self._hold.cancel()
         try:
             self._refuse(self._queue.take_all(), self._not_ready())
             self._refuse(self._landed(), self._not_ready())
@@ -265,7 +280,8 @@ class Worker:
         self._queue.put(job, self.places, self._overloaded)
         if self._flight or self._state != "ready":
             self._set_expiry(job, job.latest(now), self._expire)
-        self._pump()
+        else:
+            self._gather(loop)
         try:
             return await job.done
         except asyncio.CancelledError:
@@ -336,8 +352,48 @@ class Worker:
 
     # --- passes ---
 
+    def _gather(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Have the next pass sent when this turn of the loop ends, or when those are back who were just answered."""
+        if self._hold is not None:
+            if len(self._queue) < self._expected:
+                return
+            self._in_vain = 0
+        if not self._gathering:
+            self._gathering = True
+            loop.call_soon(self._gathered)
+
+    def _next(self, answered: int) -> None:
+        """Send the next pass, or wait for the callers of the last one if they are several (rule 1)."""
+        loop = asyncio.get_running_loop()
+        hold_s = min(_LONGEST_HOLD_S, (loop.time() - self._began) * _HOLD_SHARE)
+        self._expected = min(self._most(), answered + len(self._queue))
+        holds = answered > 1 and hold_s >= _SHORTEST_HOLD_S and len(self._queue) < self._expected
+        if holds and not self._not_held:
+            self._hold = loop.call_later(hold_s, self._held_in_vain)
+            return
+        self._not_held -= holds
+        self._pump()
+
+    def _held_in_vain(self) -> None:
+        """They did not come back in time. When that goes on, some passes wait for nobody, more of them each time."""
+        self._not_held = self._in_vain
+        self._in_vain = min(2 * self._in_vain or 1, _MOST_NOT_HELD)
+        self._gathered()
+
+    def _gathered(self) -> None:
+        """Send what came together: the calls of one turn, or of a moment."""
+        self._gathering = False
+        self._pump()
+        now = asyncio.get_running_loop().time()
+        for job in self._queue:
+            if job.expiry is None:
+                self._set_expiry(job, job.latest(now), self._expire)
+
     def _pump(self) -> None:
         """Send the next pass, if the process is there and idle."""
+        if self._hold is not None:
+            self._hold.cancel()
+            self._hold = None
         if self._flight or self._state != "ready" or self._process is None or self._process.lost:
             return
         jobs = [job for job in self._queue.take(self._most()) if not job.done.done()]
@@ -419,7 +475,7 @@ class Worker:
                 job.done.set_exception(answer)
             else:
                 job.done.set_result(answer)
-        self._pump()
+        self._next(len(jobs))
 
     def _overran(self) -> None:
         """The worker did what it was asked to: this is the model's slowness and no death to be counted."""
