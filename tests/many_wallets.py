@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import aiohttp
@@ -27,6 +28,8 @@ from tests.onnx_models import BOOL, INT64, model_file
 PATH = "/api/v1/inference"
 FLOOD = 16
 """Calls that the villain keeps under way at one model."""
+FRESH = 1600
+"""Calls that he has signed ahead; most are refused for their number, and he sends those again."""
 STEP = 1_000_000
 """Model number n adds n times this, which is more than there are callers."""
 
@@ -80,12 +83,12 @@ class Town:
 
     async def serve(self, *, trouble: bool) -> Seen:
         """Let each wallet call once. `trouble`: beside one who floods a model and keeps the hostile one busy."""
-        seen, numbers = Seen(), iter(range(len(self.signers)))
-        bad = [asyncio.create_task(work) for work in self._trouble()] if trouble else []
+        seen, calls = Seen(), enumerate(await asyncio.to_thread(self._calls))
+        bad = [asyncio.create_task(work) for work in await asyncio.to_thread(self._trouble)] if trouble else []
 
         async def honest(home: aiohttp.ClientSession) -> None:
-            for number in numbers:
-                await self._ask(home, number, seen)
+            for number, body in calls:
+                await self._ask(home, number, body, seen)
 
         await asyncio.gather(*map(honest, self.homes[1:]))
         for task in bad:
@@ -93,9 +96,13 @@ class Town:
         await asyncio.gather(*bad, return_exceptions=True)
         return seen
 
-    async def _ask(self, home: aiohttp.ClientSession, number: int, seen: Seen) -> None:
+    def _calls(self) -> list[bytes]:
+        """One of each wallet, signed ahead: what wallets take for it is time of other machines."""
+        places = len(self.models)
+        return [_signed(signer, self.models[number % places], number) for number, signer in enumerate(self.signers)]
+
+    async def _ask(self, home: aiohttp.ClientSession, number: int, body: bytes, seen: Seen) -> None:
         place = number % len(self.models)
-        body = _signed(self.signers[number], self.models[place], number)
         began = time.perf_counter()
         status, told = await self._post(home, body)
         if status != 200:
@@ -109,11 +116,13 @@ class Town:
 
     def _trouble(self) -> list[Coroutine[Any, Any, None]]:
         """One wallet that sends whatever it can, without waiting for what it is told."""
-        return [*(self._attack(self.models[0]) for _ in range(FLOOD)), self._attack(self.hostile)]
+        flood = cycle([_signed(self.villain, self.models[0], 1) for _ in range(FRESH)])
+        busy = cycle([_signed(self.villain, self.hostile, 1) for _ in range(FRESH // FLOOD)])
+        return [*(self._attack(flood) for _ in range(FLOOD)), self._attack(busy)]
 
-    async def _attack(self, model: ModelId) -> None:
-        while True:
-            await self._post(self.homes[0], _signed(self.villain, model, 1))
+    async def _attack(self, bodies: Iterator[bytes]) -> None:
+        for body in bodies:
+            await self._post(self.homes[0], body)
 
     async def _post(self, home: aiohttp.ClientSession, body: bytes) -> tuple[int, Any]:
         headers = {"content-type": "application/json"}

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from divault.api.measured import Measured, Routes
+import divault.api.measured
+from divault.api.measured import REFUSALS_LOGGED, Measured, Routes
 from divault.errors import BadRequest, ModelFailed
 from divault.metrics import Metrics
 from divault.telemetry import configure_logs, log, new_request_id
@@ -132,6 +133,40 @@ async def test_a_fault_before_the_answer_is_told_with_its_id_and_counted(capsys:
     assert fault["exception"][0].startswith("builtins.RuntimeError > ")
     assert "zq-secret" not in json.dumps([fault, request, body["body"].decode()])
     assert b'divault_requests_total{method="POST",route="/x/{name}",status="500"} 1.0' in metrics.text()
+
+
+async def test_a_flood_of_refusals_fills_no_log_and_every_one_is_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin()
+    metrics, now, status = Metrics(), 100.0, 429
+
+    async def app(_: Any, __: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": [(b"divault-code", b"rate_limited")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    monkeypatch.setattr(divault.api.measured.time, "monotonic", lambda: now)
+    measured = Measured(app, metrics, Routes(["/x"]))
+
+    async def request(count: int) -> list[dict[str, Any]]:
+        for _ in range(count):
+            await measured({"type": "http", "path": "/x", "method": "POST", "headers": []}, nothing, nothing)
+        return lines(capsys)
+
+    assert len(await request(REFUSALS_LOGGED + 30)) == REFUSALS_LOGGED
+    status = 500
+    (fault,) = await request(1)
+    assert (fault["status"], fault["unlogged"]) == (500, 30), "faults are always told"
+    status, now = 429, 101.0
+    first, second = await request(2)
+
+    assert "unlogged" not in first | second
+    count = REFUSALS_LOGGED + 32
+    assert f'divault_requests_total{{method="POST",route="/x",status="429"}} {count}.0'.encode() in metrics.text()
+
+
+async def nothing(*_: Any) -> None:
+    """Neither receives nor sends."""
 
 
 async def test_a_fault_amid_the_answer_leaves_it_unfinished(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,9 @@
 """The layer around everything: counts and times each request, and writes a line about it.
 
 A line has the request's id, its route's template, status, code, milliseconds and the bytes of the answer's body: never
-its path, query, body, signature or who sent it. Successes are lines at the level DEBUG, refusals at INFO, faults of the
-node at ERROR. A fault that reaches this layer ends here: it is logged without its words (`telemetry`), which the server
-outside would print.
+its path, query, body, signature or who sent it. Successes are lines at the level DEBUG, refusals at INFO (fifty a
+second; all are counted), faults of the node at ERROR. A fault that reaches this layer ends here: it is logged without
+its words (`telemetry`), which the server outside would print.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from divault.traces import Traces, current
 
 CODE_HEADER = b"divault-code"
 """Header of every error answer: its code, for programs that don't read the body."""
+REFUSALS_LOGGED = 50
+"""Lines about refused requests in a second; the next line after that says how many were left out (`unlogged`)."""
 STREAM_CODE = "divault.code"
 """Member of the ASGI scope: the code of an error that was told within an answer that had begun."""
 _ID_HEADER = b"x-request-id"
@@ -54,12 +56,13 @@ class Measured:
     def __init__(
         self, app: ASGIApp, metrics: Metrics, routes: Routes, *, traces: Traces | None = None, verbose: bool = False
     ) -> None:
-        """`verbose`: lines about successes too."""
+        """`verbose`: lines about successes too, and about all refusals."""
         self._app = app
         self._traces = traces
         self._verbose = verbose
         self._metrics = metrics
         self._routes = routes
+        self._lines = _Lines()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -89,6 +92,8 @@ class Measured:
         good = seen.status < 400 and seen.code is None
         if good and not self._verbose:  # making a line that nobody reads costs more than the rest
             return
+        if not good and seen.status != 500 and not self._verbose and not self._lines.one_more():
+            return
         told = _log.debug if good else _log.info if seen.status != 500 else _log.error
         told(
             "request",
@@ -99,7 +104,31 @@ class Measured:
             code=seen.code,
             milliseconds=round(seconds * 1e3, 3),
             bytes=seen.bytes,
+            **self._lines.unlogged(),
         )
+
+
+class _Lines:
+    """Lines about refusals, so many a second: who floods a node must fill no disk, nor cost more than he has to."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._written = 0
+        self._unlogged = 0
+
+    def one_more(self) -> bool:
+        """Whether another line is written now; one that isn't is counted."""
+        now = int(time.monotonic())
+        if now != self._second:
+            self._second, self._written = now, 0
+        self._written += 1
+        self._unlogged += self._written > REFUSALS_LOGGED
+        return self._written <= REFUSALS_LOGGED
+
+    def unlogged(self) -> dict[str, int]:
+        """For the next line: how many were left out since the last one that said so."""
+        count, self._unlogged = self._unlogged, 0
+        return {"unlogged": count} if count else {}
 
 
 async def _end(error: Exception, seen: _Seen, scope: Scope, receive: Receive) -> None:
