@@ -20,7 +20,7 @@ import orjson
 import torch
 from safetensors.torch import save_file
 
-from bench.bench_load import _open_alone
+from bench.bench_load import open_alone
 from bench.serving import Serving, serving, tree
 from divault.vault import stream
 
@@ -99,7 +99,7 @@ def _passes(folder: Path, path: Path) -> float:
         with sealed.open("rb", buffering=0) as file:
             while piece := file.read(MIB):
                 digest.update(piece)
-        _open_alone(sealed)
+        open_alone(sealed)
         found.append(time.perf_counter() - began)
     sealed.unlink()
     return median(found)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from sklearn.linear_model import LogisticRegression
 
+import divault.workers.worker
 from divault.errors import DeadlineExceeded, DivaultError, InputInvalid, ModelFailed, Overloaded
 from divault.models.base import Piece
 from divault.values import Address, OpenedModel
@@ -131,6 +132,24 @@ async def test_who_leaves_while_others_are_waited_for_is_not_run(make_pool: Make
     assert worker._hold is None
     assert worker.figures.callers == 2
     assert (await said(pool, model, {"tag": "next"}))["callers"] == 1
+
+
+async def test_whose_own_deadline_passes_while_others_are_waited_for_is_not_run(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divault.workers.worker, "_HOLD_SHARE", 20.0)
+    monkeypatch.setattr(divault.workers.worker, "_LONGEST_HOLD_S", 0.3)
+    pool, model = make_pool(hostile("tagged")), opened(b"any")
+    await pool.load(model)
+    await asyncio.gather(*(said(pool, model, {"tag": "once"}, wallet=wallet) for wallet in (1, 2)))
+    worker = pool._entries[model.model.key].worker
+    assert worker._hold is not None
+    with pytest.raises(DeadlineExceeded):
+        await said(pool, model, {"tag": "hurried"}, wallet=3, limit_s=0.05)
+    await asyncio.sleep(0.5)
+
+    assert worker.idle
+    assert worker.figures.callers == 2
 
 
 async def test_other_parameters_are_another_pass(make_pool: MakePool) -> None:

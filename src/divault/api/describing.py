@@ -33,7 +33,7 @@ def answer_response(answer: Answer) -> Response:
 
 
 class _Ready(Response):
-    """A response whose headers are bytes already: to make them is half of what an answer costs here."""
+    """A response whose headers are bytes already."""
 
     def __init__(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         self.status_code = 200

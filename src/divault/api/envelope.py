@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from divault.api.describing import JSON
 from divault.auth import Authenticator
 from divault.errors import BadRequest, SignHeaders, TooLarge
 from divault.messages import body_hash, claimed_user, strict_object
@@ -48,7 +49,6 @@ MAX_SELF_SIGNED_BYTES = 64 * 1024
 _MAX_KEY_TEXT = 4096  # an age identity has 74 characters, a Kavach key 64; the rest is passphrases
 TIMEOUT = "divault-timeout"
 """Header with the seconds that a caller waits for a run, its turn included; the node's own limit stays."""
-_JSON = "application/json"
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,3})?", re.ASCII)
 _BEARER = re.compile(rf"bearer +({PREFIX}[!-~]+)", re.ASCII | re.IGNORECASE)
 _IDEMPOTENCY = "idempotency-key"
@@ -202,8 +202,8 @@ def single_headers(incoming: Incoming) -> dict[str, str]:
 
 def require_json(incoming: Incoming) -> None:
     """Return only if the body is said to be JSON, or nothing is said of it. Raises BadRequest."""
-    if not incoming.header("content-type", _JSON).startswith(_JSON):
-        raise BadRequest(f"send the body as {_JSON}", field="content-type")
+    if not incoming.header("content-type", JSON).startswith(JSON):
+        raise BadRequest(f"send the body as {JSON}", field="content-type")
 
 
 def session_token(headers: Mapping[str, str]) -> Secret | None:

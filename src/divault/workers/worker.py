@@ -278,9 +278,9 @@ class Worker:
         now = loop.time()
         job = Job(owner, item, loop.create_future(), now, run_s, limit_s, on_piece)
         self._queue.put(job, self.places, self._overloaded)
-        if self._flight or self._state != "ready":
+        if self._flight or self._state != "ready" or limit_s is not None:
             self._set_expiry(job, job.latest(now), self._expire)
-        else:
+        if not self._flight and self._state == "ready":
             self._gather(loop)
         try:
             return await job.done
