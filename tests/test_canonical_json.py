@@ -74,6 +74,15 @@ def test_what_nests_too_deep_is_refused_and_not_a_fault(odd) -> None:
         canonical(odd)
 
 
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_no_number_among_numbers_has_no_canonical_form(odd: float, place: int) -> None:
+    values = [0.5, 1.5]
+    values.insert(place, odd)
+    with pytest.raises(BadRequest):
+        canonical({"features": values})
+
+
 @pytest.mark.parametrize("odd", [float("nan"), datetime(2026, 1, 1, tzinfo=UTC), {1, 2}, 2**60])
 def test_a_runtime_that_is_no_json_has_no_hash(odd) -> None:
     """A writer that is kinder than the standard would hash something else than a reader finds."""

@@ -12,7 +12,7 @@ import pytest
 from divault.errors import AccessDenied, DivaultError, ModelFailed, NonceUsed, Overloaded, RateLimited
 from divault.limits import RefusalBudget
 from divault.values import Answer, Hold, Usdc
-from tests.counter import PRICE, STRANGER, Counter, principal_of, signed
+from tests.counter import PRICE, STRANGER, Counter, grant_of, principal_of, signed
 
 FREE = Usdc(0)
 
@@ -158,6 +158,23 @@ async def test_copies_of_a_refused_request_get_one_receipt(counter: Counter) -> 
 
     assert sum(isinstance(end, AccessDenied) for end in ends) == 1
     assert sum(isinstance(end, NonceUsed) for end in ends) == 19
+    assert await counter.chain_is_whole() == 1
+
+
+async def test_what_was_seen_of_a_nonce_does_not_outlast_what_another_copy_made_of_it(counter: Counter) -> None:
+    """Both copies saw a fresh nonce; the first is refused, on disk, before the second reserves its run."""
+    _, call = signed(max_price=0)
+    first, second = principal_of(call), principal_of(call)
+    for copy in (first, second):
+        assert await counter.ledger.answered(copy) is None
+    with pytest.raises(AccessDenied):
+        async with counter.ledger.outcome(first, call):
+            raise AccessDenied("hold 100 more", have="0", need="100")
+    with pytest.raises(NonceUsed):
+        async with counter.ledger.outcome(second, call):
+            await counter.ledger.reserve(grant_of(second, FREE), FREE)
+
+    assert counter.ledger.pending == 0
     assert await counter.chain_is_whole() == 1
 
 
