@@ -33,7 +33,7 @@ async def _pool() -> tuple[Seen, Seen]:
 
 async def _node(folder: Path) -> tuple[many_wallets.Seen, many_wallets.Seen, float]:
     """What callers saw without trouble and with it, and how much more memory the models took after it."""
-    async with serving(_CALLERS + 1, **_LIMITS) as world:
+    async with serving(_CALLERS + 2, **_LIMITS) as world:
         models = []
         for number in range(_MODELS):
             (folder / "model.onnx").write_bytes(many_wallets.adder(number))

@@ -32,6 +32,7 @@ FRESH = 1600
 """Calls that he has signed ahead; most are refused for their number, and he sends those again."""
 STEP = 1_000_000
 """Model number n adds n times this, which is more than there are callers."""
+_VILLAINS = 2
 
 
 def adder(number: int) -> bytes:
@@ -77,12 +78,13 @@ class Town:
     models: Sequence[ModelId]
     signers: Sequence[Signer]
     hostile: ModelId
-    villain: Signer
+    villains: Sequence[Signer]
+    """One floods a model; the other keeps the hostile model busy, and asks no oftener than he may."""
     homes: Sequence[aiohttp.ClientSession]
-    """Where callers come from: each has an address of its own, the first is the villain's."""
+    """Where callers come from: each has an address of its own, the first are the villains'."""
 
     async def serve(self, *, trouble: bool) -> Seen:
-        """Let each wallet call once. `trouble`: beside one who floods a model and keeps the hostile one busy."""
+        """Let each wallet call once. `trouble`: beside one who floods, and one who keeps the hostile model busy."""
         seen, calls = Seen(), enumerate(await asyncio.to_thread(self._calls))
         bad = [asyncio.create_task(work) for work in await asyncio.to_thread(self._trouble)] if trouble else []
 
@@ -90,7 +92,7 @@ class Town:
             for number, body in calls:
                 await self._ask(home, number, body, seen)
 
-        await asyncio.gather(*map(honest, self.homes[1:]))
+        await asyncio.gather(*map(honest, self.homes[len(self.villains) :]))
         for task in bad:
             task.cancel()
         await asyncio.gather(*bad, return_exceptions=True)
@@ -115,14 +117,14 @@ class Town:
             seen.crossed.append(f"{own} got {found}")
 
     def _trouble(self) -> list[Coroutine[Any, Any, None]]:
-        """One wallet that sends whatever it can, without waiting for what it is told."""
-        flood = cycle([_signed(self.villain, self.models[0], 1) for _ in range(FRESH)])
-        busy = cycle([_signed(self.villain, self.hostile, 1) for _ in range(FRESH // FLOOD)])
-        return [*(self._attack(flood) for _ in range(FLOOD)), self._attack(busy)]
+        """One wallet that sends whatever it can, without waiting for what it is told, and one that waits."""
+        flood = cycle([_signed(self.villains[0], self.models[0], 1) for _ in range(FRESH)])
+        busy = cycle([_signed(self.villains[1], self.hostile, 1) for _ in range(FRESH // FLOOD)])
+        return [*(self._attack(0, flood) for _ in range(FLOOD)), self._attack(1, busy)]
 
-    async def _attack(self, bodies: Iterator[bytes]) -> None:
+    async def _attack(self, home: int, bodies: Iterator[bytes]) -> None:
         for body in bodies:
-            await self._post(self.homes[0], body)
+            await self._post(self.homes[home], body)
 
     async def _post(self, home: aiohttp.ClientSession, body: bytes) -> tuple[int, Any]:
         headers = {"content-type": "application/json"}
@@ -139,10 +141,10 @@ def _signed(signer: Signer, model: ModelId, number: int) -> bytes:
 async def town(
     url: str, models: Sequence[ModelId], signers: Sequence[Signer], hostile: ModelId, *, at_once: int
 ) -> AsyncIterator[Town]:
-    """The wallets with their connections, so many at once; the last wallet is the villain's."""
+    """The wallets with their connections, so many at once; the last two wallets are the villains'."""
     async with AsyncExitStack() as stack:
         homes = []
-        for number in range(at_once + 1):
+        for number in range(at_once + _VILLAINS):
             connector = aiohttp.TCPConnector(limit=0, local_addr=(f"127.0.1.{number + 1}", 0))
             homes.append(await stack.enter_async_context(aiohttp.ClientSession(connector=connector)))
-        yield Town(url, models, signers[:-1], hostile, signers[-1], homes)
+        yield Town(url, models, signers[:-_VILLAINS], hostile, signers[-_VILLAINS:], homes)

@@ -21,7 +21,7 @@ LIMITS = {"INFERENCE_TIMEOUT_SECONDS": "1", "RATE_LIMIT_PER_MINUTE": "60", "MAX_
 
 
 async def test_a_flood_and_an_endless_model_cost_nobody_his_answer(world: World, tmp_path: Path) -> None:
-    keys = [Secret(secrets.token_bytes(32)) for _ in range(81)]
+    keys = [Secret(secrets.token_bytes(32)) for _ in range(82)]
     async with world.other_node(tmp_path, **LIMITS) as node:
         models = []
         for number in range(5):
