@@ -33,8 +33,8 @@ NODE_KEY = Secret(b"\x0d" * 32)
 KEY, OTHER_KEY = parse_key("0x" + "4c" * 32), parse_key("0x" + "5d" * 32)
 USER = address_of(KEY)
 VAULT, TOKEN = Address(b"\x0e" * 20), Address(b"\x0f" * 20)
-HOME = Home(31337, VAULT, Address(b"\x0d" * 20), "https://node.example.org")
 PAGE = "https://app.example:8443"
+HOME = Home(31337, VAULT, Address(b"\x0d" * 20), "https://node.example.org", (PAGE, "*"), frozenset({TOKEN}))
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Desk:
         return self.sessions
 
     def of(self, home: Home = HOME, key: Secret = NODE_KEY) -> Sessions:
-        return Sessions(self.state, key, home, origins=[PAGE, "*"], tokens=[TOKEN], clock=self.clock)
+        return Sessions(self.state, key, home, clock=self.clock)
 
     async def restart(self) -> Sessions:
         await self.state.close()

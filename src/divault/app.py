@@ -29,6 +29,7 @@ from divault.api.joined import JoinedProtocol
 from divault.auth import Authenticator
 from divault.chain import erc20
 from divault.chain.chain import Chain
+from divault.chain.contract_wallets import ContractWallets
 from divault.chain.gates import Gates
 from divault.chain.rpc import Rpc
 from divault.chain.vault import VaultReader
@@ -271,9 +272,10 @@ async def _node(
     terms = Terms(tokens, settings.divault_transfer_confirmations, settings.divault_transfer_max_age_seconds)
     rail = TransferCredit(ledger, chain, terms, sole_node_for=settings.divault_sole_node_for)
     gates = Gates(chain, VaultReader(chain, vault, contracts.token), tokens)
-    home = Home(chain.chain_id, vault, identities.address, url)
-    sessions = Sessions(state, identities.key, home, origins=settings.divault_cors_origins, tokens=tokens)
-    authenticator = Authenticator(home, sessions)
+    home = Home(chain.chain_id, vault, identities.address, url, tuple(settings.divault_cors_origins), tokens)
+    signers = ContractWallets(chain)
+    sessions = Sessions(state, identities.key, home, signers=signers)
+    authenticator = Authenticator(home, sessions, signers=signers)
     service = Service(
         Parts(
             authenticator=authenticator,

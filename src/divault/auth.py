@@ -11,9 +11,7 @@ Rules:
    or issues a receipt. `Principal` carries what that row needs.
 4. Missing and malformed fields are answered first, with the exact typed data to sign, so that a client written without
    them learns what to do.
-
-Contract wallets (ERC-1271, ERC-6492) are not accepted yet. They join in `_by_body`, after `require_signer` failed
-and behind a rate limit; that is why `authenticate` is a coroutine.
+5. Whose signatures count is said by `Signers`: keys, and contract wallets where the node asks the chain about them.
 """
 
 from __future__ import annotations
@@ -34,14 +32,13 @@ from divault.messages import (
     SessionCall,
     authority_of,
     body_hash,
+    read_headers,
     refusal,
     request_domain,
-    require_signer,
-    verify_headers,
 )
 from divault.messages.headers import DEFAULT_TTL_S
 from divault.messages.session_calls import LONGEST_S
-from divault.messages.signatures import signature_bytes
+from divault.messages.signatures import KeysOnly, Signers, signature_bytes
 from divault.sessions import Home, Sessions
 from divault.values import (
     Address,
@@ -60,6 +57,7 @@ from divault.values import (
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}", re.ASCII)
 _IDEMPOTENCY = b"divault/idempotency/v1\0"
+_KEYS = KeysOnly()
 _LATEST = 2**53 - 1  # largest integer that every JSON reader keeps
 
 
@@ -71,6 +69,7 @@ class Authenticator:
         home: Home,
         sessions: Sessions | None = None,
         *,
+        signers: Signers = _KEYS,
         clock: Callable[[], float] = time.time,
         max_header_ttl_s: int = DEFAULT_TTL_S,
     ) -> None:
@@ -79,20 +78,22 @@ class Authenticator:
         self._node = home.node
         self._authority = authority_of(home.url)
         self._sessions = sessions
+        self._signers = signers
         self._clock = clock
         self._max_header_ttl_s = max_header_ttl_s
 
     async def authenticate(self, call: SignedCall) -> Principal:
         """The proof that `call.user` signed exactly this call, now valid, or that it came by an open session of his.
 
-        Raises SignatureInvalid, SignatureExpired, WrongChain and SessionInvalid, each with the reason.
+        Raises SignatureInvalid, SignatureExpired, WrongChain and SessionInvalid, each with the reason; what `Signers`
+        raise.
         """
         now = int(self._clock())
         match call.proof:
             case BodySignature() as proof:
-                return self._by_body(call, proof, now)
+                return await self._by_body(call, proof, now)
             case HeaderSignature() as proof:
-                return self._by_headers(call, proof, now)
+                return await self._by_headers(call, proof, now)
             case SessionToken() as proof:
                 return await self._by_session(call, proof, now)
 
@@ -130,7 +131,7 @@ class Authenticator:
             malformed=[],
         )
 
-    def _by_body(self, call: SignedCall, proof: BodySignature, now: int) -> Principal:
+    async def _by_body(self, call: SignedCall, proof: BodySignature, now: int) -> Principal:
         self._require_own_chain(proof)
         if call.model is None:
             raise BadRequest("a signed body names a model", field="model_id")
@@ -148,7 +149,7 @@ class Authenticator:
         )
         request.check(RequestContext(self._node, call.method, call.path, proof.body_hash, now))
         digest = request.digest(self._domain)
-        require_signer(digest, proof.signature, call.user)
+        by_contract = await self._signers.require(digest, proof.signature, call.user, call.peer)
         return Principal(
             user=call.user,
             kind=PrincipalKind.BODY,
@@ -159,15 +160,17 @@ class Authenticator:
             max_price=call.max_price,
             typed_message=request.message(),
             signature=proof.signature,
+            by_contract=by_contract,
         )
 
-    def _by_headers(self, call: SignedCall, proof: HeaderSignature, now: int) -> Principal:
+    async def _by_headers(self, call: SignedCall, proof: HeaderSignature, now: int) -> Principal:
         self._require_own_chain(proof)
         message = HttpMessage(call.method, self._authority, call.path, proof.query, proof.headers, call.body)
         policy = HeaderPolicy(self._domain.chain_id, self._authority, now, self._max_header_ttl_s)
-        signed = verify_headers(message, policy)
+        signed = read_headers(message, policy)
         if signed.user != call.user:
             raise refusal("signer_mismatch", "the headers are signed by another wallet than the call names")
+        by_contract = await self._signers.require(signed.digest, signed.signature, signed.user, call.peer)
         return Principal(
             user=signed.user,
             kind=PrincipalKind.HEADERS,
@@ -177,6 +180,7 @@ class Authenticator:
             received_at=now,
             max_price=min(signed.max_price, call.max_price),  # the body is signed too, and may say less
             signature=signed.signature,
+            by_contract=by_contract,
         )
 
     async def _by_session(self, call: SignedCall, proof: SessionToken, now: int) -> Principal:
@@ -200,6 +204,7 @@ class Authenticator:
             typed_message={**made.members(), "message": session.message},
             signature=session.signature,
             login=session.login,
+            by_contract=session.by_contract,
             repeatable=key is not None,
         )
 
@@ -234,7 +239,7 @@ def _incomplete(
     request: InferenceRequest, typed_data: dict[str, Any], missing: list[str], malformed: list[str]
 ) -> SignatureIncomplete:
     send: dict[str, Any] = {
-        "user_signature": "the signature of typed_data, 0x and 130 hex digits",
+        "user_signature": "the signature of typed_data, 0x and 130 hex digits, or what a contract wallet gives",
         "nonce": str(request.nonce),
         "issued_at": request.issued_at,
         "expires_at": request.expires_at,
@@ -263,7 +268,7 @@ def _is_address(value: Any) -> bool:
 
 def _is_signature(value: Any) -> bool:
     try:
-        return len(signature_bytes(value)) in (64, 65)
+        return bool(signature_bytes(value))  # a contract wallet's may have any length
     except SignatureInvalid:
         return False
 

@@ -7,7 +7,8 @@ For browsers, notebooks and programs that can send a bearer token but sign nothi
    after a restart.
 2. The text names this node and its vault among its resources, beside domain, URI and chain: one that was signed for
    another node, or shown by it, opens nothing here. Its nonce was given out here and opens one session.
-3. A session ends after 15 minutes without a call, after 24 hours in any case, and when its text says so.
+3. A session ends after 15 minutes without a call, after 24 hours in any case (a contract wallet's after 5 minutes), and
+   when its text says so.
 4. A call that a browser sends names its origin, which has to be the session's; others name none.
 5. A session may spend nothing but what its text allows, in resources `urn:div:spend:<token>:<atomic units>`.
 
@@ -23,13 +24,13 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from divault.errors import DivaultError, NotReady, RateLimited, SessionInvalid
+from divault.errors import DivaultError, NotReady, RateLimited, SessionInvalid, SignatureInvalid
 from divault.limits import Buckets
 from divault.messages import (
     SignInContext,
@@ -39,18 +40,22 @@ from divault.messages import (
     bound_to,
     compose,
     refusal,
-    verify_sign_in,
+    require_signer,
 )
 from divault.messages.session_calls import LONGEST_S, OURS, resources_of, statement
+from divault.messages.signatures import KeysOnly, Signers
 from divault.state import State
 from divault.values import Address, Digest, Secret, Usdc
 
 IDLE_S = 900
 """Seconds without a call after which a session is over."""
+CONTRACT_S = 300
+"""Seconds after which the session of a contract wallet is over: no event tells that its owners changed."""
 NONCE_S = 600
 """Seconds in which a nonce has to come back with its signature."""
 PREFIX = "div1_"
 """How every token begins: what else is sent as a bearer token is no session's."""
+_KEYS = KeysOnly()
 _SEEN_EVERY_S = 60  # how often a use is written down; after a restart a session may seem idle so much longer
 _KEPT_S = 3600  # how long an ended session's row stays: longer than any run that it began
 _FORGOTTEN_AT_ONCE = 100  # rows of old sessions that one sign-in removes
@@ -75,6 +80,8 @@ class Session:
     seen_at: int
     written_at: int
     """`seen_at` as it is on disk."""
+    by_contract: bool
+    """The wallet is a contract, which accepted the signature; no key made it."""
     ended: bool = False
 
 
@@ -105,6 +112,10 @@ class Home:
     vault: Address
     node: Address
     url: str
+    origins: tuple[str, ...] = ()
+    """Web origins, beside the node's own, whose pages may ask wallets to sign in; what is no origin is left out."""
+    tokens: frozenset[Address] = frozenset()
+    """What this node takes payments in, and so what a session may be allowed to spend."""
 
     @property
     def origin(self) -> str:
@@ -121,18 +132,14 @@ class Sessions:
         key: Secret,
         home: Home,
         *,
-        origins: Sequence[str] = (),
-        tokens: Collection[Address] = (),
+        signers: Signers = _KEYS,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`key`: the node's. `origins`: web origins, beside the node's own, whose pages may ask wallets to sign in.
-
-        `tokens`: what this node takes payments in, and so what a session may be allowed to spend.
-        """
+        """`key`: the node's. `signers`: whose signatures open a session."""
         self._state = state
         self._home = home
-        self._origins = (home.origin, *(origin for origin in origins if "://" in origin))
-        self._tokens = frozenset(tokens)
+        self._origins = (home.origin, *(origin for origin in home.origins if "://" in origin))
+        self._signers = signers
         self._clock = clock
         scope = f"{home.chain_id}:{home.vault}:{home.node}".encode()
         self._key = HKDF(SHA256(), 64, None, b"divault/sessions/v1\0" + scope).derive(key.reveal())
@@ -165,7 +172,7 @@ class Sessions:
         """The token of a new session, for the wallet that signed the text.
 
         Raises SignatureInvalid, SignatureExpired, WrongNode and WrongChain with the reason; SessionInvalid when the
-        text is of another origin than the page that sent it; RateLimited; NotReady.
+        text is of another origin than the page that sent it; RateLimited; NotReady; what `Signers` raise.
         """
         message, now = SignInMessage.parse(text), int(self._clock())
         own = self._page_of(message)
@@ -175,13 +182,15 @@ class Sessions:
             )
         given = message.nonce if self._gave(message.nonce, now) else ""
         self._count(self._peers, peer, _PER_PEER)
-        verify_sign_in(text, signature, message.address, self._context(own, given, now))
+        message.check(self._context(own, given, now))
+        by_contract = await self._signers.require(message.digest, signature, message.address, peer)
         allowances = self._require_bound(message)
         if self._state.look(lambda db: _is_used(db, message.nonce)):
             raise _nonce_used()
         self._count(self._all, "node", _PER_NODE)
-        expires_at = int(min(now + LONGEST_S, message.expires_at or now + LONGEST_S))
-        session = Session(message.digest, message.address, own, text, signature, expires_at, now, now)
+        latest = now + (CONTRACT_S if by_contract else LONGEST_S)
+        expires_at = int(min(latest, message.expires_at or latest))
+        session = Session(message.digest, message.address, own, text, signature, expires_at, now, now, by_contract)
         await self._state.write(lambda db: _insert(db, session, message.nonce, allowances, now))
         return Ticket(self._token(session), session, allowances)
 
@@ -274,8 +283,8 @@ class Sessions:
         return allowances
 
     def _require_taken(self, allowances: Mapping[Address, Usdc]) -> None:
-        if not allowances.keys() <= self._tokens:
-            taken = ", ".join(map(str, sorted(self._tokens)))
+        if not allowances.keys() <= self._home.tokens:
+            taken = ", ".join(map(str, sorted(self._home.tokens)))
             raise refusal("bad_message", f"this node takes payments in {taken or 'no token'}, and in no other")
 
     def _new_nonce(self, now: int) -> str:
@@ -403,4 +412,15 @@ def _find(db: sqlite3.Connection, login: Digest) -> Session | None:
     if found is None:
         return None
     user, origin, message, signature, expires_at, seen_at, ended = found
-    return Session(login, Address(user), origin, message, signature, expires_at, seen_at, seen_at, ended=bool(ended))
+    wallet = Address(user)
+    by_contract = not _is_signer(login, signature, wallet)  # somebody's it is, or there were no row
+    times = (expires_at, seen_at, seen_at)
+    return Session(login, wallet, origin, message, signature, *times, by_contract, ended=bool(ended))
+
+
+def _is_signer(login: Digest, signature: str, wallet: Address) -> bool:
+    try:
+        require_signer(login, signature, wallet)
+    except SignatureInvalid:
+        return False
+    return True

@@ -377,6 +377,8 @@ class Principal(Struct, frozen=True):
     """Which session the call came by."""
     repeatable: bool = True
     """Whether the same request can come again; a session's call can with an `Idempotency-Key` only."""
+    by_contract: bool = False
+    """The user is a contract wallet, and its contract accepted `signature`; no key did."""
 
 
 class Grant(Struct, frozen=True):

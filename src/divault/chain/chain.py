@@ -136,6 +136,17 @@ class Chain:
         except Refused as err:
             raise _refusal("eth_call", err) from err
 
+    async def run(self, code: bytes, block: BlockRef, *, sender: Address, gas: int) -> bytes:
+        """What creation code returns when it runs after this block and deploys nothing.
+
+        Raises Reverted (out of gas too), ChainUnavailable (also: not canonical).
+        """
+        fields = {"from": str(sender), "data": "0x" + code.hex(), "gas": hex(gas)}
+        try:
+            return await self.rpc.call(Request("eth_call", (fields, _at(block)), records.data))
+        except Refused as err:
+            raise _refusal("eth_call", err) from err
+
     async def calls(self, reads: Sequence[ContractCall], block: BlockRef) -> list[bytes | Reverted]:
         """Outcomes of several reads at one block, in one round trip (Multicall3 where configured, else a batch).
 

@@ -32,6 +32,7 @@ from divault.messages.headers import (
     authority_of,
     claimed_user,
     nonce_of,
+    read_headers,
     sign_headers,
     verify_headers,
 )
@@ -84,6 +85,7 @@ __all__ = [
     "parse_key",
     "personal_digest",
     "raw_members",
+    "read_headers",
     "recover",
     "refusal",
     "request_domain",

@@ -157,7 +157,7 @@ def verify_sign_in(text: str, signature: str, claimed: Address, context: SignInC
     message.check(context)
     if message.address != claimed:
         raise refusal("signer_mismatch", "the message names another wallet than the one that signs in")
-    require_signer(personal_digest(text), signature, claimed)
+    require_signer(message.digest, signature, claimed)
     return message
 
 

@@ -7,6 +7,9 @@
 4. A recovery that fails equals nobody [`signer_mismatch`].
 5. One signature still has several encodings: never use its bytes as an identity.
 
+These are the rules for keys. What contract wallets sign has no form of its own, and whether it counts only the chain
+can say: who accepts them too asks a `Signers` (`chain.contract_wallets`).
+
 Own signatures are deterministic (RFC 6979), low s, with v 27 or 28.
 
 >>> from divault.values import Digest
@@ -19,7 +22,7 @@ True
 from __future__ import annotations
 
 import re
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from coincurve import PrivateKey, PublicKey
 
@@ -94,8 +97,34 @@ def recover(digest: Digest, signature: str) -> Address:
 
 def require_signer(digest: Digest, signature: str, claimed: Address) -> None:
     """Return only if `claimed` signed the digest. Raises SignatureInvalid with the broken rule's reason."""
-    if recover(digest, signature) != claimed:
+    require_signer_raw(digest, signature_bytes(signature), claimed)
+
+
+def require_signer_raw(digest: Digest, signature: bytes, claimed: Address) -> None:
+    """As `require_signer`, from the bytes of a signature."""
+    if recover_raw(digest, signature) != claimed:
         raise refusal("signer_mismatch", f"the signature is not by {claimed} over this request: sign it as it is sent")
+
+
+class Signers(Protocol):
+    """Whose signatures count."""
+
+    async def require(self, digest: Digest, signature: str, claimed: Address, peer: str) -> bool:
+        """Return only if `claimed` signed the digest: False by a key, True as a contract wallet.
+
+        `peer` asks for it, and is limited by. Raises SignatureInvalid with the broken rule's reason; RateLimited and
+        ChainUnavailable where it takes more than a key.
+        """
+        ...
+
+
+class KeysOnly:
+    """Signatures of keys count, and no others."""
+
+    async def require(self, digest: Digest, signature: str, claimed: Address, peer: str) -> bool:  # noqa: ARG002
+        """As `Signers` says."""
+        require_signer(digest, signature, claimed)
+        return False
 
 
 def signature_bytes(text: str) -> bytes:

@@ -7,6 +7,8 @@
 5. `cid`, `runtime`, `payment_key`, `request`, `request_signature`: what is disclosed matches its hash. The request is
    an `InferenceRequest`, or a call of a session: then the signature is over the text that opened the session, and no
    signature of the user covers the single call. The step that passed says so.
+   Whether a contract wallet accepts a signature only the chain can say: where `request_signer` claims that, the step
+   is not checked, and never passed.
 6. `input`, `output`: the bytes at hand match, with their salts.
 7. `checksums`: nothing else was changed by accident (see that module: sums locate, they prove nothing).
 8. `log` and `chain`: need more than this file, so they are never checked here.
@@ -38,6 +40,7 @@ from divault.messages.sign_in import MAX_AGE_S
 from divault.messages.typed import Domain
 from divault.receipts.checksums import mismatches
 from divault.receipts.fields import (
+    BY_CONTRACT,
     CHARGED,
     DOMAIN_NAME,
     DOMAIN_VERSION,
@@ -59,6 +62,7 @@ _OPTIONAL: dict[str, type] = {
     "payment_key": str,
     "request": dict,
     "request_signature": str,
+    "request_signer": str,
     "input_salt": str,
     "output_salt": str,
     "code": str,
@@ -172,6 +176,8 @@ def _parse(envelope: Any, expected: _Expected) -> _Case:
         raise ReceiptInvalid("a receipt is a JSON object", field="type")
     for name in _REQUIRED:
         _require(name in envelope, name, "this member is missing")
+    signer = envelope.get("request_signer")
+    _require(signer in (None, BY_CONTRACT), "request_signer", f"the only one that is named is {BY_CONTRACT}")
     for name, value in envelope.items():
         _require(name in _REQUIRED or name in _OPTIONAL, str(name)[:64], "version 1 has no such member")
         typed = name not in _OPTIONAL or value is None or type(value) is _OPTIONAL[name]
@@ -380,6 +386,8 @@ def _request_signature(case: _Case) -> str | _Holds | None:
     try:
         require_signer(signed, signature, case.values["user"])
     except DivaultError as err:
+        if case.envelope.get("request_signer") == BY_CONTRACT:
+            return "no key made it: whether the user is a contract wallet that accepts it needs the chain"
         raise ReceiptInvalid("it is not by the user over this request", field="request_signature") from err
     return _Holds("over the text that opened the session") if by_session else None
 

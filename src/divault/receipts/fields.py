@@ -29,6 +29,8 @@ FIELDS = tuple(name for name, _ in RECEIPT.fields)
 """The 19 names, in the struct's order."""
 CHARGED = (ReceiptStatus.OK, ReceiptStatus.PARTIAL)
 """Outcomes that may carry a price."""
+BY_CONTRACT = "contract"
+"""`request_signer` of a request that the user's contract accepted, and no key signed (ERC-1271)."""
 DOMAIN_NAME, DOMAIN_VERSION = "DIV Receipt", "1"
 
 

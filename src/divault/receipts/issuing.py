@@ -17,6 +17,7 @@ from divault.messages import Domain, SigningKey, address_of, canonical
 from divault.messages.typed import Value
 from divault.receipts.checksums import checksums, sum_of
 from divault.receipts.fields import (
+    BY_CONTRACT,
     CHARGED,
     RECEIPT,
     input_bytes,
@@ -199,4 +200,5 @@ def _disclosed(draft: ReceiptDraft, salts: _Salts, runtime: _Runtime | None) -> 
         "code": draft.code,
         "log": None,
         "attestation": None,
+        **({"request_signer": BY_CONTRACT} if principal.by_contract else {}),
     }
