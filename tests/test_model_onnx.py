@@ -221,6 +221,25 @@ def test_a_static_shape_takes_exactly_that() -> None:
         model.predict([Inputs({"x": [[1, 2]]}, {})])
 
 
+def test_an_input_without_a_shape_is_refused_by_name_and_no_scalar() -> None:
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+
+    with pytest.raises(UnsupportedModel, match="how many axes its input 'x' has"):
+        load(Onnx(), {"m": model_file(nodes, ([("x", FLOAT, None)], [("y", FLOAT, None)]), {})})
+    assert answer(load(Onnx(), {"m": model_file(nodes, ([("x", FLOAT, [])], [("y", FLOAT, [])]), {})}), {"x": 2.5}) == {
+        "outputs": {"y": 2.5}
+    }
+
+
+def test_an_output_without_a_shape_is_promised_nothing() -> None:
+    nodes = [helper.make_node("Reshape", ["x", "to"], ["y"])]
+    ports = ([("x", FLOAT, [4]), ("to", INT64, ["axes"])], [("y", FLOAT, None)])
+    model = load(Onnx(), {"m": model_file(nodes, ports, {})})
+
+    assert model.description.output_schema["properties"]["outputs"]["properties"]["y"] == {}
+    assert answer(model, {"x": [1, 2, 3, 4], "to": [2, 2]}) == {"outputs": {"y": [[1, 2], [3, 4]]}}
+
+
 @given(st.integers(0, 10_000), st.integers(0, 255), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_altered_bytes_give_a_model_or_a_typed_error(place: int, byte: int, cut: bool) -> None:

@@ -9,7 +9,7 @@ Callers never share a pass: what a graph does with its first axis is its own aff
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -56,7 +56,8 @@ class Onnx:
         onnx_file.check(file)
         told = Folder(files).json_object("divault.json")
         seed()
-        return LoadedOnnx(_session(file), labels_of(told), str(told.get("task") or "prediction")[:80])
+        task = str(told.get("task") or "prediction")[:80]
+        return LoadedOnnx(_session(file), onnx_file.shapeless(file), labels_of(told), task)
 
 
 def _models(files: Sequence[MemoryFile]) -> list[MemoryFile]:
@@ -115,8 +116,12 @@ def _port(node: Any) -> _Port:
 class LoadedOnnx:
     """A session, ready to run."""
 
-    def __init__(self, session: InferenceSession, labels: tuple[str, ...], task: str) -> None:
+    def __init__(
+        self, session: InferenceSession, shapeless: Container[str], labels: tuple[str, ...], task: str
+    ) -> None:
+        """`shapeless`: inputs and outputs whose number of axes the model does not say."""
         self._session = session
+        self._shapeless = shapeless
         self._labels = labels
         self._task = task
         self._outputs = [_port(node) for node in session.get_outputs()]
@@ -137,6 +142,11 @@ class LoadedOnnx:
         for port in ports:
             if port.dtype is None:
                 raise _refused("an ONNX model whose input is no tensor of a plain type")
+            if port.name in self._shapeless:
+                raise _refused(
+                    f"an ONNX model that does not say how many axes its input {port.name[:80]!r} has (export it with "
+                    "the shape of each input; sizes may stay open)"
+                )
         bare = {port.name: _spec(port, {}) for port in ports}
         example = {name: written(spec.zeros()) for name, spec in bare.items()}
         return {port.name: _spec(port, example) for port in ports}
@@ -148,7 +158,7 @@ class LoadedOnnx:
 
     def _described(self) -> Description:
         properties = {name: spec.schema() for name, spec in self._specs.items()}
-        output = {port.name: _output_schema(port) for port in self._outputs}
+        output = {port.name: self._output_schema(port) for port in self._outputs}
         result: dict[str, Any] = {"outputs": {"type": "object", "properties": output}}
         if self._labels:
             result["predictions"] = {"type": "array", "items": labelled_schema(self._labels)}
@@ -162,6 +172,10 @@ class LoadedOnnx:
             runtime=runtime_object("onnx", "cpu", "as the model says", ("onnxruntime",), {"provider": "CPU"}),
             tolerance=_TOLERANCE,
         )
+
+    def _output_schema(self, port: _Port) -> dict[str, Any]:
+        # An inferred shape is told as any other; none at all is no scalar.
+        return {} if port.name in self._shapeless and not port.shape else _output_schema(port)
 
     @property
     def _example(self) -> Mapping[str, Any]:

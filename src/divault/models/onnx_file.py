@@ -19,6 +19,8 @@ from divault.values import MemoryFile
 
 _GRAPH, _OPSETS = 7, 8
 _TOP = frozenset({1, 2, 3, 4, 5, 6, _GRAPH, _OPSETS, 14, 20, 25, 26})
+_INPUT, _OUTPUT = 11, 12  # of a graph: name (1) and _TYPE, in which _TENSOR, in which _SHAPE
+_TYPE, _TENSOR, _SHAPE = 2, 1, 2
 _MESSAGE = 2
 _INSIDE: dict[str, dict[int, str]] = {
     "model": {_GRAPH: "graph", 20: "training", 25: "function"},
@@ -68,6 +70,27 @@ def check(file: MemoryFile) -> None:
                     raise _damaged("a message is no message")
                 if inner is not None:
                     todo.append((inner, begin, stop, depth + 1))
+
+
+def shapeless(file: MemoryFile) -> frozenset[str]:
+    """Names of the model's inputs and outputs whose number of axes it does not say; onnxruntime calls those scalars.
+
+    Raises SealedFileDamaged.
+    """
+    names: set[str] = set()
+    with opened(file) as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for graph in _messages(data, (0, len(data)), _GRAPH):
+            for port in (*_messages(data, graph, _INPUT), *_messages(data, graph, _OUTPUT)):
+                tensors = [one for kind in _messages(data, port, _TYPE) for one in _messages(data, kind, _TENSOR)]
+                shapes = [shape for tensor in tensors for shape in _messages(data, tensor, _SHAPE)]
+                if tensors and not shapes:
+                    names.update(data[begin:end].decode("utf-8", "replace") for begin, end in _messages(data, port, 1))
+    return frozenset(names)
+
+
+def _messages(data: mmap.mmap, within: tuple[int, int], field: int) -> list[tuple[int, int]]:
+    """Where the values of the field with this number lie. Raises SealedFileDamaged."""
+    return [(begin, end) for number, wire, begin, end in _fields(data, *within) if (number, wire) == (field, _MESSAGE)]
 
 
 def _points_elsewhere(number: int, data: mmap.mmap, begin: int) -> bool:
