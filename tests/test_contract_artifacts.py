@@ -42,7 +42,13 @@ def test_every_source_is_compiled_into_something() -> None:
 def test_test_contracts_are_not_shipped() -> None:
     shipped = [path for path in ARTIFACTS if path.parent.name == "abi" and path.parent.parent.name == "chain"]
 
-    assert {path.stem for path in shipped} == {"ModelAccessToken", "ModelVault", "Multicall", "TestUSDC"}
+    assert {path.stem for path in shipped} == {
+        "ModelAccessToken",
+        "ModelVault",
+        "Multicall",
+        "TestUSDC",
+        "WalletSignature",
+    }
 
 
 def test_lock_file_pins_versions_and_hashes_and_names_no_registry() -> None:

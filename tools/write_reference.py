@@ -281,6 +281,8 @@ def contracts_page() -> str:
     parts = [_CONTRACTS.format(generated=generated, compiler=artifacts[0]["compiler"]).rstrip("\n")]
     for artifact in artifacts:
         parts.append(f"## {artifact['name']}")
+        if all(entry["type"] == "constructor" for entry in artifact["abi"]):
+            parts.append("Never deployed: `eth_call` runs it ([contract wallets](signatures.md#contract-wallets)).")
         for kind, head in (("function", "selector"), ("event", "topic"), ("error", "selector")):
             rows = sorted(_abi_row(entry) for entry in artifact["abi"] if entry["type"] == kind)
             if rows:

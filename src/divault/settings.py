@@ -16,6 +16,7 @@ from dotenv import dotenv_values
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from divault.errors import DivaultError, SettingsInvalid
+from divault.machine import memory_bytes
 from divault.values import Address, Secret
 
 MB = 10**6
@@ -182,7 +183,7 @@ class Settings(BaseModel):
     @property
     def model_memory_bytes(self) -> int:
         """`DIVAULT_MODEL_MEMORY_MB` in bytes, or 80 % of what this machine (or its control group) has."""
-        return self.divault_model_memory_mb * MB or _machine_memory() * 4 // 5
+        return self.divault_model_memory_mb * MB or memory_bytes() * 4 // 5
 
     @property
     def node_key_file(self) -> Path:
@@ -252,14 +253,6 @@ class Settings(BaseModel):
                 text = "" if value is None else str(value)
             shown[name.upper()] = text
         return shown
-
-
-def _machine_memory() -> int:
-    """Bytes of memory that this process may use, by its control group where that says less than the machine."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    told = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
-    return min(whole, int(told)) if told.isdecimal() else whole
 
 
 def _set(address: Address | None, name: str) -> Address:

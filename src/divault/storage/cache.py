@@ -37,6 +37,7 @@ from divault.errors import ContentInvalid, HashMismatch, InvalidCID, SettingsInv
 from divault.ipfs.cid import RAW, make_cid, multihash, split_cid
 from divault.ipfs.limits import Limits
 from divault.ipfs.verifier import Shell, Verifier, Wanted, check_block
+from divault.machine import cores
 from divault.storage.threads import background_pool
 from divault.values import Cid
 
@@ -44,7 +45,7 @@ Bytes = bytes | bytearray | memoryview
 _NODES = ".nodes"
 _PART = ".part"
 _FOLDER = ".folder"
-HASHERS = min(4, os.cpu_count() or 1)
+HASHERS = min(4, cores())
 """Threads that verify one cached file: sha256 releases the interpreter, so each core adds its 1.7 GiB/s."""
 _TELL_BYTES = 4 << 20
 """So much more verified is worth waking whoever waits for it; the end is told in any case."""

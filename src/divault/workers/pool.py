@@ -7,7 +7,6 @@ for deadlines, queues and restarts, `sandbox` for what a worker gives up. This m
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from divault.errors import (
     NotReady,
     SettingsInvalid,
 )
+from divault.machine import cores
 from divault.metrics import ModelFigures
 from divault.models.base import CPU, Description, Piece, Place
 from divault.telemetry import log
@@ -197,7 +197,7 @@ class WorkerPool:
         others = [entry.worker for model, entry in self._entries.items() if model != key]
         coming = [other for other in self._coming if other is not worker and other.opened.model.key != key]
         taken = sum(other.threads for other in (*others, *coming))
-        return max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) - taken))
+        return max(1, min(_MOST_THREADS, cores() - taken))
 
     def figures(self) -> list[ModelFigures]:
         """What each loaded model's worker does and did; measures memory, in about 0.1 ms each."""
