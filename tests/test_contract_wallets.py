@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
+from typing import Any, cast
 
 import pytest
 import pytest_asyncio
@@ -19,6 +23,7 @@ from tests.contract_wallets import Factory, deployed, odd, wrap
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 OWNER, OTHER = parse_key("0x" + "4c" * 32), parse_key("0x" + "5d" * 32)
 DIGEST, ANOTHER = Digest.keccak(b"a request"), Digest.keccak(b"another")
+VAULT = Address(b"\x0e" * 20)
 ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
 
 
@@ -74,10 +79,12 @@ async def test_without_an_answer_nobody_is_let_in(unreachable: Chain) -> None:
 async def test_a_wallet_takes_what_its_owner_signed_and_nothing_else(world: TestChain) -> None:
     wallet, asked = await deployed(world, OWNER), signers(world)
 
-    assert await reason(asked, signature_text(OWNER, DIGEST), wallet) is None
+    for digest in (ANOTHER, DIGEST):  # the refusal of a signature is for one digest and one wallet
+        expected = None if digest == DIGEST else "signer_mismatch"
+        assert await reason(asked, signature_text(OWNER, DIGEST), wallet, digest) == expected
     assert await reason(asked, signature_text(OTHER, DIGEST), wallet) == "signer_mismatch"
-    assert await reason(asked, signature_text(OWNER, ANOTHER), wallet) == "signer_mismatch"
     assert await reason(asked, signature_text(OWNER, DIGEST), await deployed(world, OTHER)) == "signer_mismatch"
+    assert await reason(asked, signature_text(OWNER, DIGEST), wallet) is None, "what another wallet refused"
     assert await reason(asked, "0x", wallet) == "bad_length"
     assert await reason(asked, "0x123", wallet) == "bad_hex"
 
@@ -133,6 +140,13 @@ async def test_no_other_answer_is_a_yes(world: TestChain, kind: int) -> None:
     assert await reason(signers(world), signature_text(OWNER, DIGEST), await odd(world, kind)) == "signer_mismatch"
 
 
+async def test_who_burns_all_gas_is_refused_like_any_other(world: TestChain) -> None:
+    """Where nothing were left to say no with, endpoints would give an error, which says nothing."""
+    greedy = await odd(world, 1)
+
+    assert await reason(signers(world), wrap(greedy, b"", bytes(65)), greedy) == "signer_mismatch"
+
+
 async def test_a_contract_that_takes_anything_lets_anybody_be_it(world: TestChain) -> None:
     assert await reason(signers(world), "0x00", await odd(world, 9)) is None
 
@@ -166,3 +180,88 @@ async def test_a_refusal_is_remembered_for_a_while(world: TestChain) -> None:
     await factory.create(OWNER, salt)
     clock.now = 60.0
     assert await reason(asked, plain, wallet) is None, "and not for ever"
+
+
+class Slow:
+    """A chain whose answers come when a test says so; counts the questions that are under way."""
+
+    def __init__(self, answer: bytes = b"\x00") -> None:
+        self.answer = answer
+        self.go = asyncio.Event()
+        self.now = self.most = 0
+
+    async def head(self) -> None:
+        return None
+
+    async def run(self, *_: Any, **__: Any) -> bytes:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await self.go.wait()
+        self.now -= 1
+        return self.answer
+
+
+def of(chain: Slow) -> ContractWallets:
+    return ContractWallets(cast("Chain", chain))
+
+
+async def test_few_questions_are_under_way_and_the_rest_wait_or_are_told() -> None:
+    chain = Slow()
+    asked = of(chain)
+
+    async def ask(peer: int, number: int) -> str:
+        try:
+            await asked.require(Digest.keccak(bytes([peer, number])), "0x00", address_of(OWNER), str(peer))
+        except RateLimited:
+            return "limited"
+        except SignatureInvalid:
+            return "refused"
+        return "let in"
+
+    one = [asyncio.create_task(ask(0, number)) for number in range(10)]
+    many = [asyncio.create_task(ask(peer, number)) for peer in range(1, 11) for number in range(4)]
+    await asyncio.sleep(0.05)
+    assert (chain.most, sum(task.done() for task in one), sum(task.done() for task in many)) == (4, 6, 12)
+    many[0].cancel()
+    chain.go.set()
+    found = await asyncio.gather(*one, *many, return_exceptions=True)
+
+    assert [found.count("limited"), found.count("refused"), found.count("let in")] == [18, 31, 0]
+    assert chain.most == 4
+    assert await ask(0, 99) == "refused", "and then there is room again"
+
+
+async def test_an_endpoint_that_says_neither_yes_nor_no_lets_nobody_in() -> None:
+    for answer in (b"", b"\x02", b"\x01" * 2, bytes(31) + b"\x01"):
+        chain = Slow(answer)
+        chain.go.set()
+        with pytest.raises(ChainUnavailable):
+            await of(chain).require(DIGEST, "0x00", address_of(OWNER), "peer")
+
+
+async def test_a_refusal_keeps_nothing_of_its_request() -> None:
+    """An error that is kept by a frame that it passed through keeps all frames above it, until garbage is collected."""
+
+    class Text(str):
+        __slots__ = ("__weakref__",)
+
+    chain = Slow()
+    chain.go.set()
+    asked, kept = of(chain), []
+
+    async def request(signature: str) -> None:
+        body, told = Text("a body"), Text(signature)
+        kept.extend((weakref.ref(body), weakref.ref(told)))
+        await asked.require(DIGEST, told, address_of(OWNER), "peer")
+
+    gc.disable()
+    try:
+        for signature in (signature_text(OTHER, DIGEST), signature_text(OTHER, DIGEST), wrap(VAULT, b"", b"")):
+            try:
+                await request(signature)
+            except SignatureInvalid:
+                continue
+            pytest.fail("it was let in")
+        assert [ref() for ref in kept] == [None] * 6
+    finally:
+        gc.enable()

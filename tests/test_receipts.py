@@ -359,9 +359,8 @@ def test_redacted_receipt_holds_nothing_private() -> None:
     assert whole["request"]["bodyHash"] not in text
     assert whole["request_signature"] not in text
     assert not any(salt.hex() in text for salt in SALTS)
-    assert not [
-        name for name in redact(whole)["checksums"] if name.startswith(("request.", "request_", "input_", "output_"))
-    ]
+    private = ("request.", "request_signature", "input_", "output_")
+    assert not [name for name in redact(whole)["checksums"] if name.startswith(private)]
 
 
 def test_answer_can_be_disclosed_without_the_question() -> None:
@@ -596,6 +595,53 @@ def test_a_text_that_is_not_shown_to_be_signed_proves_no_session() -> None:
     unsigned.pop("checksums")
 
     assert outcomes(check(unsigned))["request"] is Outcome.NOT_CHECKED
+
+
+# --- contract wallets -------------------------------------------------------------------------------------------------
+
+
+def by_contract(signature: str = "0x1234", **changed: Any) -> dict[str, Any]:
+    """The envelope of a request that a contract accepted, and no key signed; then with these members instead."""
+    principal = replace(PRINCIPAL, signature=signature, by_contract=True)
+    draft = replace(DRAFT, principal=principal, grant=replace(GRANT, principal=principal))
+    return copy.deepcopy(issuer().issue(draft, 0, Digest.ZERO).envelope) | changed
+
+
+@pytest.mark.parametrize("signature", ["0x", "0x1234", "0x" + "ab" * 8192])
+def test_whether_a_contract_wallet_signed_is_never_passed_without_the_chain(signature: str) -> None:
+    found = outcomes(check(by_contract(signature)))
+
+    assert found.pop("request_signature") is Outcome.NOT_CHECKED
+    assert Outcome.FAILED not in found.values()
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"request_signer": None}, "request_signature"),
+        ({"request_signer": "key"}, "request_signer"),
+        ({"request_signer": ["contract"]}, "request_signer"),
+        ({"request_signature": "no hex"}, "request_signature"),
+        ({"request_signature": "0x12345"}, "request_signature"),
+        ({"request_signature": "0x9999"}, "request_signature"),  # by its sum
+    ],
+)
+def test_what_is_said_of_a_contract_wallet_can_not_be_changed(changed: dict[str, Any], field: str) -> None:
+    assert first_wrong(by_contract(**changed)) == field
+
+
+def test_a_session_by_a_text_that_no_key_signed_is_not_passed() -> None:
+    """Who could claim a contract for any user, would have receipts of sessions that nobody opened."""
+    forged = of_session() | {"request_signature": "0x00", "request_signer": "contract"}
+    forged.pop("checksums")
+    found = outcomes(check(forged))
+
+    assert (found["request"], found["request_signature"]) == (Outcome.NOT_CHECKED, Outcome.NOT_CHECKED)
+    forged["request_signature"] = "not hex at all"
+    assert first_wrong(forged) == "request_signature"
+    late = of_session(issued_at=BEGAN - 3600 - 300) | {"request_signer": "contract"}
+    late.pop("checksums")
+    assert first_wrong(late) == "request.message", "and it lasts five minutes"
 
 
 def test_nothing_rides_along_in_a_session_s_call() -> None:

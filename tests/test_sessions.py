@@ -61,8 +61,8 @@ class Desk:
         self.sessions = self.of(**changed)
         return self.sessions
 
-    def of(self, home: Home = HOME, key: Secret = NODE_KEY) -> Sessions:
-        return Sessions(self.state, key, home, clock=self.clock)
+    def of(self, home: Home = HOME, key: Secret = NODE_KEY, **how: Any) -> Sessions:
+        return Sessions(self.state, key, home, clock=self.clock, **how)
 
     async def restart(self) -> Sessions:
         await self.state.close()
@@ -96,7 +96,49 @@ async def reason(work: Any) -> str:
     return f"{caught.value.code} {caught.value.data.get('reason')}"
 
 
+class Contract:
+    """Signers of a contract wallet that accepts everything; what they were asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Address] = []
+
+    async def require(self, digest: Digest, signature: str, claimed: Address, peer: str) -> bool:
+        self.asked.append(claimed)
+        return True
+
+
 # --- opening ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_contract_wallets_session_is_over_after_five_minutes_also_after_a_restart(desk: Desk) -> None:
+    signers = Contract()
+    sessions = desk.of(signers=signers)
+    ticket = await sessions.sign_in(desk.text(), "0x1234")
+    assert (signers.asked, ticket.session.expires_at) == ([USER], desk.clock.now + 300)
+
+    sessions = await desk.restart()
+    assert (await sessions.of(ticket.token, None)).by_contract
+    desk.clock.now += 300
+    assert await reason(sessions.of(ticket.token, None)) == "session_invalid expired"
+
+
+async def test_a_contract_is_not_asked_about_a_text_that_opens_nothing(desk: Desk) -> None:
+    signers = Contract()
+    sessions = desk.of(signers=signers)
+    text = desk.text()
+    await sessions.sign_in(text, "0x1234")
+    for other in (text, desk.text(resources=[]), desk.text(nonce="0" * 64), desk.text(chain_id=1)):
+        with pytest.raises(DivaultError):
+            await sessions.sign_in(other, "0x1234")
+
+    assert signers.asked == [USER]
+
+
+async def test_a_key_s_session_is_known_as_one_after_a_restart(desk: Desk) -> None:
+    ticket = await desk.sign_in()
+    sessions = await desk.restart()
+
+    assert not (await sessions.of(ticket.token, None)).by_contract
 
 
 async def test_a_signed_text_opens_a_session_of_its_wallet(desk: Desk) -> None:

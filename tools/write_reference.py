@@ -35,7 +35,7 @@ _GROUP = re.compile(r"^    # --- (?P<group>.+?) -+$|^    (?P<field>[a-z0-9_]+): 
 
 SIGNATURE_REASONS = {
     "bad_hex": "not hex digits with an optional lower-case `0x`, or an odd number of them",
-    "bad_length": "neither 65 bytes nor the 64 bytes of EIP-2098",
+    "bad_length": "neither 65 bytes nor the 64 bytes of EIP-2098; of a contract wallet: over 8 KiB",
     "bad_rs": "r or s is zero or not below the group order",
     "bad_v": "v is none of 0, 1, 27, 28",
     "high_s": "s is in the upper half: the same signature in its malleable form",

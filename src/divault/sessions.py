@@ -42,15 +42,13 @@ from divault.messages import (
     refusal,
     require_signer,
 )
-from divault.messages.session_calls import LONGEST_S, OURS, resources_of, statement
+from divault.messages.session_calls import LONGEST_BY_CONTRACT_S, LONGEST_S, OURS, resources_of, statement
 from divault.messages.signatures import KeysOnly, Signers
 from divault.state import State
 from divault.values import Address, Digest, Secret, Usdc
 
 IDLE_S = 900
 """Seconds without a call after which a session is over."""
-CONTRACT_S = 300
-"""Seconds after which the session of a contract wallet is over: no event tells that its owners changed."""
 NONCE_S = 600
 """Seconds in which a nonce has to come back with its signature."""
 PREFIX = "div1_"
@@ -59,7 +57,7 @@ _KEYS = KeysOnly()
 _SEEN_EVERY_S = 60  # how often a use is written down; after a restart a session may seem idle so much longer
 _KEPT_S = 3600  # how long an ended session's row stays: longer than any run that it began
 _FORGOTTEN_AT_ONCE = 100  # rows of old sessions that one sign-in removes
-_KNOWN = 10_000  # sessions kept in memory; others are read again
+_KNOWN = 4_000  # sessions kept in memory, of at most 24 kB; others are read again
 _MAC, _USER, _LOGIN, _END = 32, 20, 32, 8
 _NONCE = re.compile(r"([0-9a-f]{8})([0-9a-f]{24})([0-9a-f]{32})", re.ASCII)
 _PER_PEER, _PER_NODE = 60, 600  # sign-ins per minute: each is a row for a day
@@ -183,12 +181,12 @@ class Sessions:
         given = message.nonce if self._gave(message.nonce, now) else ""
         self._count(self._peers, peer, _PER_PEER)
         message.check(self._context(own, given, now))
-        by_contract = await self._signers.require(message.digest, signature, message.address, peer)
         allowances = self._require_bound(message)
         if self._state.look(lambda db: _is_used(db, message.nonce)):
             raise _nonce_used()
+        by_contract = await self._signers.require(message.digest, signature, message.address, peer)
         self._count(self._all, "node", _PER_NODE)
-        latest = now + (CONTRACT_S if by_contract else LONGEST_S)
+        latest = now + (LONGEST_BY_CONTRACT_S if by_contract else LONGEST_S)
         expires_at = int(min(latest, message.expires_at or latest))
         session = Session(message.digest, message.address, own, text, signature, expires_at, now, now, by_contract)
         await self._state.write(lambda db: _insert(db, session, message.nonce, allowances, now))

@@ -95,6 +95,20 @@ async def test_an_altered_result_is_not_returned(world: World) -> None:
     assert refused.value.data["field"] == "output"
 
 
+async def test_a_receipt_that_calls_this_wallet_a_contract_is_not_believed(world: World) -> None:
+    """Its request's signature could not be checked then."""
+    model, key = await published(world), await world.consumer()
+
+    def disowned(path: str, raw: bytes) -> bytes:
+        return raw.replace(b'"request_signer":null', b'"request_signer":"contract"', 1)
+
+    async with between(world, disowned) as url, client(world, url, key) as liar:
+        with pytest.raises(ReceiptInvalid) as refused:
+            await liar.run(model.text, {"features": world.trained.rows[0]})
+
+    assert refused.value.data["field"] == "request_signer"
+
+
 async def test_an_old_answer_is_not_taken_for_a_new_one(world: World) -> None:
     model, key = await published(world), await world.consumer()
     kept: list[bytes] = []

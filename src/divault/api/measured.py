@@ -1,13 +1,17 @@
-"""The layer around everything: counts and times each request, and writes a line about it.
+"""The layer around everything: counts and times each request, writes a line about it, and lets a flood wait.
 
 A line has the request's id, its route's template, status, code, milliseconds and the bytes of the answer's body: never
 its path, query, body, signature or who sent it. Successes are lines at the level DEBUG, refusals at INFO (fifty a
 second; all are counted), faults of the node at ERROR. A fault that reaches this layer ends here: it is logged without
 its words (`telemetry`), which the server outside would print.
+
+Who asks too often hears so after a while, when his request holds nothing any more: otherwise the next one would take
+the time of those who wait for an answer.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Awaitable, Iterable
@@ -26,6 +30,9 @@ REFUSALS_LOGGED = 50
 """Lines about refused requests in a second; the next line after that says how many were left out (`unlogged`)."""
 STREAM_CODE = "divault.code"
 """Member of the ASGI scope: the code of an error that was told within an answer that had begun."""
+TOO_OFTEN_S = 0.1
+"""Until a 429 is sent: who heeds no `Retry-After` gets ten of them a second on a connection, not a thousand."""
+_TOO_OFTEN = 429
 _ID_HEADER = b"x-request-id"
 _METHODS = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
 _log = log("api")
@@ -86,6 +93,10 @@ class Measured:
             self._tell(route, method, seen, time.perf_counter() - began)
             if trace is not None:
                 trace.end(route, seen.status, seen.code, seen.id)
+        if seen.kept is not None:
+            await asyncio.sleep(TOO_OFTEN_S)
+            for message in seen.kept:
+                await send(message)
 
     def _tell(self, route: str, method: str, seen: _Seen, seconds: float) -> None:
         self._metrics.request(route, method, seen.status, seconds, seen.code)
@@ -151,7 +162,7 @@ def _parent(scope: Scope) -> dict[str, str]:
 class _Seen:
     """Passes an answer on, and remembers what it is. Status 499: the client left before there was one."""
 
-    __slots__ = ("_send", "bytes", "code", "id", "status")
+    __slots__ = ("_send", "bytes", "code", "id", "kept", "status")
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -159,6 +170,8 @@ class _Seen:
         self.code: str | None = None
         self.id = ""
         self.bytes = 0
+        self.kept: list[Message] | None = None
+        """All of an answer that is not passed on yet."""
 
     def __call__(self, message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
@@ -173,4 +186,7 @@ class _Seen:
                 message["headers"] = [*message["headers"], (_ID_HEADER, self.id.encode())]
         else:
             self.bytes += len(message.get("body", b""))
-        return self._send(message)
+        return self._send(message) if self.status != _TOO_OFTEN else self._keep(message)
+
+    async def _keep(self, message: Message) -> None:
+        self.kept = [*(self.kept or ()), message]

@@ -6,14 +6,12 @@ the error's own data fields. A refusal or failure that has a receipt carries it 
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from http import HTTPStatus
 from typing import Any
 
 import orjson
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from divault.errors import DivaultError
 from divault.telemetry import log, new_request_id
@@ -23,8 +21,6 @@ MEDIA_TYPE = "application/problem+json"
 _OPENAI = "/v1/"
 """Where the routes of OpenAI's interface begin."""
 _TYPE_BASE = "urn:divault:error:"
-TOO_OFTEN_S = 0.1
-"""Until a 429 is sent: who heeds no `Retry-After` gets ten of them a second on a connection, not a thousand."""
 
 STATUS: dict[str, int] = {
     "bad_request": 400,
@@ -103,17 +99,7 @@ def problem_response(error: DivaultError, request_id: str, path: str = "") -> Re
         headers["allow"] = str(error.data["allowed"])
     if error.code == "payment_required":
         headers["payment-required"] = _payment_header(body)
-    kind = _Unhurried if body["status"] == HTTPStatus.TOO_MANY_REQUESTS else Response
-    return kind(orjson.dumps(body), body["status"], headers, MEDIA_TYPE)
-
-
-class _Unhurried(Response):
-    """A refusal of who asks too often: let him wait, and not those whose work the next refusal would hold up."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it, after a while."""
-        await asyncio.sleep(TOO_OFTEN_S)
-        await super().__call__(scope, receive, send)
+    return Response(orjson.dumps(body), body["status"], headers, MEDIA_TYPE)
 
 
 def openai_error(body: dict[str, Any]) -> dict[str, Any]:

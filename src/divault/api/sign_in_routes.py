@@ -21,7 +21,7 @@ from divault.messages.sign_in import time_text
 from divault.sessions import IDLE_S, NONCE_S, Challenge
 from divault.values import Address, Secret, Usdc
 
-_MAX_BYTES = 16 * 1024  # a text with a page of resources, escaped, and its signature
+_MAX_BYTES = 24 * 1024  # a text with a page of resources, escaped, and the longest signature of a contract wallet
 
 
 def add_sign_in(router: APIRouter, node: Node) -> None:

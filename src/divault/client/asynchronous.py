@@ -334,6 +334,10 @@ class AsyncClient:
         )
         receipts.require_valid(steps)
         fields = envelope["receipt"]
+        if envelope.get("request_signer") is not None:
+            raise ReceiptInvalid(
+                "this wallet signs with a key, and the receipt says it is a contract", field="request_signer"
+            )
         self._require_mine(fields, request_id, limit)
         price = Usdc.parse_atomic(fields["price"])
         try:

@@ -49,6 +49,7 @@ from divault.messages.signatures import (
     recover,
     require_signer,
     sign_digest,
+    signature_bytes,
     signature_text,
 )
 from divault.messages.typed import Domain, Struct
@@ -92,6 +93,7 @@ __all__ = [
     "require_signer",
     "sign_digest",
     "sign_headers",
+    "signature_bytes",
     "signature_text",
     "strict_json",
     "strict_object",

@@ -27,6 +27,8 @@ from divault.values import Address, Digest, Usdc
 
 LONGEST_S = 86_400
 """Seconds after which every session is over."""
+LONGEST_BY_CONTRACT_S = 300
+"""Seconds after which a contract wallet's session is over: no event tells that its owners changed."""
 OURS = "urn:div:"
 """How every resource begins that says something to a node."""
 _SPEND = re.compile(r"urn:div:spend:(0x[0-9a-fA-F]{40}):([0-9]{1,78})", re.ASCII)

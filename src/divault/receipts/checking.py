@@ -34,8 +34,9 @@ from divault.messages import (
     recover,
     request_domain,
     require_signer,
+    signature_bytes,
 )
-from divault.messages.session_calls import LONGEST_S
+from divault.messages.session_calls import LONGEST_BY_CONTRACT_S, LONGEST_S
 from divault.messages.sign_in import MAX_AGE_S
 from divault.messages.typed import Domain
 from divault.receipts.checksums import mismatches
@@ -351,18 +352,22 @@ def _session_request(case: _Case, members: dict[str, Any]) -> str | _Holds:
     _require(all(name in login.resources for name in bound), "request.message", "it is for another node or vault")
     allowed = _member("request", lambda: _allowed(login, values["token"]))
     _require(values["price"] <= allowed, "price", "more was charged than the session may spend")
-    _require(_was_open(login, values["startedAt"]), "request.message", "its session was not open when the call began")
+    longest = LONGEST_BY_CONTRACT_S if case.envelope.get("request_signer") == BY_CONTRACT else LONGEST_S
+    in_time = _was_open(login, values["startedAt"], longest)
+    _require(in_time, "request.message", "its session was not open when the call began")
     if case.envelope.get("request_signature") is None:
         return "by a session, whose text is not shown to be signed"
+    if case.envelope.get("request_signer") == BY_CONTRACT:
+        return "by a session, whose text is signed by no key: that needs the chain"
     return _Holds("by a session: the user signed in, and signed no single call")
 
 
 _SESSION_MEMBERS = frozenset({"body_hash", "login", "method", "path", "request_id", "message"})
 
 
-def _was_open(login: SignInMessage, moment: int) -> bool:
-    """Whether a session by this text can have been open: all that a text says of it, and the longest that there are."""
-    latest = login.issued_at + MAX_AGE_S + LONGEST_S
+def _was_open(login: SignInMessage, moment: int, longest_s: int) -> bool:
+    """Whether a session by this text can have been open: all that a text says of it, and how long one lasts at most."""
+    latest = login.issued_at + MAX_AGE_S + longest_s
     ends = latest if login.expires_at is None else min(latest, login.expires_at)
     begins = max(login.issued_at - CLOCK_SKEW_S, login.not_before or 0)
     return int(begins) <= moment < ends
@@ -384,10 +389,11 @@ def _request_signature(case: _Case) -> str | _Holds | None:
     if by_session:
         signed = _member("request", lambda: SessionCall.parse(request), "request.").login
     try:
+        if case.envelope.get("request_signer") == BY_CONTRACT:
+            signature_bytes(signature)
+            return "by no key: whether the user is a contract wallet that accepts it needs the chain"
         require_signer(signed, signature, case.values["user"])
     except DivaultError as err:
-        if case.envelope.get("request_signer") == BY_CONTRACT:
-            return "no key made it: whether the user is a contract wallet that accepts it needs the chain"
         raise ReceiptInvalid("it is not by the user over this request", field="request_signature") from err
     return _Holds("over the text that opened the session") if by_session else None
 
@@ -421,7 +427,7 @@ def _salted(case: _Case, what: str, covered: bytes | None, hashed: Callable[[byt
 # --- 7 and 8 ------------------------------------------------------------------------------------------------------
 
 
-_VOUCHED = ("receipt_hash", "signature", "request_signature", *(member for _, member, _ in _BOUND))
+_VOUCHED = ("receipt_hash", "signature", *(member for _, member, _ in _BOUND))
 """Members that an earlier step proved, if they are there."""
 
 
@@ -431,7 +437,8 @@ def _checksums(case: _Case) -> str | None:
     located = next(mismatches(case.envelope), None)
     if located is not None:
         # What a hash already vouches for is right, so its sum is what was changed.
-        disclosed = located in _VOUCHED and case.envelope[located] is not None
+        by_key = located == "request_signature" and case.envelope.get("request_signer") is None
+        disclosed = (by_key or located in _VOUCHED) and case.envelope[located] is not None
         vouched = disclosed or located in FIELDS or located.startswith(("domain.", "request."))
         field = f"checksums.{located}" if vouched else located
         raise ReceiptInvalid("it was changed after the receipt was issued", field=field)

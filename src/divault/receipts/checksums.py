@@ -30,6 +30,7 @@ _SINGLE = (
     "runtime",
     "payment_key",
     "request_signature",
+    "request_signer",
     "input_salt",
     "output_salt",
     "code",

@@ -195,10 +195,10 @@ def _disclosed(draft: ReceiptDraft, salts: _Salts, runtime: _Runtime | None) -> 
         "payment_key": draft.payment_key,
         "request": principal.typed_message,
         "request_signature": principal.signature,
+        "request_signer": BY_CONTRACT if principal.by_contract else None,
         "input_salt": "0x" + salts.input.hex() if salts.input else None,
         "output_salt": "0x" + salts.output.hex() if salts.output else None,
         "code": draft.code,
         "log": None,
         "attestation": None,
-        **({"request_signer": BY_CONTRACT} if principal.by_contract else {}),
     }
