@@ -139,10 +139,10 @@ async def test_a_flood_of_refusals_fills_no_log_and_every_one_is_counted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin()
-    metrics, now, status = Metrics(), 100.0, 429
+    metrics, now, status = Metrics(), 100.0, 403
 
     async def app(_: Any, __: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": status, "headers": [(b"divault-code", b"rate_limited")]})
+        await send({"type": "http.response.start", "status": status, "headers": [(b"divault-code", b"access_denied")]})
         await send({"type": "http.response.body", "body": b""})
 
     monkeypatch.setattr(divault.api.measured.time, "monotonic", lambda: now)
@@ -157,12 +157,12 @@ async def test_a_flood_of_refusals_fills_no_log_and_every_one_is_counted(
     status = 500
     (fault,) = await request(1)
     assert (fault["status"], fault["unlogged"]) == (500, 30), "faults are always told"
-    status, now = 429, 101.0
+    status, now = 403, 101.0
     first, second = await request(2)
 
     assert "unlogged" not in first | second
     count = REFUSALS_LOGGED + 32
-    assert f'divault_requests_total{{method="POST",route="/x",status="429"}} {count}.0'.encode() in metrics.text()
+    assert f'divault_requests_total{{method="POST",route="/x",status="403"}} {count}.0'.encode() in metrics.text()
 
 
 async def nothing(*_: Any) -> None:

@@ -105,6 +105,13 @@ class _Port:
 
 
 def _port(node: Any) -> _Port:
+    try:
+        return _told(node)
+    except UnicodeDecodeError:
+        raise SealedFileDamaged("a name in the ONNX file is no text", stage="payload") from None
+
+
+def _told(node: Any) -> _Port:
     dtype = _DTYPES.get(node.type.removeprefix("tensor(").removesuffix(")")) if "tensor(" in node.type else None
     if not node.type.startswith("tensor("):
         dtype = None
