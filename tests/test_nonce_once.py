@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from divault.errors import AccessDenied, DivaultError, ModelFailed, NonceUsed, Overloaded, RateLimited
+from divault.errors import AccessDenied, DivaultError, ModelFailed, NonceUsed, NotReady, Overloaded, RateLimited
 from divault.limits import RefusalBudget
+from divault.payments import books
+from divault.receipts import redact
 from divault.values import Answer, Hold, Usdc
 from tests.counter import PRICE, STRANGER, Counter, grant_of, principal_of, signed
 
@@ -249,3 +253,28 @@ async def test_a_free_answer_is_not_kept(counter: Counter) -> None:
     await counter.infer(signed(max_price=0)[1], price=FREE)
 
     assert await counter.rows("SELECT * FROM outcome") == []
+
+
+async def test_a_kept_receipt_names_its_runtime_also_after_a_write_that_failed(
+    counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = books.append_receipt
+
+    def full(*_: Any) -> None:
+        monkeypatch.setattr(books, "append_receipt", append)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(books, "append_receipt", full)
+    with pytest.raises(NotReady):
+        await counter.infer(signed(max_price=0)[1], price=FREE)
+    principals = []
+    for _ in range(2):
+        principal, call = signed(max_price=0)
+        principals.append((principal, await counter.infer(call, price=FREE)))
+
+    for principal, answer in principals:
+        kept = await counter.state.read(lambda db, of=principal: books.receipt_of(db, of.request, of.user))
+        assert answer.receipt is not None
+        assert kept == redact(answer.receipt.envelope)
+        assert kept["runtime"] == {"adapter": "test", "device": "cpu"}
+    assert len(await counter.rows("SELECT hash FROM runtime")) == 1

@@ -333,14 +333,26 @@ def test_redacted_receipt_is_not_checked_where_it_was_redacted_and_valid_elsewhe
     assert Outcome.FAILED not in found.values()
 
 
-@pytest.mark.parametrize("draft", [DRAFT, REFUSAL])
+BY_CONTRACT = replace(DRAFT, principal=replace(PRINCIPAL, signature="0x1234", by_contract=True))
+
+
+@pytest.mark.parametrize("draft", [DRAFT, REFUSAL, BY_CONTRACT])
 def test_what_a_ledger_keeps_gives_the_redacted_receipt_back(draft: ReceiptDraft) -> None:
     whole = copy.deepcopy(issuer().issue(draft, 0, Digest.ZERO).envelope)
-    kept = to_keep(whole)
+    kept, runtimes = to_keep(whole), {whole["receipt"]["runtimeHash"]: whole["runtime"]}
 
-    assert b"checksums" not in kept
-    assert json.dumps(from_kept(kept)) == json.dumps(redact(whole))
-    assert json.dumps(from_kept(json.dumps(redact(whole)).encode())) == json.dumps(redact(whole)), "as older ones lie"
+    assert len(kept) < len(json.dumps(redact(whole))) / 3
+    assert json.dumps(from_kept(kept, lambda hashed: runtimes[str(hashed)])) == json.dumps(redact(whole))
+    older = json.dumps(redact(whole)).encode()
+    assert json.dumps(from_kept(older, lambda _: {})) == json.dumps(redact(whole)), "as older ones lie"
+
+
+@pytest.mark.parametrize("member", ["log", "attestation"])
+def test_a_ledger_keeps_every_member_of_an_envelope(member: str) -> None:
+    whole = copy.deepcopy(issuer().issue(REFUSAL, 0, Digest.ZERO).envelope) | {member: {"a": [1, None, "\xe4"]}}
+    whole["checksums"] = checksums(whole)
+
+    assert json.dumps(from_kept(to_keep(whole), lambda _: {})) == json.dumps(redact(whole))
 
 
 def test_runtime_that_is_equal_but_not_the_same_is_disclosed_as_it_was_hashed() -> None:

@@ -130,6 +130,12 @@ _MIGRATIONS: tuple[str, ...] = (
     CREATE TRIGGER charge_is_final BEFORE UPDATE ON charge BEGIN SELECT RAISE(ABORT, 'append-only'); END;
     CREATE TRIGGER charge_stays BEFORE DELETE ON charge BEGIN SELECT RAISE(ABORT, 'append-only'); END;
     """,
+    # What thousands of receipts say alike, once.
+    """
+    CREATE TABLE runtime(hash BLOB PRIMARY KEY, object BLOB NOT NULL) WITHOUT ROWID;
+    CREATE TRIGGER runtime_is_final BEFORE UPDATE ON runtime BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+    CREATE TRIGGER runtime_stays BEFORE DELETE ON runtime BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+    """,
 )
 """One step per schema version, oldest first; released steps never change."""
 

@@ -18,6 +18,7 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
 from msgspec import Struct
 
 from divault.errors import SessionInvalid
@@ -369,13 +370,26 @@ def receipt_of(db: sqlite3.Connection, request: Digest, user: Address) -> dict[s
     found = db.execute(
         "SELECT envelope FROM receipt WHERE request = ? AND user = ?", (request.raw, user.raw)
     ).fetchone()
-    return None if found is None else from_kept(found[0])
+    return None if found is None else from_kept(found[0], lambda hashed: _runtime_of(db, hashed))
+
+
+def _runtime_of(db: sqlite3.Connection, hashed: Digest) -> dict[str, Any]:
+    (raw,) = db.execute("SELECT object FROM runtime WHERE hash = ?", (hashed.raw,)).fetchone()
+    found: dict[str, Any] = orjson.loads(raw)
+    return found
+
+
+def keep_runtime(db: sqlite3.Connection, hashed: Digest, runtime: dict[str, Any]) -> None:
+    """Keep what receipts with this `runtimeHash` say of the runtime; does nothing where it is kept already."""
+    db.execute(
+        "INSERT INTO runtime(hash, object) VALUES (?, ?) ON CONFLICT DO NOTHING", (hashed.raw, orjson.dumps(runtime))
+    )
 
 
 def append_receipt(
     db: sqlite3.Connection, log: int, receipt: Receipt, previous: Digest, principal: Principal, model: ModelId | None
 ) -> None:
-    """Append to the log, without the private part of the envelope."""
+    """Append to the log, without the private part of the envelope, and its runtime object (`keep_runtime`)."""
     key = model.key if model is not None else Digest.ZERO
     db.execute(
         "INSERT INTO receipt(log, sequence, hash, previous, request, user, model, status, envelope)"

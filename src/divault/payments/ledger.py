@@ -70,6 +70,7 @@ Wording = Callable[[str, bytes, dict[str, Any]], bytes]
 """The body of an answer from model id, result and receipt; the result stands in it byte for byte."""
 _RETRY_S = 1
 _PURGE_EVERY_S = 60
+_MOST_RUNTIMES = 256  # hashes remembered; more than that many models are not loaded at once
 _FOREVER = 2**62
 
 
@@ -146,6 +147,8 @@ class Ledger:
         """Free runs under way, the oldest first."""
         self._last: tuple[int, int, int, Digest] | None = None
         """As of so many undone writes: the log's number, and the newest receipt's number and hash."""
+        self._kept_runtimes: set[str] = set()
+        """Hashes of runtime objects that are kept, as of as many undone writes as `_last`."""
         self._seen: tuple[Principal, int, Row | None] | None = None
         """Whose row was looked up last, after how many writes."""
         self._tidied_at, self._purge_at = 0, self._now() + _PURGE_EVERY_S
@@ -452,9 +455,16 @@ class Ledger:
         if self._last is None or self._last[0] != self._state.undone:
             number = books.log_of(db, self._log)
             self._last = (self._state.undone, number, *books.last_receipt(db, number))
+            self._kept_runtimes.clear()
         undone, number, sequence, previous = self._last
         receipt = self._issuer.issue(draft, sequence + 1, previous)
         self._last = (undone, number, receipt.sequence, receipt.hash)
+        runtime, hashed = receipt.envelope["runtime"], receipt.envelope["receipt"]["runtimeHash"]
+        if runtime is not None and hashed not in self._kept_runtimes:
+            if len(self._kept_runtimes) >= _MOST_RUNTIMES:
+                self._kept_runtimes.clear()
+            books.keep_runtime(db, Digest.parse(hashed), runtime)
+            self._kept_runtimes.add(hashed)
         books.append_receipt(db, number, receipt, previous, trail.principal, trail.call.model)
         return receipt
 

@@ -11,13 +11,10 @@ from collections.abc import Container
 from typing import Any
 
 import msgspec
-import orjson
 
 from divault.errors import BadRequest
 from divault.messages import raw_members, strict_object
-from divault.receipts.checksums import PRIVATE, checksums, checksums_without
-
-_NO_PRIVATE = dict.fromkeys(PRIVATE)
+from divault.receipts.checksums import PRIVATE, checksums_without
 
 
 def answer_body(model_id: str, result: bytes, envelope: dict[str, Any], message: str = "inference completed") -> bytes:
@@ -63,18 +60,4 @@ def redact(envelope: dict[str, Any], *, keep: Container[str] = ()) -> dict[str, 
     public = envelope | dict.fromkeys(dropped)
     if isinstance(envelope.get("checksums"), dict):
         public["checksums"] = checksums_without(dropped, envelope["checksums"])
-    return public
-
-
-def to_keep(envelope: dict[str, Any]) -> bytes:
-    """What a ledger keeps of an envelope: neither the private part nor sums, which can be made again."""
-    public = envelope | _NO_PRIVATE
-    del public["checksums"]
-    return orjson.dumps(public)
-
-
-def from_kept(raw: bytes) -> dict[str, Any]:
-    """The same as `redact` gives, from what was kept."""
-    public: dict[str, Any] = orjson.loads(raw)
-    public["checksums"] = checksums_without(PRIVATE, checksums(public))
     return public
