@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from aiohttp import web
 
 from divault.client import AsyncClient
 from divault.client.signing import Signer
@@ -118,20 +119,52 @@ class Serving:
 
 
 @asynccontextmanager
-async def serving(wallets: int = 16, **settings: str) -> AsyncIterator[Serving]:
-    """A node, its chain and its store, and wallets that hold the gate's token; the first is the node's operator."""
+async def serving(wallets: int = 16, *, chain_away_s: float = 0.0, **settings: str) -> AsyncIterator[Serving]:
+    """A node, its chain and its store, and wallets that hold the gate's token; the first is the node's operator.
+
+    `chain_away_s`: how much later than its chain answers the node hears it.
+    """
     keys = [Secret(secrets.token_bytes(32)) for _ in range(wallets)]
     settings = {"DIVAULT_OPERATORS": str(address_of(keys[0]))} | settings
     with tempfile.TemporaryDirectory(dir=Path(__file__).parent, prefix=".serving-") as text:
         folder = Path(text)
         (folder / "node").mkdir()
-        async with TestChain.start() as chain, ContentStore(folder / "store") as store:
-            environment = node_environment(chain.devnet.url, chain.vault, chain.usdc, store.url) | _SETTINGS | settings
+        async with (
+            TestChain.start() as chain,
+            ContentStore(folder / "store") as store,
+            _away(chain.devnet.url, chain_away_s) as endpoint,
+        ):
+            environment = node_environment(endpoint, chain.vault, chain.usdc, store.url) | _SETTINGS | settings
             async with serving_node(environment, folder / "node") as node:
                 world = Serving(chain, store, node, folder, keys)
                 for key in keys:
                     await chain.mint_tokens(address_of(key), _MINIMUM)
                 yield world
+
+
+@asynccontextmanager
+async def _away(url: str, seconds: float) -> AsyncIterator[str]:
+    """The URL of what answers like this one, so much later."""
+    if not seconds:
+        yield url
+        return
+
+    async def relay(request: web.Request) -> web.Response:
+        body = await request.read()
+        await asyncio.sleep(seconds)
+        async with session.post(url, data=body, headers={"content-type": "application/json"}) as answer:
+            return web.Response(body=await answer.read(), status=answer.status, content_type="application/json")
+
+    app = web.Application(client_max_size=1 << 24)
+    app.router.add_post("/", relay)
+    runner = web.AppRunner(app, access_log=None)
+    async with aiohttp.ClientSession() as session:
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        finally:
+            await runner.cleanup()
 
 
 @asynccontextmanager

@@ -54,6 +54,71 @@ async def test_a_head_is_used_for_its_time_to_live_and_not_longer() -> None:
     assert stub.counted[HEADS] == 2
 
 
+async def until(number: int, chain: Chain) -> None:
+    async with asyncio.timeout(10):
+        while chain.last_head is None or chain.last_head.number != number:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_head_that_is_asked_for_is_read_again_before_its_time_is_over() -> None:
+    clock = Clock()
+    async with serving() as stub, chain_of(stub, head_ttl_s=1.0, monotonic=clock) as chain:
+        await chain.head()
+        stub.number, stub.delay_s = 8, 0.05
+        clock.now += 0.7
+        await chain.head()
+        assert stub.counted[HEADS] == 1, "too early"
+        clock.now += 0.1
+        soon = await asyncio.gather(*(chain.head() for _ in range(20)))
+        assert {head.number for head in soon} == {7}, "nobody waits for it"
+        await until(8, chain)
+        clock.now += 0.9  # over for the first head, not for the one that was read meanwhile
+        later = await asyncio.wait_for(chain.head(), 0.04)
+
+    assert later.number == 8
+    assert stub.counted[HEADS] in (2, 3)
+
+
+async def test_who_asks_no_more_has_nothing_read() -> None:
+    clock = Clock()
+    async with serving() as stub, chain_of(stub, head_ttl_s=1.0, monotonic=clock) as chain:
+        await chain.head()
+        clock.now += 0.9
+        await asyncio.sleep(0.05)
+
+        assert stub.counted[HEADS] == 1
+
+
+async def test_a_read_ahead_that_fails_is_nobodys_failure() -> None:
+    clock = Clock()
+    async with serving() as stub, chain_of(stub, head_ttl_s=1.0, monotonic=clock) as chain:
+        await chain.head()
+        stub.breaks = html
+        clock.now += 0.9
+        assert (await chain.head()).number == 7
+        assert chain._ahead is not None
+        async with asyncio.timeout(10):
+            while chain._ahead is not None:
+                await asyncio.sleep(0.01)
+        assert (await chain.head()).number == 7, "it still has its time"
+        stub.breaks = None
+        clock.now += 0.2
+
+        assert (await chain.head()).number == 7, "and then it is read anew at once"
+
+
+async def test_a_chain_is_closed_while_it_reads_ahead() -> None:
+    clock = Clock()
+    async with serving() as stub, chain_of(stub, head_ttl_s=1.0, monotonic=clock) as chain:
+        await chain.head()
+        stub.delay_s = 0.3
+        clock.now += 0.9
+        await chain.head()
+        await asyncio.sleep(0.02)
+
+    assert chain._ahead is None
+
+
 async def test_fresh_reads_anew() -> None:
     clock = Clock()
     async with serving() as stub, chain_of(stub, head_ttl_s=60, monotonic=clock) as chain:

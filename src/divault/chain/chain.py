@@ -3,6 +3,7 @@
 Rules:
 
 1. `head` is at most `head_ttl_s` old; when it can't be read anew the answer is ChainUnavailable, never the old head.
+   One that is still asked for is read again before its time is over, so that callers needn't wait for it.
 2. A head whose own time is more than `max_head_age_s` behind the clock is refused (ChainStale), where that is set.
 3. `call` is pinned to a block hash that must be canonical (EIP-1898): after a reorg an old hash decides nothing.
 4. A revert is `Reverted`; whatever else goes wrong is ChainUnavailable. Nothing is read as zero or as empty instead.
@@ -28,6 +29,8 @@ T = TypeVar("T")
 BlockTag = Literal["latest", "safe", "finalized"]
 _CALL_GAS = hex(25_000_000)
 """Gas of a read: half of what nodes allow by default (50M), so that a hostile contract burns little of an endpoint."""
+_AHEAD = 0.75
+"""Part of its time to live, after which a head that is asked for is read again meanwhile."""
 _CONTACT_RETRY_S = 0.25
 """How long a failed head read is answered with the same failure, so that waiting callers don't queue up timeouts."""
 
@@ -64,6 +67,7 @@ class Chain:
         self._head_asked_at = 0.0
         self._failure: tuple[float, ChainUnavailable] | None = None
         self._reading = asyncio.Lock()
+        self._ahead: asyncio.Task[None] | None = None
 
     @property
     def chain_id(self) -> int:
@@ -78,6 +82,9 @@ class Chain:
 
     async def close(self) -> None:
         """Close the connections."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            await asyncio.wait([self._ahead])
         await self.rpc.close()
 
     # --- the head -------------------------------------------------------------------------------------------------
@@ -88,8 +95,13 @@ class Chain:
         Concurrent callers share one read. Raises ChainUnavailable, ChainStale.
         """
         now = self._monotonic()
-        known = self._known_head(now if fresh else now - self.head_ttl_s)
-        return known or await self._read_head(now if fresh else now - self.head_ttl_s)
+        not_before = now if fresh else now - self.head_ttl_s
+        known = self._known_head(not_before)
+        if known is None:
+            return await self._read_head(not_before)
+        if self._ahead is None and now - self._head_asked_at > self.head_ttl_s * _AHEAD:
+            self._ahead = asyncio.create_task(self._read_ahead(now))
+        return known
 
     @property
     def last_head(self) -> BlockRef | None:
@@ -106,16 +118,31 @@ class Chain:
             known = self._known_head(not_before)  # another caller may have read it while this one waited
             if known is not None:
                 return known
-            asked_at = self._monotonic()
-            if self._failure is not None and asked_at - self._failure[0] < _CONTACT_RETRY_S:
+            now = self._monotonic()
+            if self._failure is not None and now - self._failure[0] < _CONTACT_RETRY_S:
                 raise ChainUnavailable(self._failure[1].detail, **self._failure[1].data)
             try:
-                head = await self._ask(Request("eth_getBlockByNumber", ("latest", False), records.block))
+                head = await self._ask_head()
             except ChainUnavailable as err:
                 self._failure = (self._monotonic(), err)
                 raise
-            self._head, self._head_asked_at, self._failure = head, asked_at, None
         return self._checked_age(head)
+
+    async def _read_ahead(self, not_before: float) -> None:
+        try:
+            async with self._reading:
+                if self._head_asked_at < not_before:
+                    await self._ask_head()
+        except ChainUnavailable:  # whoever needs it when its time is over asks himself, and is told
+            return
+        finally:
+            self._ahead = None
+
+    async def _ask_head(self) -> BlockRef:
+        asked_at = self._monotonic()
+        head = await self._ask(Request("eth_getBlockByNumber", ("latest", False), records.block))
+        self._head, self._head_asked_at, self._failure = head, asked_at, None
+        return head
 
     def _checked_age(self, head: BlockRef) -> BlockRef:
         age = self._clock() - head.timestamp
