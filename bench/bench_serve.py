@@ -24,6 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsRegressor
 
 from bench.serving import Load, Serving, load, plain_server, raw_request, serving, tree
+from divault.chain.answers import Request
 from divault.cli.top import read
 from divault.client.signing import Signer
 from divault.messages import address_of
@@ -89,6 +90,13 @@ async def _by_session(world: Serving, model: ModelId, data: Any) -> Load:
     return await asyncio.to_thread(load, url, world.node.process.pid, raw, connections=64)
 
 
+async def _mine(world: Serving) -> None:
+    """A block every second, so that whatever was read of the chain has to be read again."""
+    while True:
+        await asyncio.sleep(1)
+        await world.chain.chain.rpc.call(Request("evm_mine", (), lambda answer: answer))
+
+
 async def _plain(program: str, path: Path, row: list[float], *connections: int) -> list[Load]:
     """What a yardstick does with each of these numbers of connections, after a second to warm up."""
     async with plain_server(program, str(path)) as (url, pid):
@@ -113,7 +121,9 @@ async def _rows_of_tables(folder: Path) -> list[dict[str, Any]]:
     async with serving(chain_away_s=_AWAY_S) as world:
         model = await world.publish("bench", path)
         await _by_session(world, model, data)  # each wallet's first call reads its balance
+        mining = asyncio.create_task(_mine(world))
         far = await _by_session(world, model, data)
+        mining.cancel()
     plain = f"plain FastAPI without users: {many.per_second:.0f}/s, {many.cpu_us:.0f} us"
     beside = f"LitServe without users: {lit.per_second:.0f}/s, {lit.cpu_us:.0f} us"
     rows = []
@@ -133,7 +143,10 @@ async def _rows_of_tables(folder: Path) -> list[dict[str, Any]]:
     against = f"plain FastAPI: {one.p50_ms:.2f} ms"
     target = {"ratio": alone.p50_ms / one.p50_ms, "target": "<= yardstick", "holds": alone.p50_ms <= one.p50_ms}
     rows.append(_row("scikit-learn, EIP-712 body, 1 connection: p50", alone.p50_ms, "ms", against, **target))
-    name, against = f"a session's token, the chain {_AWAY_S * 1e3:.0f} ms away: p99", f"beside it: {near.p99_ms:.0f} ms"
+    name, against = (
+        f"a session's token, a block a second, {_AWAY_S * 1e3:.0f} ms away: p99",
+        f"no block, beside the chain: {near.p99_ms:.0f} ms",
+    )
     ratio = far.p99_ms / near.p99_ms
     target = {"ratio": ratio, "target": "<= 1.5 x yardstick", "holds": ratio <= 1.5}
     rows.append(_row(name, far.p99_ms, "ms", against, **target))

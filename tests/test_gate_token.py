@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
 from divault.chain import contracts
+from divault.chain.chain import Chain
 from divault.chain.contracts import Contract
 from divault.devnet import start_devnet
 from divault.errors import AccessDenied, ChainStale, ChainUnavailable, ModelUnknown, PaymentRejected
-from divault.values import Address, GateType, ModelId
+from divault.values import Address, BlockRef, GateType, ModelId
 from tests.chain_world import CID, World, both_devnets, build, principal, world
 
 __all__ = ["both_devnets", "world"]
@@ -113,6 +115,83 @@ async def test_a_check_at_a_head_seen_before_costs_no_call(world: World) -> None
 
     assert chain.rpc.calls == calls
     assert calls <= 8  # two proofs of the chain, the head, three of the vault, the balance; one to spare
+    await chain.close()
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def ahead(chain: Chain, clock: Clock, seconds: float) -> None:
+    """Let time pass, ask for the head, and wait until what that set off is done."""
+    clock.now += seconds
+    await chain.head()
+    assert chain._ahead is not None
+    await asyncio.wait_for(asyncio.shield(chain._ahead), 30)
+
+
+async def test_who_called_lately_waits_for_nothing_at_the_next_block(world: World) -> None:
+    model, clock = await world.register("m1"), Clock()
+    staying, leaving = await world.wallet(tokens=100), await world.wallet(tokens=100)
+    chain = world.new_chain(head_ttl_s=100, monotonic=clock)
+    gates = world.new_gates(chain)
+    before = await gates.check(principal(staying.address), model)
+    await gates.check(principal(leaving.address), model)
+    await leaving.transfer(world.token, world.owner.address, 1)
+    await ahead(chain, clock, 80)
+    calls = chain.rpc.calls
+    after = await gates.check(principal(staying.address), model)
+
+    assert after.block.number > before.block.number
+    assert chain.rpc.calls == calls, "all of it was read ahead"
+    with pytest.raises(AccessDenied) as caught:
+        await gates.check(principal(leaving.address), model)
+    assert caught.value.data["have"] == "99", "at the next block's own balance"
+    await world.mint(staying.address, 1)
+    await ahead(chain, clock, 80)  # both asked at the last head
+    await world.mint(staying.address, 1)
+    calls = chain.rpc.calls
+    await ahead(chain, clock, 80)
+    assert chain.rpc.calls == calls + 1, "for those who no longer ask nothing but the head is read"
+    await chain.close()
+
+
+async def test_what_can_not_be_read_ahead_is_read_when_it_is_asked_for(world: World) -> None:
+    model, clock = await world.register("m1"), Clock()
+    user = await world.wallet(tokens=100)
+    chain = world.new_chain(head_ttl_s=100, monotonic=clock)
+    gates = world.new_gates(chain)
+    await gates.check(principal(user.address), model)
+    await world.mint(user.address, 1)
+
+    async def unreachable(_: BlockRef) -> None:
+        raise ChainUnavailable("gone", retry_after=1)
+
+    chain.before_head(unreachable)
+    await ahead(chain, clock, 80)
+
+    assert (await gates.check(principal(user.address), model)).have == 101
+    await chain.close()
+
+
+async def test_a_new_head_is_not_kept_waiting_longer_than_the_last_one_counts(world: World) -> None:
+    model, clock = await world.register("m1"), Clock()
+    user = await world.wallet(tokens=100)
+    chain = world.new_chain(head_ttl_s=0.4, monotonic=clock)
+    gates = world.new_gates(chain)
+    await gates.check(principal(user.address), model)
+    await world.mint(user.address, 1)
+
+    async def forever(_: BlockRef) -> None:
+        await asyncio.Event().wait()
+
+    chain.before_head(forever)
+    await ahead(chain, clock, 0.35)
+
+    assert (await gates.check(principal(user.address), model)).have == 101
     await chain.close()
 
 

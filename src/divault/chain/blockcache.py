@@ -46,14 +46,37 @@ class BlockCache(Generic[K, V]):
         except DivaultError as err:  # an error collects evidence of its own request: never one object for two callers
             raise type(err)(err.detail, **err.data) from err
 
-    async def _read(self, key: K, read: Callable[[], Awaitable[V]]) -> V:
-        value = await read()
+    def put(self, key: K, value: V) -> None:
+        """Keep a value that was read otherwise."""
         self._values[key] = value
         if len(self._values) > self._limit:
             self._values.popitem(last=False)
+
+    async def _read(self, key: K, read: Callable[[], Awaitable[V]]) -> V:
+        value = await read()
+        self.put(key, value)
         return value
 
     def _finished(self, key: K, task: asyncio.Task[V]) -> None:
         self._reading.pop(key, None)
         if not task.cancelled():
             task.exception()  # seen, even when every caller has left
+
+
+class Asked(Generic[K, V]):
+    """What was asked for lately, each once: the newest `most` of it, to be read ahead."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._values: dict[K, V] = {}
+
+    def note(self, key: K, value: V) -> None:
+        """It is asked for now."""
+        self._values[key] = value
+        if len(self._values) > self._most:
+            del self._values[next(iter(self._values))]
+
+    def take(self) -> list[V]:
+        """All of it, and begin anew."""
+        found, self._values = list(self._values.values()), {}
+        return found

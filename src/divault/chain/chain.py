@@ -3,7 +3,8 @@
 Rules:
 
 1. `head` is at most `head_ttl_s` old; when it can't be read anew the answer is ChainUnavailable, never the old head.
-   One that is still asked for is read again before its time is over, so that callers needn't wait for it.
+   One that is still asked for is read again before its time is over, with what was asked at it (`before_head`), so
+   that callers wait for neither.
 2. A head whose own time is more than `max_head_age_s` behind the clock is refused (ChainStale), where that is set.
 3. `call` is pinned to a block hash that must be canonical (EIP-1898): after a reorg an old hash decides nothing.
 4. A revert is `Reverted`; whatever else goes wrong is ChainUnavailable. Nothing is read as zero or as empty instead.
@@ -12,8 +13,9 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -68,6 +70,7 @@ class Chain:
         self._failure: tuple[float, ChainUnavailable] | None = None
         self._reading = asyncio.Lock()
         self._ahead: asyncio.Task[None] | None = None
+        self._before: list[Callable[[BlockRef], Awaitable[None]]] = []
 
     @property
     def chain_id(self) -> int:
@@ -108,6 +111,13 @@ class Chain:
         """The newest block that was seen, however long ago."""
         return self._head
 
+    def before_head(self, work: Callable[[BlockRef], Awaitable[None]]) -> None:
+        """Call `work` with each new head that is read ahead, before it is used: to read what will be asked at it.
+
+        It is waited for as long as the last head has time to live. Its ChainUnavailable is nobody's.
+        """
+        self._before.append(work)
+
     def _known_head(self, not_before: float) -> BlockRef | None:
         if self._head is None or self._head_asked_at < not_before:
             return None
@@ -122,27 +132,41 @@ class Chain:
             if self._failure is not None and now - self._failure[0] < _CONTACT_RETRY_S:
                 raise ChainUnavailable(self._failure[1].detail, **self._failure[1].data)
             try:
-                head = await self._ask_head()
+                head = await self._newest()
             except ChainUnavailable as err:
                 self._failure = (self._monotonic(), err)
                 raise
+            self._use(head, now)
         return self._checked_age(head)
 
     async def _read_ahead(self, not_before: float) -> None:
         try:
             async with self._reading:
                 if self._head_asked_at < not_before:
-                    await self._ask_head()
+                    asked_at = self._monotonic()
+                    head = await self._newest()
+                    await self._prepare(head)
+                    self._use(head, asked_at)
         except ChainUnavailable:  # whoever needs it when its time is over asks himself, and is told
             return
         finally:
             self._ahead = None
 
-    async def _ask_head(self) -> BlockRef:
-        asked_at = self._monotonic()
-        head = await self._ask(Request("eth_getBlockByNumber", ("latest", False), records.block))
+    async def _prepare(self, head: BlockRef) -> None:
+        if self._head is None or head.hash == self._head.hash:
+            return
+        left = self._head_asked_at + self.head_ttl_s - self._monotonic()
+        with contextlib.suppress(
+            TimeoutError, ChainUnavailable
+        ):  # what was not read ahead is read when it is asked for
+            async with asyncio.timeout(left):
+                await asyncio.gather(*(work(head) for work in self._before))
+
+    async def _newest(self) -> BlockRef:
+        return await self._ask(Request("eth_getBlockByNumber", ("latest", False), records.block))
+
+    def _use(self, head: BlockRef, asked_at: float) -> None:
         self._head, self._head_asked_at, self._failure = head, asked_at, None
-        return head
 
     def _checked_age(self, head: BlockRef) -> BlockRef:
         age = self._clock() - head.timestamp

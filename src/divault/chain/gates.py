@@ -11,7 +11,8 @@ Rules:
 5. An inactive model, a token gate without token or minimum, a gate of an unknown type, a price in a token that this
    node doesn't serve: refused.
 
-A check at a head that was seen before costs no RPC call.
+A check at a head that was seen before costs no RPC call. What was asked at the last head is read at the next one before
+it is used, as far as there is time.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from typing import Protocol
 
 from divault.chain import erc20
 from divault.chain.answers import Reverted
-from divault.chain.blockcache import BlockCache
-from divault.chain.chain import Chain
+from divault.chain.blockcache import Asked, BlockCache
+from divault.chain.chain import Chain, ContractCall
 from divault.chain.records import Malformed
-from divault.chain.vault import VaultReader
+from divault.chain.vault import MOST_AHEAD, VaultReader
 from divault.errors import AccessDenied, ChainUnavailable, ModelUnknown, PaymentRejected
 from divault.values import Address, BlockRef, GateType, Grant, ModelId, ModelInfo, Principal
 
@@ -52,6 +53,7 @@ class TokenGate:
         """`cache_size` balances are remembered, about 300 bytes each."""
         self._chain = chain
         self._balances: BlockCache[bytes, int | str] = BlockCache(cache_size)
+        self._asked: Asked[bytes, tuple[Address, Address]] = Asked(MOST_AHEAD)
         self._earlier: BlockCache[tuple[int, bytes], BlockRef | None] = BlockCache(cache_size)
 
     async def check(self, principal: Principal, model: ModelInfo, block: BlockRef) -> Grant:
@@ -83,7 +85,9 @@ class TokenGate:
 
     async def _balance(self, user: Address, model: ModelInfo, block: BlockRef) -> int:
         token = model.token
-        key = token.raw + user.raw + block.hash.raw
+        pair = token.raw + user.raw
+        self._asked.note(pair, (token, user))
+        key = pair + block.hash.raw
         balance = await self._balances.get(key, lambda: self._read(token, user, block))
         if isinstance(balance, int):
             return balance
@@ -93,14 +97,32 @@ class TokenGate:
             **_named(model, block),
         )
 
+    async def read_ahead(self, block: BlockRef) -> None:
+        """Read the balances that were asked for lately, `MOST_AHEAD` of them, at a head that is not used yet.
+
+        Raises ChainUnavailable.
+        """
+        asked = self._asked.take()
+        reads = [ContractCall(token, erc20.balance_of(user)) for token, user in asked]
+        found = await self._chain.calls(reads, block) if reads else []
+        for (token, user), returned in zip(asked, found, strict=True):
+            self._balances.put(token.raw + user.raw + block.hash.raw, _balance_in(returned))
+
     async def _read(self, token: Address, user: Address, block: BlockRef) -> int | str:
         """The balance in raw units, or why there is none."""
         try:
-            return erc20.parse_uint(await self._chain.call(token, erc20.balance_of(user), block))
+            return _balance_in(await self._chain.call(token, erc20.balance_of(user), block))
         except Reverted as err:
-            return f"reverted: {err.reason}"
-        except Malformed as err:
-            return str(err)
+            return _balance_in(err)
+
+
+def _balance_in(returned: bytes | Reverted) -> int | str:
+    if isinstance(returned, Reverted):
+        return f"reverted: {returned.reason}"
+    try:
+        return erc20.parse_uint(returned)
+    except Malformed as err:
+        return str(err)
 
 
 class Gates:
@@ -118,8 +140,11 @@ class Gates:
         self._chain = chain
         self._vault = vault
         self._payment_tokens = frozenset(payment_tokens)
-        built_in: dict[GateType, Gate] = {GateType.TOKEN: TokenGate(chain), GateType.OPEN: OpenGate()}
+        tokens = TokenGate(chain)
+        built_in: dict[GateType, Gate] = {GateType.TOKEN: tokens, GateType.OPEN: OpenGate()}
         self._gates = built_in if gates is None else dict(gates)
+        for work in (vault.read_ahead, tokens.read_ahead):
+            chain.before_head(work)
 
     async def info(self, model: ModelId) -> ModelInfo:
         """What the vault says about the model at the head, active or not. Raises ModelUnknown, ChainUnavailable."""

@@ -12,10 +12,13 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
+
 from msgspec.structs import replace
 
 from divault.chain.answers import Reverted
-from divault.chain.blockcache import BlockCache
+from divault.chain.blockcache import Asked, BlockCache
 from divault.chain.chain import Chain, ContractCall
 from divault.chain.records import Malformed
 from divault.errors import AccessDenied, ChainUnavailable, ModelUnknown
@@ -29,6 +32,8 @@ _MAX_RETURNED = 64 * 1024  # an entry with every field at its bound takes half o
 _MAX_TEXT = 256  # bytes of a CID, a version or a tag; the longest CID in use has 108
 _MAX_TAGS = 64
 _FIELDS = 11
+MOST_AHEAD = 64
+"""Models, and as many wallets, that are read at a new head before anybody asks."""
 
 
 class VaultReader:
@@ -42,14 +47,24 @@ class VaultReader:
         self.chain = chain
         self._default_payment_token = default_payment_token
         self._models: BlockCache[tuple[str, bytes], ModelInfo] = BlockCache(cache_size)
+        self._asked: Asked[str, ModelId] = Asked(MOST_AHEAD)
 
     async def model(self, model: ModelId, block: BlockRef) -> ModelInfo:
         """The model at exactly this block, active or not.
 
         Raises ModelUnknown, ChainUnavailable, AccessDenied (a gate of a kind that this version doesn't know).
         """
+        self._asked.note(model.text, model)
         key = (model.text, block.hash.raw)  # plain values: hashing dataclasses would be most of a warm check
         return await self._models.get(key, lambda: self._read(model, block))
+
+    async def read_ahead(self, block: BlockRef) -> None:
+        """Read the models that were asked about lately, `MOST_AHEAD` of them, at a head that is not used yet."""
+        asked = self._asked.take()
+        await asyncio.gather(
+            *(self._models.get((model.text, block.hash.raw), partial(self._read, model, block)) for model in asked),
+            return_exceptions=True,  # who asks is told
+        )
 
     async def _read(self, model: ModelId, block: BlockRef) -> ModelInfo:
         selectors = (_GET_MODEL_INFO, _PAYMENT_TOKEN, _GATE)
