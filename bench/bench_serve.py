@@ -11,7 +11,7 @@ import signal
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,17 @@ async def _by_session(world: Serving, model: ModelId, data: Any) -> Load:
     return await asyncio.to_thread(load, url, world.node.process.pid, raw, connections=64)
 
 
-async def _mine(world: Serving) -> None:
-    """A block every second, so that whatever was read of the chain has to be read again."""
-    while True:
-        await asyncio.sleep(1)
-        await world.chain.chain.rpc.call(Request("evm_mine", (), lambda answer: answer))
+async def _with_blocks(world: Serving, work: Coroutine[Any, Any, Load]) -> Load:
+    """What the work gives, while there is a block every second: what was read of the chain has to be read again."""
+
+    async def mine() -> None:
+        while not measuring.done():
+            await asyncio.sleep(1)
+            await world.chain.chain.rpc.call(Request("evm_mine", (), lambda answer: answer))
+
+    measuring = asyncio.create_task(work)
+    await asyncio.gather(measuring, mine())
+    return measuring.result()
 
 
 async def _plain(program: str, path: Path, row: list[float], *connections: int) -> list[Load]:
@@ -121,9 +127,7 @@ async def _rows_of_tables(folder: Path) -> list[dict[str, Any]]:
     async with serving(chain_away_s=_AWAY_S) as world:
         model = await world.publish("bench", path)
         await _by_session(world, model, data)  # each wallet's first call reads its balance
-        mining = asyncio.create_task(_mine(world))
-        far = await _by_session(world, model, data)
-        mining.cancel()
+        far = await _with_blocks(world, _by_session(world, model, data))
     plain = f"plain FastAPI without users: {many.per_second:.0f}/s, {many.cpu_us:.0f} us"
     beside = f"LitServe without users: {lit.per_second:.0f}/s, {lit.cpu_us:.0f} us"
     rows = []

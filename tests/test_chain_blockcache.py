@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from divault.chain.blockcache import BlockCache
+from divault.chain.blockcache import Asked, BlockCache
 from divault.errors import ChainUnavailable
 
 
@@ -92,3 +92,12 @@ async def test_the_least_recently_used_is_forgotten_first() -> None:
     assert len(cache) == 2
     assert await cache.get("a", source.read) == 1
     assert await cache.get("b", source.read) == 4  # was forgotten, read again
+
+
+def test_what_was_asked_last_is_kept_and_taken_once() -> None:
+    asked: Asked[str, int] = Asked(2)
+    for number, name in enumerate("abac"):
+        asked.note(name, number)
+
+    assert asked.take() == [2, 3]
+    assert asked.take() == []

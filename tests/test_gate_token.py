@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 
@@ -135,27 +136,97 @@ async def ahead(chain: Chain, clock: Clock, seconds: float) -> None:
 
 async def test_who_called_lately_waits_for_nothing_at_the_next_block(world: World) -> None:
     model, clock = await world.register("m1"), Clock()
+    cheap = await world.register("m2", minimum=1)
     staying, leaving = await world.wallet(tokens=100), await world.wallet(tokens=100)
     chain = world.new_chain(head_ttl_s=100, monotonic=clock)
     gates = world.new_gates(chain)
     before = await gates.check(principal(staying.address), model)
     await gates.check(principal(leaving.address), model)
+    await gates.check(principal(leaving.address), cheap)
     await leaving.transfer(world.token, world.owner.address, 1)
     await ahead(chain, clock, 80)
     calls = chain.rpc.calls
     after = await gates.check(principal(staying.address), model)
 
     assert after.block.number > before.block.number
+    assert (await gates.check(principal(leaving.address), cheap)).have == 99
     assert chain.rpc.calls == calls, "all of it was read ahead"
     with pytest.raises(AccessDenied) as caught:
         await gates.check(principal(leaving.address), model)
     assert caught.value.data["have"] == "99", "at the next block's own balance"
+    calls = chain.rpc.calls
+    await ahead(chain, clock, 80)
+    assert chain.rpc.calls == calls + 1, "at the same block all that was read still counts"
     await world.mint(staying.address, 1)
     await ahead(chain, clock, 80)  # both asked at the last head
     await world.mint(staying.address, 1)
     calls = chain.rpc.calls
     await ahead(chain, clock, 80)
     assert chain.rpc.calls == calls + 1, "for those who no longer ask nothing but the head is read"
+    await chain.close()
+
+
+async def test_who_is_not_let_in_has_nothing_read_ahead_and_pushes_nobody_out(world: World) -> None:
+    model, clock = await world.register("m1"), Clock()
+    user, poor = await world.wallet(tokens=100), await world.wallet(tokens=99)
+    chain = world.new_chain(head_ttl_s=100, monotonic=clock)
+    gates = world.new_gates(chain)
+    await gates.check(principal(user.address), model)
+    for number in range(70):
+        with contextlib.suppress(ModelUnknown):
+            await gates.info(ModelId.parse(f"unknown-{number}"))
+    with pytest.raises(AccessDenied):
+        await gates.check(principal(poor.address), model)
+    await world.mint(poor.address, 1)
+    calls = chain.rpc.calls
+    await ahead(chain, clock, 80)
+    assert chain.rpc.calls - calls <= 1 + 3 + 1 + 2, "head, model, its caller's balance; two proofs of a connection"
+    calls = chain.rpc.calls
+
+    assert (await gates.check(principal(user.address), model)).have == 100
+    assert chain.rpc.calls == calls
+    await chain.close()
+
+
+async def test_a_token_that_takes_much_gas_is_asked_again_with_more(world: World) -> None:
+    """A read ahead has little; what it can't read so it does not take for an answer."""
+    token = await world.owner.deploy("ModelAccessToken", "Hungry", "H", world.owner.address)
+    model, clock = await world.register("m1", token=token), Clock()
+    user = await world.wallet()
+    await world.mint(user.address, 100, token)
+    chain = world.new_chain(head_ttl_s=100, monotonic=clock)
+    gates = world.new_gates(chain)
+    assert (await gates.check(principal(user.address), model)).have == 100
+    # Counts down from 10,000, which takes 260,000 gas, and returns 101.
+    await world.rpc("anvil_setCode", str(token), "0x6127105b6001900380600357606560005260206000f3")
+    await world.rpc("evm_mine")
+    await ahead(chain, clock, 80)
+
+    assert (await gates.check(principal(user.address), model)).have == 101
+    await chain.close()
+
+
+async def test_a_fresh_head_does_not_wait_for_what_is_read_ahead(world: World) -> None:
+    clock, never = Clock(), asyncio.Event()
+    chain = world.new_chain(head_ttl_s=1000, monotonic=clock)
+    first = await chain.head()
+
+    async def forever(_: BlockRef) -> None:
+        await never.wait()
+
+    chain.before_head(forever)
+    await world.owner.send(world.owner.address)
+    clock.now += 800
+    await chain.head()
+    await asyncio.sleep(0.05)
+    await world.owner.send(world.owner.address)
+    fresh = await asyncio.wait_for(chain.head(fresh=True), 30)
+    never.set()
+    assert chain._ahead is not None
+    await asyncio.wait_for(asyncio.shield(chain._ahead), 30)
+
+    assert fresh.number > first.number
+    assert await chain.head() == fresh, "what was read earlier does not take its place"
     await chain.close()
 
 

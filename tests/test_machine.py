@@ -46,6 +46,10 @@ def machine(folder: Path, groups: str | None, **files: str) -> Path:
         (V1, {}, 8),
         (None, {}, 8),
         (V2, {"cpu.max": "\n"}, 8),
+        (V2, {"cpu.max": "100000 0\n"}, 8),
+        ("0::/user.slice/b\xfcro\x0b:x\n", {"user.slice/b\xfcro\x0b:x/cpu.max": "200000 100000\n"}, 2),
+        ("no line\n0::/\n", {"cpu.max": "200000 100000\n"}, 2),
+        ("2:cpuacct,cpu:/\n", {"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
     ],
 )
 def test_cores(tmp_path: Path, groups: str | None, files: dict[str, str], expected: int) -> None:

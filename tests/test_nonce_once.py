@@ -278,3 +278,10 @@ async def test_a_kept_receipt_names_its_runtime_also_after_a_write_that_failed(
         assert kept == redact(answer.receipt.envelope)
         assert kept["runtime"] == {"adapter": "test", "device": "cpu"}
     assert len(await counter.rows("SELECT hash FROM runtime")) == 1
+
+
+async def test_a_runtime_is_kept_once_for_all_runs_of_a_node(tmp_path: Path) -> None:
+    for _ in range(2):
+        async with Counter(tmp_path) as counter:
+            await counter.infer(signed(max_price=0)[1], price=FREE)
+            assert len(await counter.rows("SELECT hash FROM runtime")) == 1

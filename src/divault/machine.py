@@ -31,10 +31,14 @@ def memory_bytes(root: Path = _ROOT) -> int:
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
     """Folders of the process's groups that may bound what this controller counts, each with all that it lies in."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "" or controller in controllers.split(","):
-            base = root / "sys/fs/cgroup" / controllers
+    mounted = root / "sys/fs/cgroup"
+    for line in _text(root / "proc/self/cgroup").split("\n"):
+        _, _, rest = line.partition(":")
+        controllers, colon, path = rest.partition(":")
+        if not colon or (controllers and controller not in controllers.split(",")):
+            continue
+        # Those of version 1 are mounted by the names of several, in any order, with a link for each.
+        for base in {mounted / controllers, mounted / controller if controllers else mounted}:
             # A container has its own group mounted there, whatever its path is outside.
             inside = PurePosixPath(path.lstrip("/"))
             yield from (base / part for part in (inside, *inside.parents))
@@ -45,11 +49,12 @@ def _quota(folder: Path) -> float | None:
     quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
     if not quota:
         quota, period = (_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
-    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None  # "max", and -1, are no bound
+    bounded = quota.isdecimal() and period.isdecimal() and int(period) > 0  # "max", and -1, are no bound
+    return int(quota) / int(period) if bounded else None
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="ascii")
-    except OSError:  # no such group or kind of groups, or not to be read: nothing is known to bound us
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except (OSError, ValueError):  # no such group or kind of groups, or not to be read: nothing is known to bound us
         return ""

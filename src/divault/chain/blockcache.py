@@ -72,6 +72,7 @@ class Asked(Generic[K, V]):
 
     def note(self, key: K, value: V) -> None:
         """It is asked for now."""
+        self._values.pop(key, None)
         self._values[key] = value
         if len(self._values) > self._most:
             del self._values[next(iter(self._values))]

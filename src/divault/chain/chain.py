@@ -25,11 +25,13 @@ from divault.chain.multicall import aggregate, parse_aggregate
 from divault.chain.records import Fees, Log, Malformed, Transaction, TransactionReceipt
 from divault.chain.rpc import Rpc
 from divault.errors import ChainStale, ChainUnavailable, TransactionFailed
+from divault.telemetry import log
 from divault.values import Address, BlockRef, Digest
 
 T = TypeVar("T")
+_log = log("chain")
 BlockTag = Literal["latest", "safe", "finalized"]
-_CALL_GAS = hex(25_000_000)
+_CALL_GAS = 25_000_000
 """Gas of a read: half of what nodes allow by default (50M), so that a hostile contract burns little of an endpoint."""
 _AHEAD = 0.75
 """Part of its time to live, after which a head that is asked for is read again meanwhile."""
@@ -43,6 +45,7 @@ class ContractCall:
 
     to: Address
     data: bytes
+    gas: int = _CALL_GAS
 
 
 class Chain:
@@ -140,27 +143,31 @@ class Chain:
         return self._checked_age(head)
 
     async def _read_ahead(self, not_before: float) -> None:
+        left = self._head_asked_at + self.head_ttl_s - self._monotonic()
         try:
-            async with self._reading:
-                if self._head_asked_at < not_before:
+            async with asyncio.timeout(left):
+                async with self._reading:
                     asked_at = self._monotonic()
-                    head = await self._newest()
-                    await self._prepare(head)
+                    head = None if self._head_asked_at >= not_before else await self._newest()
+            if head is not None:
+                await self._prepare(head)
+                if self._head_asked_at < asked_at:
                     self._use(head, asked_at)
-        except ChainUnavailable:  # whoever needs it when its time is over asks himself, and is told
+        except (TimeoutError, ChainUnavailable):  # whoever needs it when its time is over asks himself, and is told
             return
         finally:
             self._ahead = None
 
     async def _prepare(self, head: BlockRef) -> None:
+        """Let others read what will be asked at this head. What they can't is read when it is asked for."""
         if self._head is None or head.hash == self._head.hash:
             return
         left = self._head_asked_at + self.head_ttl_s - self._monotonic()
-        with contextlib.suppress(
-            TimeoutError, ChainUnavailable
-        ):  # what was not read ahead is read when it is asked for
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(left):
-                await asyncio.gather(*(work(head) for work in self._before))
+                for fault in await asyncio.gather(*(work(head) for work in self._before), return_exceptions=True):
+                    if isinstance(fault, Exception) and not isinstance(fault, ChainUnavailable):
+                        _log.error("reading ahead failed", exc_info=fault)
 
     async def _newest(self) -> BlockRef:
         return await self._ask(Request("eth_getBlockByNumber", ("latest", False), records.block))
@@ -339,7 +346,7 @@ class Chain:
 
 
 def _call_request(read: ContractCall, block: BlockRef) -> Request[bytes]:
-    fields = {"to": str(read.to), "data": "0x" + read.data.hex(), "gas": _CALL_GAS}
+    fields = {"to": str(read.to), "data": "0x" + read.data.hex(), "gas": hex(read.gas)}
     return Request("eth_call", (fields, _at(block)), records.data)
 
 

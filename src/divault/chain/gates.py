@@ -17,6 +17,8 @@ it is used, as far as there is time.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
@@ -28,6 +30,9 @@ from divault.chain.records import Malformed
 from divault.chain.vault import MOST_AHEAD, VaultReader
 from divault.errors import AccessDenied, ChainUnavailable, ModelUnknown, PaymentRejected
 from divault.values import Address, BlockRef, GateType, Grant, ModelId, ModelInfo, Principal
+
+_GAS_AHEAD, _TOGETHER = 100_000, 32
+"""Of a balance that is read ahead, and how many in one batch: with so much gas an answer has 400 kB of JSON at most."""
 
 
 class Gate(Protocol):
@@ -69,6 +74,7 @@ class TokenGate:
             raise _short(principal, model, block, have)
         if model.hold_blocks:
             await self._require_held(principal, model, block)
+        self._asked.note(model.token.raw + principal.user.raw, (model.token, principal.user))
         return Grant(principal, model, block, have)
 
     async def _require_held(self, principal: Principal, model: ModelInfo, block: BlockRef) -> None:
@@ -85,9 +91,7 @@ class TokenGate:
 
     async def _balance(self, user: Address, model: ModelInfo, block: BlockRef) -> int:
         token = model.token
-        pair = token.raw + user.raw
-        self._asked.note(pair, (token, user))
-        key = pair + block.hash.raw
+        key = token.raw + user.raw + block.hash.raw
         balance = await self._balances.get(key, lambda: self._read(token, user, block))
         if isinstance(balance, int):
             return balance
@@ -98,15 +102,27 @@ class TokenGate:
         )
 
     async def read_ahead(self, block: BlockRef) -> None:
-        """Read the balances that were asked for lately, `MOST_AHEAD` of them, at a head that is not used yet.
+        """Read the balances of those who were let in since the last time, at a head that is not used yet.
 
-        Raises ChainUnavailable.
+        A batch for each token, since one may answer anything, and with so little gas that all answers together stay far
+        below what an endpoint may say at once. What is no plain balance is read again when it is asked for.
         """
-        asked = self._asked.take()
-        reads = [ContractCall(token, erc20.balance_of(user)) for token, user in asked]
-        found = await self._chain.calls(reads, block) if reads else []
-        for (token, user), returned in zip(asked, found, strict=True):
-            self._balances.put(token.raw + user.raw + block.hash.raw, _balance_in(returned))
+        holders: dict[Address, list[Address]] = {}
+        for token, user in self._asked.take():
+            holders.setdefault(token, []).append(user)
+        parts = [
+            (token, users[start : start + _TOGETHER])
+            for token, users in holders.items()
+            for start in range(0, len(users), _TOGETHER)
+        ]
+        await asyncio.gather(*(self._read_together(token, users, block) for token, users in parts))
+
+    async def _read_together(self, token: Address, users: list[Address], block: BlockRef) -> None:
+        reads = [ContractCall(token, erc20.balance_of(user), _GAS_AHEAD) for user in users]
+        with contextlib.suppress(ChainUnavailable):
+            for user, returned in zip(users, await self._chain.calls(reads, block), strict=True):
+                if isinstance(balance := _balance_in(returned), int):
+                    self._balances.put(token.raw + user.raw + block.hash.raw, balance)
 
     async def _read(self, token: Address, user: Address, block: BlockRef) -> int | str:
         """The balance in raw units, or why there is none."""
@@ -183,7 +199,9 @@ class Gates:
         gate = self._gates.get(info.gate)
         if gate is None:
             raise AccessDenied(f"this node has no gate of the kind that {model} uses: it stays closed")
-        return await gate.check(principal, info, block)
+        grant = await gate.check(principal, info, block)
+        self._vault.note(model)
+        return grant
 
 
 def _named(model: ModelInfo, block: BlockRef) -> dict[str, str | int]:

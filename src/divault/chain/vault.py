@@ -12,8 +12,7 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
-from functools import partial
+import contextlib
 
 from msgspec.structs import replace
 
@@ -33,7 +32,7 @@ _MAX_TEXT = 256  # bytes of a CID, a version or a tag; the longest CID in use ha
 _MAX_TAGS = 64
 _FIELDS = 11
 MOST_AHEAD = 64
-"""Models, and as many wallets, that are read at a new head before anybody asks."""
+"""Models, and as many wallets, that are read at a new head before anybody asks: those let in since the last one."""
 
 
 class VaultReader:
@@ -54,22 +53,35 @@ class VaultReader:
 
         Raises ModelUnknown, ChainUnavailable, AccessDenied (a gate of a kind that this version doesn't know).
         """
-        self._asked.note(model.text, model)
         key = (model.text, block.hash.raw)  # plain values: hashing dataclasses would be most of a warm check
         return await self._models.get(key, lambda: self._read(model, block))
 
+    def note(self, model: ModelId) -> None:
+        """It will be asked about again: read it ahead at the next head."""
+        self._asked.note(model.text, model)
+
     async def read_ahead(self, block: BlockRef) -> None:
-        """Read the models that were asked about lately, `MOST_AHEAD` of them, at a head that is not used yet."""
+        """Read what was noted since the last time, in one batch, at a head that is not used yet.
+
+        Raises ChainUnavailable.
+        """
         asked = self._asked.take()
-        await asyncio.gather(
-            *(self._models.get((model.text, block.hash.raw), partial(self._read, model, block)) for model in asked),
-            return_exceptions=True,  # who asks is told
-        )
+        found = await self.chain.calls([read for model in asked for read in self._reads(model)], block) if asked else []
+        for place, model in enumerate(asked):
+            with contextlib.suppress(ModelUnknown, AccessDenied, ChainUnavailable):  # who asks is told
+                entry = self._entry(model, *found[3 * place : 3 * place + 3])
+                self._models.put((model.text, block.hash.raw), entry)
 
     async def _read(self, model: ModelId, block: BlockRef) -> ModelInfo:
+        return self._entry(model, *await self.chain.calls(self._reads(model), block))
+
+    def _reads(self, model: ModelId) -> list[ContractCall]:
         selectors = (_GET_MODEL_INFO, _PAYMENT_TOKEN, _GATE)
-        reads = [ContractCall(self.vault, selector + model.key.raw) for selector in selectors]
-        info, payment_token, gate = await self.chain.calls(reads, block)
+        return [ContractCall(self.vault, selector + model.key.raw) for selector in selectors]
+
+    def _entry(
+        self, model: ModelId, info: bytes | Reverted, payment_token: bytes | Reverted, gate: bytes | Reverted
+    ) -> ModelInfo:
         if isinstance(info, Reverted):
             raise _unknown(model)
         if not info:
