@@ -376,6 +376,16 @@ def test_signed_headers_prove_wallet_price_and_nonce() -> None:
     assert USER == recover(proof.digest, proof.signature) == claimed_user(signed().headers)
 
 
+@pytest.mark.parametrize(("cut", "expected"), [(64, None), (63, "bad_length"), (0, "bad_length")])
+def test_a_header_signature_may_be_compact_and_no_shorter(cut: int, expected: str | None) -> None:
+    message = signed()
+    raw = base64.b64decode(message.headers["signature"].removeprefix("eth=:").removesuffix(":"))
+    compact = raw[:32] + bytes([raw[32] | (raw[64] - 27) << 7]) + raw[33:64]
+    text = base64.b64encode(compact[:cut]).decode()
+
+    assert reason(message.with_headers({"signature": f"eth=:{text}:"})) == expected
+
+
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [

@@ -11,8 +11,8 @@ Rules:
 5. An inactive model, a token gate without token or minimum, a gate of an unknown type, a price in a token that this
    node doesn't serve: refused.
 
-A check at a head that was seen before costs no RPC call. For who was let in at the last head the same is read at the next
-one before it is used, as far as there is time.
+A check at a head that was seen before costs no RPC call. For who was let in at the last head the same is read at the
+next one before it is used, as far as there is time.
 """
 
 from __future__ import annotations
