@@ -22,9 +22,9 @@ async def test_a_flood_and_a_traitor_cost_the_others_no_answer() -> None:
         check(await many.serve(400, trouble=False), 400)
         check(await many.serve(400, trouble=True), 400)
         assert {loaded.state for loaded in many.pool.loaded()} == {"ready"}
-        flooded, quiet = many.pool.figures()[0], many.pool.figures()[5]
+        callers = {one.model: one.callers for one in many.pool.figures()}  # in the order in which they were used
 
-    assert flooded.callers > quiet.callers + 50, "there was a flood"
+    assert min(callers["m0"], callers["m1"]) > callers["m5"] + 50, "there was a flood"
 
 
 @pytest.mark.soak
