@@ -77,7 +77,7 @@ class ContractWallets:
                 require_signer_raw(digest, raw, claimed)
             except SignatureInvalid as err:
                 # Not the error itself: it holds this frame, and with it the request, as long as this frame holds it.
-                why = str(err.data["reason"]), err.detail
+                why = str(err.data["reason"]), f"{err.detail}; nor does a contract wallet at {claimed} accept it"
             else:
                 return False
             factory, prepare, inner = Address.ZERO, b"", raw
