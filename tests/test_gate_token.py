@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -211,10 +212,10 @@ async def test_a_fresh_head_does_not_wait_for_what_is_read_ahead(world: World) -
     chain = world.new_chain(head_ttl_s=1000, monotonic=clock)
     first = await chain.head()
 
-    async def forever(_: BlockRef) -> None:
+    async def slow(_: BlockRef) -> None:
         await never.wait()
 
-    chain.before_head(forever)
+    chain.before_head(slow)
     await world.owner.send(world.owner.address)
     clock.now += 800
     await chain.head()
@@ -230,37 +231,25 @@ async def test_a_fresh_head_does_not_wait_for_what_is_read_ahead(world: World) -
     await chain.close()
 
 
-async def test_what_can_not_be_read_ahead_is_read_when_it_is_asked_for(world: World) -> None:
+async def unreachable(_: BlockRef) -> None:
+    raise ChainUnavailable("gone", retry_after=1)
+
+
+async def forever(_: BlockRef) -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(("work", "ttl_s"), [(unreachable, 100), (forever, 0.4)])
+async def test_what_can_not_be_read_ahead_is_read_when_it_is_asked_for(world: World, work: Any, ttl_s: float) -> None:
+    """Nor does it keep the new head waiting longer than the last one counts."""
     model, clock = await world.register("m1"), Clock()
     user = await world.wallet(tokens=100)
-    chain = world.new_chain(head_ttl_s=100, monotonic=clock)
+    chain = world.new_chain(head_ttl_s=ttl_s, monotonic=clock)
     gates = world.new_gates(chain)
     await gates.check(principal(user.address), model)
     await world.mint(user.address, 1)
-
-    async def unreachable(_: BlockRef) -> None:
-        raise ChainUnavailable("gone", retry_after=1)
-
-    chain.before_head(unreachable)
-    await ahead(chain, clock, 80)
-
-    assert (await gates.check(principal(user.address), model)).have == 101
-    await chain.close()
-
-
-async def test_a_new_head_is_not_kept_waiting_longer_than_the_last_one_counts(world: World) -> None:
-    model, clock = await world.register("m1"), Clock()
-    user = await world.wallet(tokens=100)
-    chain = world.new_chain(head_ttl_s=0.4, monotonic=clock)
-    gates = world.new_gates(chain)
-    await gates.check(principal(user.address), model)
-    await world.mint(user.address, 1)
-
-    async def forever(_: BlockRef) -> None:
-        await asyncio.Event().wait()
-
-    chain.before_head(forever)
-    await ahead(chain, clock, 0.35)
+    chain.before_head(work)
+    await ahead(chain, clock, 0.8 * ttl_s)
 
     assert (await gates.check(principal(user.address), model)).have == 101
     await chain.close()

@@ -285,3 +285,16 @@ async def test_a_runtime_is_kept_once_for_all_runs_of_a_node(tmp_path: Path) -> 
         async with Counter(tmp_path) as counter:
             await counter.infer(signed(max_price=0)[1], price=FREE)
             assert len(await counter.rows("SELECT hash FROM runtime")) == 1
+
+
+async def test_a_free_call_takes_less_than_1500_bytes_in_the_file(tmp_path: Path) -> None:
+    """What docs/how-to/run-a-node.md tells operators to reckon with."""
+    sizes = []
+    for count in (200, 800):
+        async with Counter(tmp_path) as counter:
+            for _ in range(count):
+                await counter.infer(signed(max_price=0)[1], price=FREE)
+            file = Path((await counter.rows("PRAGMA database_list"))[0][2])
+        sizes.append(file.stat().st_size)  # closed: all of the log is folded back
+
+    assert 500 < (sizes[1] - sizes[0]) / 800 < 1500

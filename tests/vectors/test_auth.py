@@ -16,6 +16,7 @@ from divault.messages import (
     InferenceRequest,
     RequestContext,
     SignInContext,
+    SignInMessage,
     body_hash,
     personal_digest,
     refusal,
@@ -24,7 +25,6 @@ from divault.messages import (
     strict_object,
     unwrap,
     verify_headers,
-    verify_sign_in,
     verify_typed_data,
 )
 from divault.messages.signatures import signature_bytes
@@ -85,7 +85,11 @@ def headers(vector: Vector) -> None:
 def sign_in(vector: Vector) -> None:
     """EIP-4361."""
     context = SignInContext(**vector["context"])
-    verify_sign_in(vector["message"], vector["signature"], Address.parse(vector["address"]), context)
+    message = SignInMessage.parse(vector["message"])
+    message.check(context)
+    if message.address != Address.parse(vector["address"]):
+        raise refusal("signer_mismatch", "another wallet")
+    require_signer(message.digest, vector["signature"], message.address)
 
 
 VERIFIERS: dict[str, Callable[[Vector], None]] = {

@@ -15,6 +15,7 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Iterable
+from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,7 +33,6 @@ STREAM_CODE = "divault.code"
 """Member of the ASGI scope: the code of an error that was told within an answer that had begun."""
 TOO_OFTEN_S = 0.1
 """Until a 429 is sent: who heeds no `Retry-After` gets ten of them a second on a connection, not a thousand."""
-_TOO_OFTEN = 429
 _ID_HEADER = b"x-request-id"
 _METHODS = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
 _log = log("api")
@@ -186,7 +186,7 @@ class _Seen:
                 message["headers"] = [*message["headers"], (_ID_HEADER, self.id.encode())]
         else:
             self.bytes += len(message.get("body", b""))
-        return self._send(message) if self.status != _TOO_OFTEN else self._keep(message)
+        return self._send(message) if self.status != HTTPStatus.TOO_MANY_REQUESTS else self._keep(message)
 
     async def _keep(self, message: Message) -> None:
         self.kept = [*(self.kept or ()), message]

@@ -41,7 +41,7 @@ from divault.messages.personal import personal_digest
 from divault.messages.reasons import refusal
 from divault.messages.requests import InferenceRequest, RequestContext, request_domain, verify_typed_data
 from divault.messages.session_calls import SessionCall, allowances_of, bound_to
-from divault.messages.sign_in import SignInContext, SignInMessage, compose, verify_sign_in
+from divault.messages.sign_in import SignInContext, SignInMessage, compose
 from divault.messages.signatures import (
     SigningKey,
     address_of,
@@ -99,6 +99,5 @@ __all__ = [
     "strict_object",
     "unwrap",
     "verify_headers",
-    "verify_sign_in",
     "verify_typed_data",
 ]

@@ -24,7 +24,6 @@ from urllib.parse import urlsplit
 from divault.errors import SignatureInvalid
 from divault.messages.personal import personal_digest
 from divault.messages.reasons import refusal
-from divault.messages.signatures import require_signer
 from divault.messages.windows import CLOCK_SKEW_S
 from divault.values import Address, Digest
 
@@ -149,16 +148,6 @@ def compose(
         *(["Resources:", *(f"- {resource}" for resource in resources)] if resources else []),
     ]
     return "\n".join(lines)
-
-
-def verify_sign_in(text: str, signature: str, claimed: Address, context: SignInContext) -> SignInMessage:
-    """The message that `claimed` signed for this node. Raises as `parse`, `check` and `require_signer`."""
-    message = SignInMessage.parse(text)
-    message.check(context)
-    if message.address != claimed:
-        raise refusal("signer_mismatch", "the message names another wallet than the one that signs in")
-    require_signer(message.digest, signature, claimed)
-    return message
 
 
 def _checksummed(text: str) -> Address:
