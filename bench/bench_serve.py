@@ -121,7 +121,6 @@ async def _rows_of_tables(folder: Path) -> list[dict[str, Any]]:
         body = await _measure(world, model, data, 64)
         header = await _measure(world, model, data, 64, headers=True)
         session = await _by_session(world, model, data)
-        near = await _by_session(world, model, data)
         alone = await _measure(world, model, data, 1)
         steps = await asyncio.to_thread(read, world.node.url)
     async with serving(chain_away_s=_AWAY_S) as world:
@@ -147,11 +146,9 @@ async def _rows_of_tables(folder: Path) -> list[dict[str, Any]]:
     against = f"plain FastAPI: {one.p50_ms:.2f} ms"
     target = {"ratio": alone.p50_ms / one.p50_ms, "target": "<= yardstick", "holds": alone.p50_ms <= one.p50_ms}
     rows.append(_row("scikit-learn, EIP-712 body, 1 connection: p50", alone.p50_ms, "ms", against, **target))
-    name, against = (
-        f"a session's token, a block a second, {_AWAY_S * 1e3:.0f} ms away: p99",
-        f"no block, beside the chain: {near.p99_ms:.0f} ms",
-    )
-    ratio = far.p99_ms / near.p99_ms
+    name = f"a session's token, 16 wallets, a block a second, {_AWAY_S * 1e3:.0f} ms away: p99"
+    against = f"no block, beside the chain: {session.p99_ms:.0f} ms"
+    ratio = far.p99_ms / session.p99_ms
     target = {"ratio": ratio, "target": "<= 1.5 x yardstick", "holds": ratio <= 1.5}
     rows.append(_row(name, far.p99_ms, "ms", against, **target))
     for step in _STEPS:
