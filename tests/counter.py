@@ -35,6 +35,7 @@ from divault.values import (
     Secret,
     SessionToken,
     SignedCall,
+    TokenParts,
     TransferClaim,
     Usdc,
 )
@@ -108,7 +109,7 @@ class TransfersInMemory:
 
 def of_session(login: Digest, key: str | None, *, body: bytes = b"{}", tx: str | None = None) -> SignedCall:
     """A call that came by a session, with or without an idempotency key."""
-    proof = SessionToken(Secret(login.raw), None, key)
+    proof = SessionToken(TokenParts(USER, login, b"", Secret(b"")), None, key)
     paying = TransferClaim(tx) if tx is not None else None
     return SignedCall(
         USER, "POST", "/api/v1/inference", body, proof, MODEL, Usdc(UINT256_MAX), input_data=body, payment=paying
@@ -149,7 +150,7 @@ def principal_of(call: SignedCall) -> Principal:
 
 
 def _principal_of_session(call: SignedCall, proof: SessionToken) -> Principal:
-    now, login, key = int(time.time()), Digest(proof.token.reveal()), proof.idempotency_key
+    now, login, key = int(time.time()), proof.token.login, proof.idempotency_key
     made = SessionCall(Digest.keccak(call.body), login, call.method, call.path, key or os.urandom(8).hex())
     return Principal(
         call.user,

@@ -25,7 +25,7 @@ from divault.messages import (
     signature_text,
 )
 from divault.messages.session_calls import LONGEST_S, resources_of
-from divault.sessions import IDLE_S, NONCE_S, Home, Sessions, Ticket
+from divault.sessions import IDLE_S, NONCE_S, Home, Session, Sessions, Ticket, read_token
 from divault.state import State
 from divault.values import Address, Digest, Principal, PrincipalKind, Secret, SessionToken, SignedCall, Usdc
 
@@ -96,6 +96,10 @@ async def reason(work: Any) -> str:
     return f"{caught.value.code} {caught.value.data.get('reason')}"
 
 
+async def use(sessions: Sessions, token: Secret, origin: str | None = None) -> Session:
+    return await sessions.of(read_token(token), origin)
+
+
 class Contract:
     """Signers of a contract wallet that accepts everything; what they were asked."""
 
@@ -117,9 +121,9 @@ async def test_a_contract_wallets_session_is_over_after_five_minutes_also_after_
     assert (signers.asked, ticket.session.expires_at) == ([USER], desk.clock.now + 300)
 
     sessions = await desk.restart()
-    assert (await sessions.of(ticket.token, None)).by_contract
+    assert (await use(sessions, ticket.token)).by_contract
     desk.clock.now += 300
-    assert await reason(sessions.of(ticket.token, None)) == "session_invalid expired"
+    assert await reason(use(sessions, ticket.token)) == "session_invalid expired"
 
 
 async def test_a_contract_is_not_asked_about_a_text_that_opens_nothing(desk: Desk) -> None:
@@ -138,7 +142,7 @@ async def test_a_key_s_session_is_known_as_one_after_a_restart(desk: Desk) -> No
     ticket = await desk.sign_in()
     sessions = await desk.restart()
 
-    assert not (await sessions.of(ticket.token, None)).by_contract
+    assert not (await use(sessions, ticket.token)).by_contract
 
 
 async def test_a_signed_text_opens_a_session_of_its_wallet(desk: Desk) -> None:
@@ -146,12 +150,12 @@ async def test_a_signed_text_opens_a_session_of_its_wallet(desk: Desk) -> None:
     assert given.message is not None
     ticket = await desk.sign_in(given.message)
 
-    session = await desk.sessions.of(ticket.token, None)
+    session = await use(desk.sessions, ticket.token)
     assert (session.user, session.origin) == (USER, "https://node.example.org")
     assert session.expires_at == desk.clock.now + LONGEST_S
     assert ticket.allowances == {TOKEN: Usdc(500_000)}
     assert "spend at most 0.5 of the token" in given.message
-    assert Sessions.claimed_user(ticket.token) == USER
+    assert read_token(ticket.token).user == USER
 
 
 async def test_a_text_that_would_be_refused_is_not_offered(desk: Desk) -> None:
@@ -162,9 +166,9 @@ async def test_a_text_that_would_be_refused_is_not_offered(desk: Desk) -> None:
 async def test_a_page_that_the_operator_named_signs_in_for_itself(desk: Desk) -> None:
     ticket = await desk.sign_in(desk.text(origin=PAGE), origin=PAGE)
 
-    assert (await desk.sessions.of(ticket.token, PAGE)).origin == PAGE
-    assert await reason(desk.sessions.of(ticket.token, "https://evil.example")) == "session_invalid wrong_origin"
-    assert (await desk.sessions.of(ticket.token, None)).user == USER, "a program names no origin"
+    assert (await use(desk.sessions, ticket.token, PAGE)).origin == PAGE
+    assert await reason(use(desk.sessions, ticket.token, "https://evil.example")) == "session_invalid wrong_origin"
+    assert (await use(desk.sessions, ticket.token)).user == USER, "a program names no origin"
 
 
 @pytest.mark.parametrize(
@@ -285,9 +289,9 @@ async def test_no_token_with_another_bit_or_spelling_counts(desk: Desk) -> None:
     altered = [head + body[:n] + ("A" if body[n] != "A" else "B") + body[n + 1 :] for n in range(len(body))]
     spelled = [token + "=", token + "\n", token[:-1], token + "A", body, token.upper(), head, ""]
 
-    assert await desk.sessions.of(Secret.of_text(token), None)
+    assert await use(desk.sessions, Secret.of_text(token))
     for text in (*altered, *spelled):
-        assert await reason(desk.sessions.of(Secret.of_text(text), None)) == "session_invalid bad_token", text
+        assert await reason(use(desk.sessions, Secret.of_text(text))) == "session_invalid bad_token", text
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,7 @@ async def test_a_token_counts_at_its_node_for_its_chain_and_vault_alone(desk: De
     token = (await desk.sign_in()).token
     other = desk.of(replace(HOME, **changed), NODE_KEY if changed else Secret(b"\x0c" * 32))
 
-    assert await reason(other.of(token, None)) == "session_invalid bad_token"
+    assert await reason(use(other, token)) == "session_invalid bad_token"
 
 
 async def test_a_session_ends_when_it_idles_and_after_a_day(desk: Desk) -> None:
@@ -305,54 +309,54 @@ async def test_a_session_ends_when_it_idles_and_after_a_day(desk: Desk) -> None:
     began = desk.clock.now
     while desk.clock.now + IDLE_S < began + LONGEST_S:
         desk.clock.now += IDLE_S
-        await desk.sessions.of(busy, None)
+        await use(desk.sessions, busy)
 
-    assert await reason(desk.sessions.of(idle, None)) == "session_invalid idle"
+    assert await reason(use(desk.sessions, idle)) == "session_invalid idle"
     desk.clock.now = began + LONGEST_S - 1
-    assert await desk.sessions.of(busy, None)
+    assert await use(desk.sessions, busy)
     desk.clock.now += 1
-    assert await reason(desk.sessions.of(busy, None)) == "session_invalid expired"
+    assert await reason(use(desk.sessions, busy)) == "session_invalid expired"
 
 
 async def test_a_session_ends_when_its_text_says_so(desk: Desk) -> None:
     ticket = await desk.sign_in(desk.text(expires_at=desk.clock.now + 60))
     desk.clock.now += 59
-    assert await desk.sessions.of(ticket.token, None)
+    assert await use(desk.sessions, ticket.token)
     desk.clock.now += 1
 
-    assert await reason(desk.sessions.of(ticket.token, None)) == "session_invalid expired"
+    assert await reason(use(desk.sessions, ticket.token)) == "session_invalid expired"
 
 
 async def test_a_session_outlives_the_process_and_its_last_use_does_too(desk: Desk) -> None:
     used, unused = (await desk.sign_in()).token, (await desk.sign_in()).token
     desk.clock.now += IDLE_S - 1
-    await desk.sessions.of(used, None)
+    await use(desk.sessions, used)
     sessions = await desk.restart()
     desk.clock.now += 2
 
-    assert (await sessions.of(used, None)).user == USER
-    assert await reason(sessions.of(unused, None)) == "session_invalid idle"
+    assert (await use(sessions, used)).user == USER
+    assert await reason(use(sessions, unused)) == "session_invalid idle"
 
 
 async def test_signing_out_ends_one_session_and_for_good(desk: Desk) -> None:
     one, other = (await desk.sign_in()).token, (await desk.sign_in()).token
 
-    assert await desk.sessions.sign_out(one, None) == 1
-    assert await reason(desk.sessions.of(one, None)) == "session_invalid signed_out"
-    assert await reason(desk.sessions.sign_out(one, None)) == "session_invalid signed_out"
+    assert await desk.sessions.sign_out(read_token(one), None) == 1
+    assert await reason(use(desk.sessions, one)) == "session_invalid signed_out"
+    assert await reason(desk.sessions.sign_out(read_token(one), None)) == "session_invalid signed_out"
     sessions = await desk.restart()
-    assert await reason(sessions.of(one, None)) == "session_invalid signed_out"
-    assert await sessions.of(other, None)
+    assert await reason(use(sessions, one)) == "session_invalid signed_out"
+    assert await use(sessions, other)
 
 
 async def test_signing_out_everywhere_ends_all_of_one_wallet(desk: Desk) -> None:
     mine = [(await desk.sign_in()).token for _ in range(3)]
     others = (await desk.sign_in(desk.text(user=address_of(OTHER_KEY)), OTHER_KEY)).token
 
-    assert await desk.sessions.sign_out(mine[0], None, everywhere=True) == 3
+    assert await desk.sessions.sign_out(read_token(mine[0]), None, everywhere=True) == 3
     for token in mine:
-        assert await reason(desk.sessions.of(token, None)) == "session_invalid signed_out"
-    assert await desk.sessions.of(others, None)
+        assert await reason(use(desk.sessions, token)) == "session_invalid signed_out"
+    assert await use(desk.sessions, others)
 
 
 async def test_who_signs_in_while_all_are_signed_out_is_out(desk: Desk) -> None:
@@ -364,9 +368,9 @@ async def test_who_signs_in_while_all_are_signed_out_is_out(desk: Desk) -> None:
         ended = await desk.sessions.end_all(USER)
         token = (await signing).token
         if ended:
-            assert await reason(desk.sessions.of(token, None)) == "session_invalid signed_out", pause
+            assert await reason(use(desk.sessions, token)) == "session_invalid signed_out", pause
         else:
-            assert await desk.sessions.of(token, None)
+            assert await use(desk.sessions, token)
             assert await desk.sessions.end_all(USER) == 1
 
 
@@ -374,24 +378,24 @@ async def test_a_session_that_is_read_while_it_is_ended_is_out(desk: Desk) -> No
     token = (await desk.sign_in()).token
     sessions = await desk.restart()  # which knows none by heart
     ending = asyncio.create_task(sessions.end_all(USER))
-    uses = await asyncio.gather(*(sessions.of(token, None) for _ in range(5)), return_exceptions=True)
+    uses = await asyncio.gather(*(use(sessions, token) for _ in range(5)), return_exceptions=True)
     await ending
 
-    assert await reason(sessions.of(token, None)) == "session_invalid signed_out"
+    assert await reason(use(sessions, token)) == "session_invalid signed_out"
     assert len(uses) == 5
 
 
 async def test_a_sign_out_that_was_not_written_is_none(desk: Desk) -> None:
     token = (await desk.sign_in()).token
-    await desk.sessions.of(token, None)
+    await use(desk.sessions, token)
     full = "CREATE TEMP TRIGGER full BEFORE UPDATE ON login BEGIN SELECT RAISE(ABORT, 'as a disk without room'); END"
     desk.state._writer.execute(full)
-    assert (await reason(desk.sessions.sign_out(token, None))).startswith("not_ready")
+    assert (await reason(desk.sessions.sign_out(read_token(token), None))).startswith("not_ready")
     desk.state._writer.execute("DROP TRIGGER full")
 
-    assert await desk.sessions.of(token, None)
-    assert await desk.sessions.sign_out(token, None) == 1
-    assert await reason(desk.sessions.of(token, None)) == "session_invalid signed_out"
+    assert await use(desk.sessions, token)
+    assert await desk.sessions.sign_out(read_token(token), None) == 1
+    assert await reason(use(desk.sessions, token)) == "session_invalid signed_out"
 
 
 async def test_what_a_token_proves_of_a_call(desk: Desk) -> None:
@@ -400,7 +404,7 @@ async def test_what_a_token_proves_of_a_call(desk: Desk) -> None:
     desk.clock.now += 100
 
     async def proved(ticket: Ticket, key: str | None, body: bytes = b"{}") -> Principal:
-        proof = SessionToken(ticket.token, None, key)
+        proof = SessionToken(read_token(ticket.token), None, key)
         return await node.authenticate(SignedCall(USER, "POST", "/v1/x", body, proof, None, Usdc(7)))
 
     named, again, elsewhere = await proved(one, "k"), await proved(one, "k"), await proved(other, "k")
@@ -434,7 +438,7 @@ async def test_what_is_long_over_is_forgotten(desk: Desk) -> None:
 def test_no_bytes_make_a_token_raise_anything_else(raw: bytes) -> None:
     for token in (Secret(raw), Secret(b"div1_" + raw)):
         with contextlib.suppress(SessionInvalid):
-            assert isinstance(Sessions.claimed_user(token), Address)
+            assert isinstance(read_token(token).user, Address)
 
 
 async def test_a_token_is_not_in_any_row(desk: Desk) -> None:

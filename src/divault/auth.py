@@ -49,7 +49,6 @@ from divault.values import (
     Nonce,
     Principal,
     PrincipalKind,
-    Secret,
     SessionToken,
     SignedCall,
     Usdc,
@@ -96,11 +95,6 @@ class Authenticator:
                 return await self._by_headers(call, proof, now)
             case SessionToken() as proof:
                 return await self._by_session(call, proof, now)
-
-    @staticmethod
-    def claimed_user(token: Secret) -> Address:
-        """The wallet that a session's token names, unproved. Raises SessionInvalid."""
-        return Sessions.claimed_user(token)
 
     def require_complete(
         self, members: Mapping[str, Any], *, method: str, path: str, price: Usdc | None = None

@@ -45,7 +45,7 @@ from divault.messages import (
 from divault.messages.session_calls import LONGEST_BY_CONTRACT_S, LONGEST_S, OURS, resources_of, statement
 from divault.messages.signatures import KeysOnly, Signers
 from divault.state import State
-from divault.values import Address, Digest, Secret, Usdc
+from divault.values import Address, Digest, Secret, TokenParts, Usdc
 
 IDLE_S = 900
 """Seconds without a call after which a session is over."""
@@ -194,20 +194,15 @@ class Sessions:
 
     # --- its calls ------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def claimed_user(token: Secret) -> Address:
-        """The wallet that a token names, unproved. Raises SessionInvalid."""
-        return _read(token).user
-
-    async def of(self, token: Secret, origin: str | None) -> Session:
+    async def of(self, token: TokenParts, origin: str | None) -> Session:
         """The open session of a token, and note that it was used now.
 
         Raises SessionInvalid with the reason: `bad_token`, `signed_out`, `expired`, `idle`, `wrong_origin`.
         """
-        read, now = _read(token), int(self._clock())
-        if not hmac.compare_digest(read.mac, self._mac(read.covered)):
+        now = int(self._clock())
+        if not hmac.compare_digest(token.mac.reveal(), self._mac(token.covered)):
             raise SessionInvalid("this token was not given out by this node: sign in", reason="bad_token")
-        session = self._known.get(read.login) or self._load(read.login)
+        session = self._known.get(token.login) or self._load(token.login)
         session = self._open(session, now)
         if origin is not None and origin != session.origin:
             raise SessionInvalid("the session was opened by another page: sign in here", reason="wrong_origin")
@@ -220,7 +215,7 @@ class Sessions:
             self._open(session, now)  # it may have been ended meanwhile
         return session
 
-    async def sign_out(self, token: Secret, origin: str | None, *, everywhere: bool = False) -> int:
+    async def sign_out(self, token: TokenParts, origin: str | None, *, everywhere: bool = False) -> int:
         """End the session, or all of its wallet's; gives how many that were. Raises as `of`, and NotReady."""
         session = await self.of(token, origin)
         if everywhere:
@@ -332,16 +327,11 @@ class Sessions:
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    mac: bytes
-    user: Address
-    login: Digest
-    covered: bytes
+def read_token(token: Secret) -> TokenParts:
+    """The parts of a token. One spelling each: what decodes to the same bytes is another text, and none.
 
-
-def _read(token: Secret) -> _Read:
-    """The parts of a token. One spelling each: what decodes to the same bytes is another text, and none."""
+    Raises SessionInvalid, reason `bad_token`.
+    """
     text = token.reveal()
     body = text.removeprefix(PREFIX.encode())
     try:
@@ -353,7 +343,7 @@ def _read(token: Secret) -> _Read:
         raise SessionInvalid("this is no token of a session: sign in", reason="bad_token")
     covered = raw[_MAC:]
     login = Digest(covered[_USER : _USER + _LOGIN])
-    return _Read(raw[:_MAC], Address(covered[:_USER]), login, covered)
+    return TokenParts(Address(covered[:_USER]), login, covered, Secret(raw[:_MAC]))
 
 
 def _authority(origin: str) -> str:

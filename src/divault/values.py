@@ -298,10 +298,20 @@ class HeaderSignature(Struct, frozen=True):
     vault: Address | None = None
 
 
+class TokenParts(Struct, frozen=True):
+    """What the token of a session says, unproved. `sessions.read_token` makes them."""
+
+    user: Address
+    login: Digest
+    covered: bytes
+    """The bytes of the token that its MAC is over."""
+    mac: Secret
+
+
 class SessionToken(Struct, frozen=True):
     """The token of a session that a wallet opened by signing in (EIP-4361), as it came with a call."""
 
-    token: Secret
+    token: TokenParts
     origin: str | None
     """The `Origin` header that browsers add; None for other programs."""
     idempotency_key: str | None

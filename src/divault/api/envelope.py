@@ -29,7 +29,7 @@ from divault.auth import Authenticator
 from divault.errors import BadRequest, SignHeaders, TooLarge
 from divault.messages import body_hash, claimed_user, strict_object
 from divault.messages.headers import MAX_PRICE, PAYMENT
-from divault.sessions import PREFIX
+from divault.sessions import PREFIX, read_token
 from divault.values import (
     UINT256_MAX,
     Address,
@@ -40,6 +40,7 @@ from divault.values import (
     Secret,
     SessionToken,
     SignedCall,
+    TokenParts,
     TransferClaim,
     Usdc,
 )
@@ -163,7 +164,7 @@ class Envelopes:
         if "signature-input" in headers:
             return claimed_user(headers), HeaderSignature(headers, incoming.query or None)
         if (token := session_token(headers)) is not None:
-            return self._authenticator.claimed_user(token), _session_proof(incoming, headers, token)
+            return token.user, _session_proof(incoming, headers, token)
         return None
 
     def _self_signed(self, incoming: Incoming) -> SignedCall:
@@ -206,13 +207,13 @@ def require_json(incoming: Incoming) -> None:
         raise BadRequest(f"send the body as {JSON}", field="content-type")
 
 
-def session_token(headers: Mapping[str, str]) -> Secret | None:
-    """The token of a session among the headers (lower-case names), if there is one."""
+def session_token(headers: Mapping[str, str]) -> TokenParts | None:
+    """The token of a session among the headers (lower-case names), if there is one. Raises SessionInvalid."""
     match = _BEARER.fullmatch(headers.get("authorization", ""))
-    return None if match is None else Secret.of_text(match[1])
+    return None if match is None else read_token(Secret.of_text(match[1]))
 
 
-def _session_proof(incoming: Incoming, headers: Mapping[str, str], token: Secret) -> SessionToken:
+def _session_proof(incoming: Incoming, headers: Mapping[str, str], token: TokenParts) -> SessionToken:
     if incoming.query:
         raise BadRequest("calls of a session have no query string: leave it out", field="query")
     key = headers.get(_IDEMPOTENCY)

@@ -19,7 +19,7 @@ from divault.errors import BadRequest, SessionInvalid, TooLarge
 from divault.messages import strict_object
 from divault.messages.sign_in import time_text
 from divault.sessions import IDLE_S, NONCE_S, Challenge
-from divault.values import Address, Secret, Usdc
+from divault.values import Address, TokenParts, Usdc
 
 _MAX_BYTES = 24 * 1024  # a text with a page of resources, escaped, and the longest signature of a contract wallet
 
@@ -142,7 +142,7 @@ def _allowances(value: Any) -> dict[Address, Usdc]:
     return {Address.parse(one["token"]): Usdc.parse_atomic(one["amount"]) for one in value}
 
 
-def _required(token: Secret | None) -> Secret:
+def _required(token: TokenParts | None) -> TokenParts:
     if token is None:
         raise SessionInvalid("send the session's token as Authorization: Bearer", reason="bad_token")
     return token
