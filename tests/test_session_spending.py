@@ -10,8 +10,21 @@ from pathlib import Path
 import pytest
 
 from divault.errors import BadRequest, ModelFailed, NonceUsed, PaymentRequired, PriceChanged, SessionInvalid
+from divault.payments import books
 from divault.values import Answer, Hold, SignedCall, Usdc
-from tests.counter import PRICE, TOKEN, Counter, answer_yes, digest_of, of_session, signed
+from tests.counter import (
+    CHAIN_ID,
+    OWNER,
+    PRICE,
+    TOKEN,
+    USER,
+    Counter,
+    answer_yes,
+    digest_of,
+    of_session,
+    principal_of,
+    signed,
+)
 from tests.ledger_child import call_number
 from tests.test_pay_crash import CHARGED, killed_at, nothing_is_lost
 
@@ -35,6 +48,10 @@ def call(number: int, login=LOGIN) -> SignedCall:
 async def slow_yes(_: Hold) -> bytes:
     await asyncio.sleep(0.02)
     return b'"yes"'
+
+
+async def fail(_: Hold) -> bytes:
+    raise ModelFailed("no")
 
 
 async def test_ten_calls_at_once_spend_what_is_allowed_and_no_more(counter: Counter) -> None:
@@ -69,6 +86,32 @@ async def test_it_is_not_asked_to_spend_for_free_models(counter: Counter) -> Non
         await counter.infer(of_session(OTHER, "a"), price=Usdc(0))
 
 
+async def test_a_call_that_nobody_can_send_again_leaves_a_receipt_and_no_row(counter: Counter) -> None:
+    async def kept() -> tuple[int, int]:
+        requests = await counter.rows("SELECT 1 FROM request WHERE login IS NOT NULL")
+        return len(requests), len(await counter.rows("SELECT 1 FROM receipt"))
+
+    _, before = await kept()
+    for _ in range(2):
+        await counter.infer(of_session(OTHER, None), price=Usdc(0))
+    assert await kept() == (0, before + 2)
+    with pytest.raises(ModelFailed):
+        await counter.infer(of_session(OTHER, None), fail, price=Usdc(0))
+    assert await kept() == (0, before + 3)
+    await counter.infer(of_session(OTHER, "a"), price=Usdc(0))
+    assert await kept() == (1, before + 4)
+
+
+async def test_nothing_can_be_reserved_for_it(counter: Counter) -> None:
+    principal = principal_of(of_session(LOGIN, None))
+    account = books.Account(CHAIN_ID, TOKEN, USER, OWNER)
+    wanted = books.Reservation(b"", int(time.time()) + 60, PRICE, account)
+    with pytest.raises(ValueError, match="no row"):
+        await counter.state.write(lambda db: books.reserve(db, principal, None, wanted))
+    assert await counter.credit() == 10 * PRICE.atomic
+    assert await counter.used(LOGIN) == 0
+
+
 async def test_a_paid_call_without_a_key_is_told_to_bring_one(counter: Counter) -> None:
     with pytest.raises(BadRequest) as caught:
         await counter.infer(of_session(LOGIN, None))
@@ -100,9 +143,6 @@ async def test_the_same_key_for_another_body_or_from_another_session_is_refused(
 
 
 async def test_what_a_failed_run_held_may_be_spent_again(counter: Counter) -> None:
-    async def fail(_: Hold) -> bytes:
-        raise ModelFailed("no")
-
     for number in range(5):
         with pytest.raises(ModelFailed):
             await counter.infer(call(number), fail)

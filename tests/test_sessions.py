@@ -421,6 +421,7 @@ async def test_what_a_token_proves_of_a_call(desk: Desk) -> None:
     assert named.repeatable
     assert unnamed[0].nonce != unnamed[1].nonce
     assert not unnamed[0].repeatable
+    assert " " in (unnamed[0].typed_message or {})["request_id"], "no header Idempotency-Key could say the same"
 
 
 async def test_what_is_long_over_is_forgotten(desk: Desk) -> None:

@@ -183,15 +183,15 @@ class Authenticator:
             raise SessionInvalid("this node opens no sessions: sign the request", reason="bad_token")
         session = await self._sessions.of(proof.token, proof.origin)
         key = proof.idempotency_key
-        made = SessionCall(
-            Digest.keccak(call.body), session.login, call.method, call.path, key or secrets.token_hex(16)
-        )
+        # no key has a blank in it: nobody can send an id of ours again
+        name = key or f"no key, {secrets.token_hex(16)}"
+        made = SessionCall(Digest.keccak(call.body), session.login, call.method, call.path, name)
         return Principal(
             user=session.user,
             kind=PrincipalKind.SESSION,
             request=made.digest,
             nonce=Nonce(Digest.keccak(_IDEMPOTENCY + made.request_id.encode()).raw),
-            # Remembered for a day, whatever session it comes by then; nobody can send a random id again.
+            # Remembered for a day, whatever session it comes by then.
             expires_at=now + LONGEST_S if key else now,
             received_at=now,
             max_price=call.max_price,

@@ -10,6 +10,7 @@ Rules:
    request reserves again after a release.
 4. What the runs of a session reserved or drew in a token never exceeds what its wallet allowed when it signed in. An
    allowance is taken with the reservation, and comes back with a reservation that nothing was drawn from.
+5. A request that nobody can send again (`Principal.repeatable`) has no row, and so can reserve nothing here.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ class AllowanceTooLow(Exception):
 
 def find(db: sqlite3.Connection, principal: Principal) -> Row | None:
     """The row of the principal's nonce."""
+    if not principal.repeatable:
+        return None
     found = db.execute(
         "SELECT digest, stage, priced, attempt, lease_until, price, account, payment_key, login FROM request"
         " WHERE user = ? AND nonce = ?",
@@ -190,6 +193,10 @@ def purge(db: sqlite3.Connection, now: int) -> None:
 
 
 def _put(db: sqlite3.Connection, principal: Principal, stage: Stage, *, priced: bool) -> None:
+    if not principal.repeatable:
+        if stage is Stage.RESERVED:
+            raise ValueError("what has no row can hold no reservation")
+        return
     db.execute(
         "INSERT INTO request(user, nonce, digest, stage, priced, keep_until, login) VALUES (?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT(user, nonce) DO UPDATE SET stage = excluded.stage, priced = excluded.priced",

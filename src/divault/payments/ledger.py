@@ -4,7 +4,8 @@ Rules:
 
 1. A nonce is used up exactly when a run is reserved or a receipt is issued, in that transaction (table: `stages`). A
    free run is reserved in memory, where its copies are refused, and its nonce is on disk with its outcome: a node that
-   dies in between has told nobody anything, so the same request may come again.
+   dies in between has told nobody anything, so the same request may come again. A nonce that nobody can send again is
+   written nowhere.
 2. `outcome` stands around everything that follows authentication. Whatever is raised inside, the reservation ends
    there: with an error that earns a receipt, release and receipt are one transaction and the receipt is the error's
    `evidence`; with any other end, the credit comes back and nothing is charged.
@@ -329,6 +330,8 @@ class Ledger:
 
     def _row(self, principal: Principal) -> Row | None:
         """The row of the principal's nonce. Looked up once while nobody else's call comes between."""
+        if not principal.repeatable:  # has none: no need to ask
+            return None
         seen = self._seen
         if seen is None or seen[0] is not principal or seen[1] != self._state.writes:
             row = self._state.look(lambda db: books.find(db, principal))
