@@ -24,8 +24,8 @@ from starlette.types import ASGIApp
 import divault
 from divault import keyfiles, messages
 from divault.api import ApiLimits, Node, create_api
+from divault.api.connection import Connection
 from divault.api.envelope import MAX_SELF_SIGNED_BYTES, Envelopes
-from divault.api.joined import JoinedProtocol
 from divault.auth import Authenticator
 from divault.chain import erc20
 from divault.chain.chain import Chain
@@ -147,7 +147,7 @@ async def serve(settings: Settings, *, until_eof: bool = False) -> None:
     async with running(settings, url) as app:
         config = uvicorn.Config(
             app,
-            http=JoinedProtocol,
+            http=Connection,
             ws="none",
             log_config=None,
             access_log=False,

@@ -1,0 +1,141 @@
+"""uvicorn's HTTP protocol, with two changes.
+
+1. What is no body is bounded: the head of a request, what frames the chunks of its body, and what follows them. uvicorn
+   collects it without end, at a cost that grows with its square, and before anybody is counted. And a head has to be
+   there in time.
+2. The head and the body of an answer leave in one system call instead of two: a write to a socket costs as much as
+   reading and checking a small request does, and wakes the client each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request's head; some more where it comes at once. Signed headers with their token take 2 to 6 kB."""
+HEAD_PATIENCE_S = 10.0
+"""Until a head has come, from the first byte of a connection, or of a further request on it."""
+_FRAMING = 8  # bytes around each byte of a body, at most: one in a chunk of its own takes six
+_ENOUGH = 64 * 1024  # bytes, sent without waiting for more
+
+
+class JoinedTransport:
+    """The transport, for one who writes several times in a turn of the loop: sent as one when the turn ends."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def write(self, data: bytes) -> None:
+        """Send the data, at the latest when this turn of the loop ends."""
+        if not data:
+            return
+        if not self._parts:
+            asyncio.get_running_loop().call_soon(self.send)
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size > _ENOUGH:  # so that the transport says when its reader is slow
+            self.send()
+
+    def send(self) -> None:
+        """Send what was written, now."""
+        parts, self._parts, self._size = self._parts, [], 0
+        if parts and not self._transport.is_closing():
+            self._transport.writelines(parts)
+
+    def close(self) -> None:
+        """Send what was written, and close."""
+        self.send()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class Connection(HttpToolsProtocol):
+    """For `uvicorn.Config(http=...)`."""
+
+    transport: JoinedTransport  # type: ignore[assignment]  # it is told nothing of its own
+    head_patience_s = HEAD_PATIENCE_S
+    _left = MAX_HEAD_BYTES
+    """How many bytes may come that are no body."""
+    _late: asyncio.TimerHandle | None = None
+    """Ends the connection, while a head is waited for."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Part of asyncio.Protocol."""
+        super().connection_made(JoinedTransport(transport))  # type: ignore[arg-type]
+        self._late = self.loop.call_later(self.head_patience_s, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Part of asyncio.Protocol."""
+        self._wait_no_more()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Part of asyncio.Protocol."""
+        for at in range(0, len(data), MAX_HEAD_BYTES):
+            if self.transport.is_closing():
+                return
+            part = data[at : at + MAX_HEAD_BYTES]
+            self._left -= len(part)
+            super().data_received(part)
+            if self._left < 0:
+                self._refuse(
+                    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                    f"the head of a request has at most {MAX_HEAD_BYTES} bytes here",
+                )
+                return
+        head_is_here = self.scope is not None and "path" in self.scope  # of this request, or of the one before it
+        if head_is_here or self._left == MAX_HEAD_BYTES:
+            self._wait_no_more()
+        elif self._late is None:
+            self._late = self.loop.call_later(self.head_patience_s, self._give_up)
+
+    def on_body(self, body: bytes) -> None:
+        """Part of uvicorn's protocol: some of a body has come."""
+        self._left = min(MAX_HEAD_BYTES, self._left + len(body) * (1 + _FRAMING))
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Part of uvicorn's protocol: all of a request has come."""
+        self._left = MAX_HEAD_BYTES
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Part of uvicorn's protocol: the answer is written."""
+        self.transport.send()
+        super().on_response_complete()
+
+    def _wait_no_more(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _give_up(self) -> None:
+        self._late = None
+        if self._left == MAX_HEAD_BYTES:  # nothing was asked
+            self.transport.close()
+        else:
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the head of a request is waited for {self.head_patience_s:g} s")
+
+    def _refuse(self, status: HTTPStatus, why: str) -> None:
+        """Say so, and end the connection: like uvicorn's answer to what is no HTTP."""
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:  # in the middle of an answer
+            self.transport.close()
+            return
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}",
+            "content-type: text/plain; charset=utf-8",
+            f"content-length: {len(why)}",
+            "connection: close",
+        )
+        self.transport.write(("\r\n".join(head) + "\r\n\r\n" + why).encode())
+        self.transport.close()

@@ -1,0 +1,261 @@
+"""Connections: heads that end soon enough, answers in one write, and everything else as uvicorn alone has it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+
+from divault.api.connection import MAX_HEAD_BYTES, Connection, JoinedTransport
+
+Application = Callable[[Any, Any, Any], Awaitable[None]]
+ASK = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nhi"
+
+
+class Wire(asyncio.Transport):
+    """Notes what is written, as it is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[bytes] = []
+        self.closing = False
+
+    def writelines(self, parts: Any) -> None:
+        self.sent.append(b"".join(parts))
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+
+class Impatient(Connection):
+    head_patience_s = 0.2
+
+
+@asynccontextmanager
+async def serving(app: Application, http: type[Connection] = Connection) -> AsyncIterator[int]:
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_level="error", http=http)
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    await task
+
+
+def answering(body: bytes, *more: bytes) -> Application:
+    async def app(_: Any, receive: Any, send: Any) -> None:
+        await receive()
+        parts = [body, *more]
+        length = str(sum(map(len, parts))).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        for number, part in enumerate(parts, 1):
+            await send({"type": "http.response.body", "body": part, "more_body": number < len(parts)})
+
+    return app
+
+
+async def test_what_is_written_in_one_turn_leaves_in_one_piece() -> None:
+    wire = Wire()
+    joined = JoinedTransport(wire)
+    joined.write(b"head")
+    joined.write(b"")
+    joined.write(b"body")
+    assert wire.sent == []
+    await asyncio.sleep(0)
+
+    assert wire.sent == [b"headbody"]
+    joined.write(b"more")
+    joined.send()
+    joined.write(b"last")
+    joined.close()
+    assert wire.sent == [b"headbody", b"more", b"last"]
+    assert wire.closing
+
+
+async def test_a_long_answer_does_not_wait_until_it_is_whole() -> None:
+    wire = Wire()
+    joined = JoinedTransport(wire)
+    for _ in range(40):
+        joined.write(b"x" * 4096)
+
+    assert sum(map(len, wire.sent)) >= 2 * 64 * 1024
+
+
+async def test_nothing_is_written_to_a_connection_that_is_gone() -> None:
+    wire = Wire()
+    joined = JoinedTransport(wire)
+    joined.write(b"late")
+    wire.closing = True
+    await asyncio.sleep(0)
+
+    assert wire.sent == []
+
+
+@pytest.mark.parametrize("parts", [(b"",), (b"short",), (b"one", b"two"), (b"x" * 300_000, b"y")])
+async def test_answers_come_whole_one_after_the_other_on_one_connection(parts: tuple[bytes, ...]) -> None:
+    async with serving(answering(*parts)) as port, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(ASK + ASK)  # the second before the first is answered
+        for _ in range(2):
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 OK")
+            assert await reader.readexactly(sum(map(len, parts))) == b"".join(parts)
+        writer.write(ASK.replace(b"host", b"connection: close\r\nhost"))
+        assert (await reader.read()).endswith(b"".join(parts))
+        writer.close()
+
+
+async def test_what_is_no_http_is_told_so_and_the_connection_ends() -> None:
+    async with serving(answering(b"never")) as port, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"nonsense\r\n\r\n")
+        answer = await reader.read()
+        writer.close()
+
+    assert answer.startswith(b"HTTP/1.1 400")
+
+
+async def test_pieces_of_a_stream_come_as_they_are_made() -> None:
+    go = asyncio.Event()
+
+    async def app(_: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+        await go.wait()
+        await send({"type": "http.response.body", "body": b"second"})
+
+    async with serving(app) as port, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(ASK)
+        assert await reader.readuntil(b"first")
+        go.set()
+        assert await reader.readuntil(b"second")
+        writer.close()
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+async def ask(port: int, *parts: bytes, pause_s: float = 0.0) -> bytes:
+    """Everything that comes on a connection to which these parts are sent, until it ends."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(pause_s)
+    except ConnectionError:  # it is over already
+        pass
+    answer = await reader.read()
+    writer.close()
+    return answer
+
+
+def with_header(size: int) -> bytes:
+    return b"GET / HTTP/1.1\r\nconnection: close\r\nx: " + b"a" * size + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [b"GET / HTTP/1.1\r\nx: ", b"GET /", b"GET / HTTP/1.1\r\n", b"\r\n"],
+    ids=["value", "path", "fields", "blank"],
+)
+async def test_a_head_that_never_ends_ends_its_connection(begin: bytes) -> None:
+    more = {b"GET / HTTP/1.1\r\n": b"a: b\r\n", b"\r\n": b"\r\n"}.get(begin, b"aaaa")
+    sent = [begin, *([more * 2048] * 100)]
+    async with serving(answering(b"never")) as port, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.suppress(ConnectionError):
+            for part in sent:
+                writer.write(part)
+                await writer.drain()
+        with contextlib.suppress(ConnectionError):  # the answer, unless the rest of the head was in the way
+            assert (await reader.read()).startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))
+        writer.close()
+
+
+@pytest.mark.parametrize(("size", "status"), [(MAX_HEAD_BYTES - 100, b"200"), (4 * MAX_HEAD_BYTES, b"431")])
+async def test_a_head_has_64_kb(size: int, status: bytes) -> None:
+    async with serving(answering(b"yes")) as port, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(with_header(size))
+        assert (await reader.readline()).split()[1] == status
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "trailer", [b"0\r\nx: " + b"a" * 300_000, b"1;" + b"a" * 300_000], ids=["trailer", "extension of a chunk"]
+)
+async def test_what_frames_a_body_is_bounded_too(trailer: bytes) -> None:
+    asked = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n"
+    done = asyncio.Event()
+
+    async def reads_all(_: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        done.set()
+
+    async with serving(reads_all) as port, asyncio.timeout(10):
+        with contextlib.suppress(ConnectionError):
+            await ask(port, asked, trailer)
+        await done.wait()
+
+
+async def test_a_body_in_chunks_of_one_byte_is_no_head() -> None:
+    body = b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n"
+
+    async def counting(_: Any, receive: Any, send: Any) -> None:
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+        told = b"%d" % size
+        length = str(len(told)).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        await send({"type": "http.response.body", "body": told})
+
+    async with serving(counting) as port, asyncio.timeout(20):
+        asked = b"POST / HTTP/1.1\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+        assert (await ask(port, asked + body)).endswith(b"\r\n\r\n100000")
+
+
+async def test_a_head_that_does_not_come_is_waited_for_so_long_and_no_longer() -> None:
+    async with serving(answering(b"yes"), Impatient) as port, asyncio.timeout(10):
+        assert await ask(port) == b""
+        assert (await ask(port, b"GET / HTTP/1.1\r\nx: y\r\n")).startswith(b"HTTP/1.1 408")
+        first, _, second = (await ask(port, ASK, b"GET /", pause_s=0.1)).partition(b"yes")
+        assert first.startswith(b"HTTP/1.1 200")
+        assert second.startswith(b"HTTP/1.1 408")
+
+
+async def test_an_answer_under_way_is_not_cut_by_a_word_about_the_next_request() -> None:
+    async def slowly(_: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+        await asyncio.sleep(0.5)
+
+    async with serving(slowly, Impatient) as port, asyncio.timeout(10):
+        answer = await ask(port, ASK + b"GET / HT")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"408" not in answer
+
+
+async def test_who_asks_in_time_is_not_cut_off_later() -> None:
+    async def slowly(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.5)
+        await answering(b"late")(scope, receive, send)
+
+    async with serving(slowly, Impatient) as port, asyncio.timeout(10):
+        begun, rest = ASK[:30], ASK[30:].replace(b"host", b"connection: close\r\nhost")
+        assert (await ask(port, begun, rest, pause_s=0.05)).endswith(b"late")
