@@ -20,7 +20,7 @@ from divault.errors import DeadlineExceeded, DivaultError, InputInvalid, ModelFa
 from divault.models.base import Piece
 from divault.values import Address, OpenedModel
 from divault.workers.pool import WorkerPool
-from divault.workers.queue import Job, Queue
+from divault.workers.queue import MAX_PASS_BYTES, Job, Queue
 from divault.workers.wire import Item
 from divault.workers.worker import Tuning, Worker
 from tests.worker_models import call, dumped, hold, hostile, opened
@@ -312,6 +312,15 @@ async def test_when_all_places_are_taken_who_has_most_gives_way() -> None:
     for one in many:
         if one.done.done():
             one.done.exception()
+
+
+async def test_large_parameters_fill_a_pass_like_large_inputs() -> None:
+    queue, loop = Queue(), asyncio.get_running_loop()
+    for owner, size in ((b"a", 1), (b"b", MAX_PASS_BYTES - 8), (b"c", 1)):
+        item = Item(b"{}", b"p" * (MAX_PASS_BYTES // 2)) if size == 1 else Item(b"x" * size, b"{}")
+        queue.put(Job(owner, item, loop.create_future(), 0.0, 1.0), 9, lambda: Overloaded("full", retry_after=1))
+
+    assert [[job.owner for job in queue.take(8)] for _ in range(3)] == [[b"a"], [b"b"], [b"c"]]
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=40), st.integers(1, 9))

@@ -25,11 +25,13 @@ from divault.errors import (
     ModelNotLoaded,
     NotReady,
     Overloaded,
+    TooLarge,
     UnsupportedModel,
 )
 from divault.values import OpenedModel
 from divault.workers.child import ENVIRONMENT
 from divault.workers.pool import WorkerPool
+from divault.workers.wire import MAX_ITEM_BYTES
 from divault.workers.worker import Tuning
 from tests.worker_models import alive, answer, call, children, dumped, hold, hostile, opened, output
 
@@ -322,6 +324,22 @@ async def test_a_call_without_input_is_refused_with_an_example(make_pool: MakePo
         await pool.run(model, hold(model), call(model, None))
 
     assert (await answer(pool, model, caught.value.data["example"]))["predictions"]
+
+
+async def test_more_than_a_worker_takes_is_its_callers_fault_and_costs_no_worker(
+    make_pool: MakePool, regression: bytes
+) -> None:
+    pool, model = make_pool(), opened(regression)
+    await pool.load(model)
+    pid = pool._entries[model.model.key].worker.pid
+    most = b'{"features": [5.1, 3.5]}'.ljust(MAX_ITEM_BYTES)
+
+    with pytest.raises(TooLarge) as caught:
+        await output(pool, model, most + b" ")
+
+    assert caught.value.data == {"limit_bytes": MAX_ITEM_BYTES, "have_bytes": MAX_ITEM_BYTES + 1}
+    assert (await output(pool, model, most)).rows == 1
+    assert pool._entries[model.model.key].worker.pid == pid
 
 
 async def test_input_that_is_no_strict_json_never_reaches_the_model(make_pool: MakePool, regression: bytes) -> None:

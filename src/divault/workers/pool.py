@@ -20,6 +20,7 @@ from divault.errors import (
     ModelNotLoaded,
     NotReady,
     SettingsInvalid,
+    TooLarge,
 )
 from divault.machine import cores
 from divault.metrics import ModelFigures
@@ -227,7 +228,7 @@ class WorkerPool:
 
         `on_piece` gets the pieces of a streamed answer. A cancelled caller is dropped from the queue unrun.
 
-        Raises CidMismatch, InputInvalid, ModelFailed,
+        Raises CidMismatch, InputInvalid, TooLarge, ModelFailed,
         DeadlineExceeded, ModelNotLoaded, Overloaded, NotReady.
         """
         granted = hold.grant.model
@@ -237,9 +238,14 @@ class WorkerPool:
         if call.input_data is None:
             example = dict(entry.worker.description.example)
             raise InputInvalid("the call has no input_data", field="input_data", expected="an object", example=example)
-        answer = await entry.worker.run(
-            wire.Item(call.input_data, call.parameters), call.user.raw, limit_s=call.limit_s, on_piece=on_piece
-        )
+        item = wire.Item(call.input_data, call.parameters)
+        if item.size > wire.MAX_ITEM_BYTES:
+            raise TooLarge(
+                f"the input has {item.size} bytes as JSON, a model takes {wire.MAX_ITEM_BYTES}",
+                limit_bytes=wire.MAX_ITEM_BYTES,
+                have_bytes=item.size,
+            )
+        answer = await entry.worker.run(item, call.user.raw, limit_s=call.limit_s, on_piece=on_piece)
         return Output(
             result=answer.result,
             runtime=dict(entry.worker.description.runtime),

@@ -22,7 +22,7 @@ from divault.models.base import Piece
 from divault.workers import wire
 
 MAX_PASS_BYTES = 8 << 20
-"""Input of all callers in one pass; a larger one goes alone."""
+"""Input and parameters of all callers in one pass; who has more goes alone."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,8 +55,8 @@ class Job:
 
     @property
     def size(self) -> int:
-        """Bytes of input."""
-        return len(self.item.data) if self.item is not None else 0
+        """Bytes of input and parameters."""
+        return self.item.size if self.item is not None else 0
 
     def shares_a_pass_with(self, other: Job) -> bool:
         """Whether both may go at once (rule 3)."""

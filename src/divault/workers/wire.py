@@ -36,7 +36,9 @@ MAX_ANSWER_BYTES = 16 << 20
 MAX_RESULT_BYTES = MAX_ANSWER_BYTES - (64 << 10)
 """Of one caller: leaves room for what stands around it in the frame."""
 MAX_REQUEST_BYTES = 64 << 20
-"""What a worker takes; the gateway's limit on bodies is lower and comes first."""
+"""What a worker takes."""
+MAX_ITEM_BYTES = MAX_REQUEST_BYTES - (64 << 10)
+"""Of one caller, input and parameters: leaves room for what stands around them in the frame."""
 MAX_DESCRIPTION_BYTES = 256 << 10
 MAX_TEXT = 1000
 MAX_PIECE = 1 << 16
@@ -90,6 +92,11 @@ class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     data: bytes
     parameters: bytes | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of both."""
+        return len(self.data) + len(self.parameters or b"")
 
 
 class Run(Frame, frozen=True, tag="run"):
