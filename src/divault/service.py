@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 from divault.auth import Authenticator
 from divault.chain.gates import Gates
@@ -47,6 +48,8 @@ from divault.workers.opening import Opener
 from divault.workers.pool import Loaded, WorkerPool
 
 _log = log("service")
+T = TypeVar("T")
+_AT_ONCE_BYTES = 16 * 1024  # translated on the loop; of more, all other callers would feel it
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,10 @@ class LoadResult:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How an interface puts a question to a model and words its answer. What it raises is the caller's refusal."""
+    """How an interface puts a question to a model and words its answer. What it raises is the caller's refusal.
+
+    Large ones are translated in a thread: `ask` and `tell` share nothing with other calls.
+    """
 
     ask: Callable[[SignedCall, Description], SignedCall] = lambda call, _: call
     """The call with the input and parameters that this model takes. Raises InputInvalid."""
@@ -145,9 +151,11 @@ class Service:
                         description = self._workers.description(opened)
                         self._ledger.opened(hold, opened.plaintext_sha256, description.runtime)
                         lap("open")
-                        output = await self._workers.run(opened, hold, dialect.ask(call, description), dialect.on_piece)
+                        asked = await _aside(len(call.body), dialect.ask, call, description)
+                        output = await self._workers.run(opened, hold, asked, dialect.on_piece)
                         lap("run")
-                        answer = await self._ledger.charge(hold, call, dialect.tell(output), dialect.wording)
+                        told = await _aside(len(output.result), dialect.tell, output)
+                        answer = await self._ledger.charge(hold, call, told, dialect.wording)
                         lap("charge")
                         return answer
 
@@ -236,6 +244,11 @@ class Service:
                 f"{model.model} is not loaded here: POST /api/v1/models/load first, or call /api/v1/inference/run",
                 model_id=model.model.text,
             )
+
+
+async def _aside(size: int, work: Callable[..., T], *given: object) -> T:
+    """What the work makes of so many bytes, which holds up nobody else."""
+    return work(*given) if size <= _AT_ONCE_BYTES else await asyncio.to_thread(work, *given)
 
 
 class _Named:

@@ -43,9 +43,10 @@ class Asked:
     """An inference request, taken apart."""
 
     id: str | None
-    inputs: tuple[tuple[str, Any], ...]
-    """Name and nested values of each tensor."""
-    parameters: Mapping[str, Any]
+    inputs: tuple[tuple[str, bytes], ...]
+    """Name and values of each tensor, these as JSON."""
+    parameters: bytes | None
+    """As JSON, without the protocol's own; None where there is none."""
     outputs: Mapping[str, bool]
     """Names of the outputs that are wanted, and whether as bytes; none: all."""
     as_bytes: bool = False
@@ -70,15 +71,13 @@ def read_request(raw: bytes, header_length: str) -> Asked:
     inputs = told.get("inputs") if isinstance(told, dict) else None
     if not isinstance(inputs, list) or not 0 < len(inputs) <= _MAX_INPUTS or not all(map(_is_named, inputs)):
         raise BadRequest("inputs is a list of tensors: name, datatype, shape, data", field="inputs")
-    parameters = told.get("parameters", {})
-    if not isinstance(parameters, dict):
-        raise BadRequest("parameters is an object", field="parameters")
+    parameters = _object(told, "parameters")
     as_bytes = _truth(parameters, "binary_data_output", default=False)
     return Asked(
         _text(told, "id"),
         tuple(_tensors(inputs, raw[size:])),
-        {name: value for name, value in parameters.items() if name not in _OWN_PARAMETERS},
-        _wanted(told.get("outputs", []), as_bytes=as_bytes),
+        _passed_on(parameters),
+        _wanted(told.get("outputs") or [], as_bytes=as_bytes),
         as_bytes,
     )
 
@@ -92,6 +91,8 @@ class Translation:
         self._told: Asked | None = None
         self._json_size = 0
         """Bytes of `outputs` in the result of `tell`; tensors follow them."""
+        self._header_size: int | None = None
+        """Bytes of JSON in the body of `wording`."""
 
     @property
     def _asked(self) -> Asked:
@@ -109,8 +110,7 @@ class Translation:
         if gives := _given(description):
             self._require(gives)
         data = _input_data(self._asked, description)
-        parameters = orjson.dumps(self._asked.parameters) if self._asked.parameters else None
-        return replace(call, input_data=orjson.dumps(data), parameters=parameters)
+        return replace(call, input_data=data, parameters=self._asked.parameters)
 
     def tell(self, output: Output) -> Output:
         """The output with `outputs` as its result, and behind it the tensors that are wanted as bytes."""
@@ -129,13 +129,17 @@ class Translation:
         if self._asked.id is not None:
             body["id"] = self._asked.id
         body |= {"outputs": msgspec.Raw(result[: self._json_size]), "parameters": {"receipt": envelope}}
-        return msgspec.json.encode(body) + result[self._json_size :]
+        told = msgspec.json.encode(body)
+        self._header_size = len(told)
+        return told + result[self._json_size :]
 
     def header_size(self, body: bytes) -> int | None:
         """How many bytes of an answer to this request, just made or kept, are JSON; None where all of them are."""
         if not self._asked.wants_bytes:
             return None
-        return json.JSONDecoder().raw_decode(body.decode("latin-1"))[1]
+        if self._header_size is not None:
+            return self._header_size
+        return json.JSONDecoder().raw_decode(body.decode("latin-1"))[1]  # a kept answer
 
     def _require(self, gives: Mapping[str, Any]) -> None:
         for name in self._asked.outputs:
@@ -211,13 +215,32 @@ def _tensors(inputs: list[dict[str, Any]], tail: bytes) -> list[tuple[str, Any]]
     return found
 
 
+def _passed_on(parameters: Mapping[str, Any]) -> bytes | None:
+    """What of the parameters is the model's, as JSON; None where there is nothing. Raises BadRequest."""
+    found = {name: value for name, value in parameters.items() if name not in _OWN_PARAMETERS}
+    try:
+        return orjson.dumps(found) if found else None
+    except orjson.JSONEncodeError:  # it reads more levels than it writes
+        raise BadRequest("parameters nest too deep", field="parameters") from None
+
+
+def _object(told: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An optional member that is an object: null is as good as none."""
+    found = told.get(name)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise BadRequest(f"{name} is an object", field=name)
+    return found
+
+
 def _wanted(outputs: Any, *, as_bytes: bool) -> dict[str, bool]:
     if not isinstance(outputs, list) or len(outputs) > _MAX_INPUTS or not all(map(_is_named, outputs)):
         raise BadRequest("outputs is a list of objects with a name", field="outputs")
     wanted = {}
     for told in outputs:
-        how = told.get("parameters", {})
-        if not isinstance(how, dict) or how.keys() - {"binary_data"}:
+        how = _object(told, "parameters")
+        if how.keys() - {"binary_data"}:
             raise BadRequest("the only parameter of an output is binary_data", field="outputs")
         wanted[told["name"]] = _truth(how, "binary_data", default=as_bytes)
     return wanted
@@ -237,12 +260,11 @@ def _text(told: dict[str, Any], name: str) -> str | None:
     raise BadRequest(f"{name} is a text of at most 256 characters", field=name)
 
 
-def _input_data(asked: Asked, description: Description) -> dict[str, Any]:
+def _input_data(asked: Asked, description: Description) -> bytes:
     """The tensors as the members of `input_data`. A single one goes by whatever name the model has for its input."""
     known = list(_properties(description.input_schema))
-    if len(asked.inputs) == 1 and len(known) == 1:
-        return {known[0]: asked.inputs[0][1]}
-    return dict(asked.inputs)
+    inputs = asked.inputs if len(asked.inputs) > 1 or len(known) != 1 else ((known[0], asked.inputs[0][1]),)
+    return b"{%b}" % b",".join(b"%b:%b" % (orjson.dumps(name), values) for name, values in inputs)
 
 
 def _described(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:

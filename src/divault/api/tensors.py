@@ -1,10 +1,14 @@
 """Tensors of the Open Inference Protocol, version 2, to JSON values and back.
 
-Numbers come as JSON (nested or flat) or as the protocol's binary extension: little-endian bytes behind the JSON, in the
-order of the inputs. Texts are BYTES tensors. What goes out is JSON too, or such bytes where they are asked for.
+Numbers come as JSON (flat, or nested as the shape says) or as the protocol's binary extension: little-endian bytes
+behind the JSON, in the order of the inputs. Texts are BYTES tensors. What goes out is JSON too, or such bytes where
+they are asked for.
+
+A number that isn't finite has no JSON. A NaN is passed on as null, which is how models are told of a missing value; an
+infinity is refused.
 
 >>> read_tensor({"name": "x", "datatype": "INT64", "shape": [2, 2], "data": [1, 2, 3, 4]}, None)
-[[1, 2], [3, 4]]
+b'[[1,2],[3,4]]'
 >>> written_tensor("y", [[0.5, 1.5]])
 {'name': 'y', 'datatype': 'FP64', 'shape': [1, 2], 'data': [0.5, 1.5]}
 """
@@ -12,9 +16,10 @@ order of the inputs. Texts are BYTES tensors. What goes out is JSON too, or such
 from __future__ import annotations
 
 import array
+import math
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from math import prod
 from typing import Any
@@ -38,17 +43,23 @@ _CODES = {
 }
 DATATYPES = (*_CODES, "FP16", "BYTES")
 """All that are read."""
-_NUMBERS: dict[str, tuple[type, ...]] = {
+_KINDS: dict[str, tuple[type, ...]] = {
     name: (int, float) if name.startswith("FP") else (int,) for name in (*_CODES, "FP16")
-}
-_KINDS: dict[str, tuple[type, ...]] = _NUMBERS | {"BOOL": (bool, int), "BYTES": (str,)}
+} | {"BOOL": (bool, int), "BYTES": (str,)}
+_LARGEST = {"FP16": 65504.0, "FP32": (2 - 2**-23) * 2.0**127, "FP64": sys.float_info.max}
 MAX_ELEMENTS = 4_000_000
 """Of one tensor: more than a body can hold as numbers."""
 _MAX_AXES = 16
+_PORTION = 16_384  # elements made at once: some milliseconds, in which no other thread can run
+_Read = Callable[[int, int], list[Any]]
+"""The elements of a tensor from here to there."""
 
 
-def read_tensor(told: dict[str, Any], raw: bytes | None) -> Any:
-    """The tensor's values nested by its shape; `raw` are its bytes where the body has them. Raises InputInvalid."""
+def read_tensor(told: dict[str, Any], raw: bytes | None) -> bytes:
+    """The JSON of the tensor's values, nested by its shape; `raw` are its bytes where the body has them.
+
+    Raises InputInvalid, also for a shape with an axis of no elements behind the first one.
+    """
     name = str(told.get("name"))[:80]
     shape: Any = told.get("shape")
     datatype: Any = told.get("datatype")
@@ -56,13 +67,20 @@ def read_tensor(told: dict[str, Any], raw: bytes | None) -> Any:
         raise _invalid(name, "shape is a list of up to 16 whole numbers, none below 0")
     if datatype not in DATATYPES:
         raise _invalid(name, f"datatype is one of {', '.join(DATATYPES)}")
+    if 0 in shape[1:]:
+        raise _invalid(name, f"the shape {shape} has rows without elements")
     count = prod(shape)
     if count > MAX_ELEMENTS:
         raise _invalid(name, f"the shape has {count} elements, {MAX_ELEMENTS} are read")
-    values = _from_json(name, datatype, told.get("data")) if raw is None else _from_bytes(name, datatype, raw)
-    if len(values) != count:
-        raise _invalid(name, f"{len(values)} values came where the shape {shape} has {count}")
-    return _nested(values, shape)
+    if raw is None:
+        have, read = _of_json(name, datatype, told.get("data"), shape)
+    elif told.get("data") is not None:
+        raise _invalid(name, "send data, or bytes behind the JSON, not both")
+    else:
+        have, read = _of_bytes(name, datatype, raw)
+    if have != count:
+        raise _invalid(name, f"{have} values came where the shape {shape} has {count}")
+    return _json(read, 0, shape)
 
 
 def written_tensor(name: str, value: Any) -> dict[str, Any]:
@@ -104,36 +122,70 @@ def _is_shape(shape: Any) -> bool:
     )
 
 
-def _from_json(name: str, datatype: str, data: Any) -> list[Any]:
+def _of_json(name: str, datatype: str, data: Any, shape: list[int]) -> tuple[int, _Read]:
+    """How many elements there are, and how to read them. Raises InputInvalid for one that its datatype doesn't have."""
     if not isinstance(data, list):
         raise _invalid(name, "data is a list, or binary_data_size says how many bytes behind the JSON are its")
-    flat: list[Any] = data
-    for _ in range(_MAX_AXES):
-        if not any(type(one) is list for one in flat):
-            break
-        flat = list(chain.from_iterable(one if type(one) is list else [one] for one in flat))
-        if len(flat) > MAX_ELEMENTS:
-            break
-    kinds = _KINDS[datatype]
-    if not all(type(one) in kinds for one in flat):
+    flat: list[Any] = _flattened(name, data, shape) if any(type(one) is list for one in data) else data
+    if not set(map(type, flat)) <= set(_KINDS[datatype]) or not _has_range(datatype, flat):
         raise _invalid(name, f"data holds something that {datatype} does not have")
-    return [bool(one) for one in flat] if datatype == "BOOL" else flat
+    if datatype == "BOOL":
+        flat = list(map(bool, flat))
+    return len(flat), lambda begin, end: flat[begin:end]
 
 
-def _from_bytes(name: str, datatype: str, raw: bytes) -> list[Any]:
+def _flattened(name: str, data: list[Any], shape: list[int]) -> list[Any]:
+    """The elements of nested lists. Raises InputInvalid where they are nested in another way than the shape says."""
+    level: list[Any] = [data]
+    for axis in shape:
+        if not all(type(one) is list and len(one) == axis for one in level):
+            raise _invalid(name, f"data is flat, or nested as the shape {shape} says")
+        level = list(chain.from_iterable(level))
+    return level
+
+
+def _has_range(datatype: str, values: list[Any]) -> bool:
+    """Whether a tensor of this type can hold these numbers."""
+    if datatype == "BYTES" or not values:
+        return True
+    if datatype in _LARGEST:
+        least, most = -_LARGEST[datatype], _LARGEST[datatype]
+    elif datatype == "BOOL":
+        least, most = 0, 1
+    else:
+        bits = 8 * array.array(_CODES[datatype]).itemsize
+        least = 0 if datatype.startswith("U") else -(1 << bits - 1)
+        most = least + (1 << bits) - 1
+    return bool(least <= min(values) and max(values) <= most)
+
+
+def _of_bytes(name: str, datatype: str, raw: bytes) -> tuple[int, _Read]:
+    """How many elements there are, and how to read them, which raises InputInvalid for an infinity."""
     if datatype == "BYTES":
-        return list(_texts(name, raw))
-    if datatype == "FP16":
-        if len(raw) % 2:
-            raise _invalid(name, "its bytes are no whole number of values")
-        return list(chain.from_iterable(struct.iter_unpack("<e", raw)))
-    values = array.array(_CODES[datatype])
-    if len(raw) % values.itemsize:
+        texts = list(_texts(name, raw))
+        return len(texts), lambda begin, end: texts[begin:end]
+    size = 2 if datatype == "FP16" else array.array(_CODES[datatype]).itemsize
+    if len(raw) % size:
         raise _invalid(name, "its bytes are no whole number of values")
+
+    def read(begin: int, end: int) -> list[Any]:
+        part = raw[begin * size : end * size]
+        if datatype == "BOOL":
+            return list(map(bool, part))
+        values = list(struct.unpack(f"<{end - begin}e", part)) if datatype == "FP16" else _unpacked(datatype, part)
+        if datatype in _LARGEST and any(map(math.isinf, values)):
+            raise _invalid(name, "holds an infinity; send NaN for a missing value")
+        return values
+
+    return len(raw) // size, read
+
+
+def _unpacked(datatype: str, raw: bytes) -> list[Any]:
+    values = array.array(_CODES[datatype])
     values.frombytes(raw)
     if sys.byteorder == "big":
         values.byteswap()
-    return [bool(one) for one in values] if datatype == "BOOL" else values.tolist()
+    return values.tolist()
 
 
 def _texts(name: str, raw: bytes) -> Iterator[str]:
@@ -150,10 +202,22 @@ def _texts(name: str, raw: bytes) -> Iterator[str]:
         at += 4 + size
 
 
-def _nested(values: list[Any], shape: list[int]) -> Any:
+def _json(read: _Read, begin: int, shape: list[int]) -> bytes:
+    """The JSON of the elements from `begin` on, nested by the shape, made in portions."""
+    row = prod(shape[1:])
+    if len(shape) > 1 and row > _PORTION:
+        return b"[%b]" % b",".join(_json(read, begin + at * row, shape[1:]) for at in range(shape[0]))
+    rows = max(1, _PORTION // row)
+    parts = []
+    for at in range(0, shape[0], rows):
+        few = [min(rows, shape[0] - at), *shape[1:]]
+        first = begin + at * row
+        parts.append(orjson.dumps(_nested(read(first, first + prod(few)), few))[1:-1])
+    return b"[%b]" % b",".join(parts)
+
+
+def _nested(values: list[Any], shape: list[int]) -> list[Any]:
     for axis in reversed(shape[1:]):
-        if axis == 0:
-            return [[]] * shape[0]
         values = [values[at : at + axis] for at in range(0, len(values), axis)]
     return values
 
