@@ -116,6 +116,29 @@ def test_other_ways_to_give_an_output_are_refused(wrong: dict[str, Any]) -> None
         Translation(asked(**wrong), "").ask(call(MODEL, None), description())
 
 
+def test_an_input_without_axes_takes_a_tensor_of_one() -> None:
+    takes = {"properties": {"scale": {"anyOf": [{"type": "number"}, {"type": "object", "properties": {}}]}}}
+    single = {"name": "scale", "datatype": "FP64", "shape": [1], "data": [3.5]}
+    assert metadata("m", description(takes=takes))["inputs"] == [{"name": "scale", "datatype": "FP64", "shape": [1]}]
+
+    def asks(tensor: dict[str, Any]) -> bytes | None:
+        return (
+            Translation(json.dumps({"inputs": [tensor]}).encode(), "")
+            .ask(call(MODEL, None), description(takes=takes))
+            .input_data
+        )
+
+    assert asks(single) == b'{"scale":3.5}'
+    assert asks(single | {"shape": [2], "data": [3.5, 1]}) == b'{"scale":[3.5,1]}', "its model refuses it"
+
+
+def test_inputs_that_are_no_tensors_are_not_shown_as_such() -> None:
+    messages = {"type": "array", "items": {"type": "object", "properties": {"role": {"type": "string"}}}}
+    takes = {"properties": {"prompt": {"type": "string"}, "messages": messages}}
+    shown = metadata("m", description(takes=takes))["inputs"]
+    assert shown == [{"name": "prompt", "datatype": "BYTES", "shape": [1]}]
+
+
 ODD_SCHEMAS: list[Any] = [
     {"properties": []}, {"properties": {"x": 3}}, {"properties": {"outputs": {"properties": 3}}}, {"properties": None},
     {"properties": {"x": {"anyOf": [3, None]}}}, {"properties": {"x": {"anyOf": 3, "type": []}}},
@@ -149,3 +172,83 @@ def test_an_answer_that_is_no_text_is_the_models_failure(result: Any) -> None:
     how.ask(call(MODEL, None), replace(description("text-generation")))
     with pytest.raises(ModelFailed):
         how.tell(output(result))
+
+
+# --- OpenAI: what is taken --------------------------------------------------------------------------------------------
+
+
+def read(kind: Any, **members: Any) -> Asked:
+    told = Asked(kind, json.dumps({"model": "m", **members}).encode())
+    told.read()
+    return told
+
+
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "members", "field"),
+    [
+        ("completions", {"prompt": "x", "logprobs": 0}, "logprobs"),
+        ("chat", CHAT | {"logprobs": True}, "logprobs"), ("chat", CHAT | {"n": True}, "n"),
+        ("chat", CHAT | {"stream_options": {"include_usage": "false"}}, "stream_options.include_usage"),
+        ("chat", CHAT | {"stream_options": {"nonsense": 1}}, "stream_options.nonsense"),
+        ("chat", CHAT | {"nonsense": None}, None), ("chat", CHAT | {"nonsense": 1}, "nonsense"),
+        ("chat", CHAT | {"n": 1, "logprobs": False, "presence_penalty": 0.0, "tools": None}, None),
+        ("chat", CHAT | {"stream_options": {"include_usage": True, "include_obfuscation": False}}, None),
+    ],
+)  # fmt: skip
+def test_a_member_with_another_meaning_is_refused_by_its_name(kind: Any, members: Any, field: str | None) -> None:
+    if field is None:
+        read(kind, **members)
+        return
+    with pytest.raises((BadRequest, InputInvalid)) as caught:
+        read(kind, **members)
+    assert caught.value.data["field"] == field
+
+
+@pytest.mark.parametrize("include", [True, False])
+def test_usage_in_a_stream_is_told_to_who_asks(include: bool) -> None:
+    assert read("chat", **CHAT, stream_options={"include_usage": include}).usage_in_stream is include
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"), ({"name": "bob"}, "messages[0].name"),
+        ({"nonsense": 1}, "messages[0].nonsense"),
+        ({"refusal": None, "tool_calls": [], "annotations": [], "audio": None, "function_call": None}, None),
+    ],
+)  # fmt: skip
+def test_a_message_loses_nothing_that_was_said(more: dict[str, Any], field: str | None) -> None:
+    asked = read("chat", messages=[{"role": "assistant", "content": "x", **more}])
+    chat = description("text-generation", takes={"properties": {"messages": {}}})
+    if field is None:
+        assert asked.input_data(chat) == {"messages": [{"role": "assistant", "content": "x"}]}
+        return
+    with pytest.raises((BadRequest, InputInvalid)) as caught:
+        asked.input_data(chat)
+    assert caught.value.data["field"] == field
+
+
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        (b'{"model": 3}', "model"), (b'{"model": ""}', "model"), (b"{}", "model"),
+        (b'{"model": "m", "stream": 1}', "stream"),
+        (b"[]", "model"), (b'{"model": "m", ', None), (b'{"model": "\xff"}', None),
+    ],
+)  # fmt: skip
+def test_who_is_asked_and_how_is_told_first(raw: bytes, field: str | None) -> None:
+    with pytest.raises(BadRequest) as caught:
+        Asked("completions", raw)
+    assert caught.value.data.get("field") == field
+
+
+def test_errors_name_what_the_caller_sent() -> None:
+    chat = read("chat", **CHAT, max_completion_tokens=4)
+    assert [chat.name_of(name) for name in ("parameters.max_tokens", "parameters.top_p", "messages")] == [
+        "max_completion_tokens", "top_p", "messages"
+    ]  # fmt: skip
+    assert read("completions", prompt="x", max_tokens=4).name_of("parameters.max_tokens") == "max_tokens"
+    assert read("embeddings", input="").name_of("text") == "input"

@@ -141,6 +141,12 @@ async def test_a_triton_client_runs_a_model_and_its_answer_has_a_receipt(world: 
         assert told["inputs"] == [{"name": "features", "datatype": "FP64", "shape": [-1, 30]}]
         assert [row["state"] for row in client.get_model_repository_index() if row["name"] == model] == ["READY"]
 
+        narrow = [rows_as_tensor([[1.0, 2.0]], binary=binary)]
+        wrong, _ = triton.InferenceServerClient.generate_request_body(narrow)
+        with pytest.raises(triton.InferenceServerException, match=r"input_invalid: .*30") as caught:
+            client.infer(model, narrow, headers=ours.headers("POST", f"/v2/models/{model}/infer", wrong))
+        assert "422" in caught.value.status()
+
         inputs = [rows_as_tensor(world.trained.rows[:5], binary=binary)]
         body, size = triton.InferenceServerClient.generate_request_body(inputs, request_id="q1")
         headers = ours.headers("POST", f"/v2/models/{model}/infer", body)
@@ -393,10 +399,14 @@ async def test_an_openai_client_completes_and_chats(world: World, language_model
         pieces, usage, receipt = [], None, None
         streaming: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
         streamed = client.chat.completions.with_raw_response.create(**talk, **streaming)
+        roles = []
         for event in streamed.parse():
+            roles += [choice.delta.role for choice in event.choices]
             pieces += [choice.delta.content or "" for choice in event.choices]
             usage = event.usage or usage
             receipt = getattr(event, "receipt", None) or receipt
+        assert roles[0] == "assistant"
+        assert not any(roles[1:]), "clients would join them"
         text = "".join(pieces)
         assert text == said.choices[0].message.content
         assert len([piece for piece in pieces if piece]) > 3, "it came in pieces"
@@ -432,6 +442,9 @@ async def test_what_is_not_supported_is_named(world: World, language_model: Path
             client.chat.completions.create(**talk, extra_body={"trust_remote_code": True})
         with pytest.raises(openai.UnprocessableEntityError):
             client.completions.create(model=model, prompt="x" * 200)
+        with pytest.raises(openai.UnprocessableEntityError) as hot:
+            client.chat.completions.create(**talk, temperature=-1)
+        assert hot.value.param == "temperature"
         with pytest.raises(openai.BadRequestError) as other:
             client.embeddings.create(model=model, input="x")
         assert other.value.body["code"] == "unsupported_model"  # type: ignore[index]
@@ -454,6 +467,49 @@ async def test_a_stream_that_cannot_begin_is_an_ordinary_error(world: World, lan
         assert caught.value.response.json()["receipt"]["receipt"]["user"] == str(other.address)
 
     await on_a_thread(story)
+
+
+async def test_what_a_node_cannot_load_otherwise_is_refused(world: World) -> None:
+    model = (await world.publish("as-it-is")).text
+    path = f"/v2/repository/models/{model}"
+    key = await world.consumer()
+    other = {"config": "{}", "file:1/model.onnx": "AAAA"}
+    for way, body, expected in (
+        ("load", {"parameters": other}, 400), ("load", [], 400), ("load", {"parameters": 3}, 400),
+        ("load", {"parameters": {"x": "y" * 70_000}}, 413), ("load", {"parameters": {}}, 200),
+        ("unload", {"parameters": {"unload_dependents": True}}, 400),
+        ("unload", {"parameters": {"unload_dependents": False}}, 403),
+    ):  # fmt: skip
+        raw = json.dumps(body).encode()
+        async with world.client(key) as client:
+            headers = await client.headers("POST", f"{path}/{way}", raw)
+        status, answer, _ = await world.request("POST", f"{path}/{way}", data=raw, headers=headers)
+        assert status == expected, (way, answer)
+    for body, expected in (({}, 200), ({"ready": True}, 200), ({"ready": "yes"}, 400)):
+        status, rows, _ = await world.request("POST", "/v2/repository/index", json=body)
+        assert status == expected
+        assert expected != 200 or model in [row["name"] for row in rows]
+
+
+async def test_heads_are_answered_and_odd_encodings_are_not_read(world: World) -> None:
+    for path in ("/v2/health/live", "/v1/models", "/api/v1/node"):
+        status, body, headers = await world.request("HEAD", path)
+        assert (status, body) == (200, None)
+        assert int(headers["content-length"]) > 2
+    assert (await world.request("HEAD", "/api/v1/inference"))[0] == 405
+    status, answer, _ = await world.request("POST", "/v1/embeddings", data=b"{}", headers={"content-encoding": "GZIP"})
+    assert (status, answer["field"]) == (400, "content-encoding")
+    status, answer, _ = await world.request(
+        "POST", "/v1/embeddings", data=b"{}", headers={"content-encoding": "Identity"}
+    )
+    assert status == 400
+    assert answer["field"] == "model"
+
+
+@pytest.mark.parametrize("version", ["", "2", "1/1"])
+async def test_a_model_has_one_version(world: World, version: str) -> None:
+    status, answer, _ = await world.request("POST", f"/v2/models/m/versions/{version}/infer", json={})
+    assert (status, answer["code"]) == (404, "route_unknown")
 
 
 async def test_the_other_interfaces_are_described(world: World) -> None:

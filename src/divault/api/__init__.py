@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from divault.api.guard import Guard
 from divault.api.hot import HotRoutes
+from divault.api.inference_protocol import BINARY_HEADER
 from divault.api.measured import Measured, Routes
 from divault.api.metrics_route import MetricsFor, add_metrics
 from divault.api.node import Node
@@ -66,7 +67,10 @@ def create_api(node: Node, limits: ApiLimits) -> ASGIApp:
             allow_origins=list(limits.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["divault-code", "payment-required", "payment-response", "retry-after", "x-request-id"],
+            expose_headers=[
+                *("divault-code", "payment-required", "payment-response", "retry-after", "x-request-id"),
+                BINARY_HEADER,
+            ],
         )
     # Around everything, so that a browser's question before its request has an id and is counted too.
     return Measured(guarded, limits.metrics, Routes(templates), traces=limits.traces, verbose=limits.log_successes)

@@ -83,8 +83,10 @@ class Guard:
 
     def _check_head(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         for name, value in headers:
-            if name == b"content-encoding" and value != b"identity":
+            if name == b"content-encoding" and value.lower() != b"identity":
                 raise BadRequest("send the body without content-encoding", field="content-encoding")
+            if name == b"transfer-encoding" and value.lower() != b"chunked":
+                raise BadRequest("the only transfer-encoding that is read is chunked", field="transfer-encoding")
             if name == b"content-length" and value.isdigit() and int(value) > self._max:
                 raise self._too_large(int(value))
 

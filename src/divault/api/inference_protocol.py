@@ -165,7 +165,7 @@ def metadata(model_id: str, description: Description) -> dict[str, Any]:
         "name": model_id,
         "versions": ["1"],
         "platform": description.format,
-        "inputs": [_described(name, schema) for name, schema in fields.items()],
+        "inputs": [_described(name, schema) for name, schema in fields.items() if _forms(schema)],
         "outputs": [_described(name, schema) for name, schema in gives.items()],
         "parameters": {"task": description.task, "example": dict(description.example)},
     }
@@ -262,20 +262,46 @@ def _text(told: dict[str, Any], name: str) -> str | None:
 
 def _input_data(asked: Asked, description: Description) -> bytes:
     """The tensors as the members of `input_data`. A single one goes by whatever name the model has for its input."""
-    known = list(_properties(description.input_schema))
-    inputs = asked.inputs if len(asked.inputs) > 1 or len(known) != 1 else ((known[0], asked.inputs[0][1]),)
-    return b"{%b}" % b",".join(b"%b:%b" % (orjson.dumps(name), values) for name, values in inputs)
+    known = _properties(description.input_schema)
+    inputs = dict(asked.inputs)
+    if len(known) == len(inputs) == 1:
+        inputs = dict(zip(known, inputs.values(), strict=True))
+    told = (
+        b"%b:%b" % (orjson.dumps(name), values if name not in known or _axes_of(known[name]) else _scalar(values))
+        for name, values in inputs.items()
+    )
+    return b"{%b}" % b",".join(told)
+
+
+def _scalar(values: bytes) -> bytes:
+    """The one value of a tensor, for an input without axes; a tensor here has one at least."""
+    found = orjson.loads(values)
+    return orjson.dumps(found[0]) if len(found) == 1 else values
 
 
 def _described(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": name, "datatype": _datatype(schema), "shape": _shape(schema)}
+    return {"name": name, "datatype": _datatype(schema), "shape": _axes_of(schema) or [1]}
 
 
 def _forms(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The forms that a schema allows, the one with the most axes last."""
+    """The forms that a schema allows a tensor to have, the one with the most axes last; none for what is objects."""
     told = schema.get("anyOf")
     forms = [form for form in told if isinstance(form, Mapping)] if isinstance(told, list) else []
-    return sorted(forms or [schema], key=lambda form: len(_axes(form)))
+    tensors = [form for form in forms or [schema] if _element(form).get("type") != "object"]
+    return sorted(tensors, key=lambda form: len(_axes(form)))
+
+
+def _element(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What lists within lists hold in the end."""
+    while schema.get("type") == "array" and isinstance(schema.get("items"), Mapping):
+        schema = schema["items"]
+    return schema
+
+
+def _axes_of(schema: Mapping[str, Any]) -> list[int]:
+    """The axes of a tensor of this schema, in its largest form."""
+    forms = _forms(schema)
+    return _axes(forms[-1]) if forms else []
 
 
 def _axes(schema: Mapping[str, Any]) -> list[int]:
@@ -288,14 +314,10 @@ def _axes(schema: Mapping[str, Any]) -> list[int]:
     return axes
 
 
-def _shape(schema: Mapping[str, Any]) -> list[int]:
-    return _axes(_forms(schema)[-1]) or [1]
-
-
 def _datatype(schema: Mapping[str, Any]) -> str:
-    form: Mapping[str, Any] = _forms(schema)[-1]
-    while form.get("type") == "array" and isinstance(form.get("items"), Mapping):
-        form = form["items"]
-    kinds = form.get("type", "number")
+    forms = _forms(schema)
+    if not forms:  # objects: texts of JSON
+        return "BYTES"
+    kinds = _element(forms[-1]).get("type", "number")
     first = kinds[0] if isinstance(kinds, list) and kinds else kinds
     return {"integer": "INT64", "boolean": "BOOL", "number": "FP64"}.get(str(first), "BYTES")

@@ -31,7 +31,7 @@ Kind = Literal["embeddings", "completions", "chat"]
 TASKS: Mapping[Kind, str] = {"embeddings": "embeddings", "completions": "text-generation", "chat": "text-generation"}
 _PASSED = ("temperature", "top_p", "seed", "stop")
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "top_logprobs": (0,), "suffix": ("",),
+    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False,), "top_logprobs": (0,), "suffix": ("",),
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "tools": ([],),
     "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "store": (False,), "dimensions": (),
     "functions": ([],), "modalities": (["text"],), "parallel_tool_calls": (True, False),
@@ -44,6 +44,12 @@ _KNOWN: Mapping[Kind, frozenset[str]] = {
         {"model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options", "user", *_PASSED}
     ),
 }
+_NEUTRAL_IN_STREAM: Mapping[str, tuple[Any, ...]] = {"include_usage": (True, False), "include_obfuscation": (False,)}
+_NEUTRAL_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
+    "name": ("",), "tool_calls": ([],), "refusal": ("",), "annotations": ([],)
+}  # fmt: skip
+"""What an answer brings beside role and content, and comes back with it."""
+_MESSAGE = frozenset({"role", "content"})
 _COMPLETION_TOKENS = 16
 """Default of `max_tokens` where the interface has always had it."""
 
@@ -90,9 +96,12 @@ class Asked:
         self._raw = raw
         try:
             glance = _glances.decode(raw)
+        except msgspec.ValidationError as err:
+            field = "stream" if str(err).endswith("`$.stream`") else "model"
+            raise BadRequest("the body is a JSON object with a model; stream is true or false", field=field) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            raise BadRequest("the body is a JSON object with a model; stream is true or false", field="model") from None
-        self.model = ModelId.parse(glance.model)
+            raise BadRequest("the body is no JSON that can be read") from None
+        self.model = _model(glance.model)
         self.stream = bool(glance.stream)
         self.members: dict[str, Any] = {}
         self.usage_in_stream = self.base64 = False
@@ -100,14 +109,10 @@ class Asked:
     def read(self) -> None:
         """Take the body apart, once its sender is known: that costs. Raises BadRequest, InputInvalid."""
         self.members = {name: value for name, value in strict_object(self._raw).items() if value is not None}
-        for name, value in self.members.items():
-            if name in _KNOWN[self.kind]:
-                continue
-            if name not in _NEUTRAL:
-                raise BadRequest(f"{name[:80]} is no member that this route knows", field=name[:80])
-            if value not in _NEUTRAL[name]:
-                raise InputInvalid(f"{name} is not supported here: leave it out", field=name)
-        self.usage_in_stream = bool(self._member("stream_options", dict, {}).get("include_usage"))
+        _require_neutral(self.members, _KNOWN[self.kind], _NEUTRAL)
+        how = self._member("stream_options", dict, {})
+        _require_neutral(how, frozenset(), _NEUTRAL_IN_STREAM, "stream_options.")
+        self.usage_in_stream = how.get("include_usage") is True
         self.base64 = self._member("encoding_format", str, "float") == "base64"
         if self.members.get("encoding_format", "float") not in ("float", "base64"):
             raise InputInvalid("encoding_format is float or base64", field="encoding_format")
@@ -118,7 +123,8 @@ class Asked:
             return {"text": self._texts("input")}
         if self.kind == "completions":
             return {"prompt": self._texts("prompt")}
-        if "messages" not in description.input_schema.get("properties", {}):
+        takes = description.input_schema.get("properties")
+        if not isinstance(takes, Mapping) or "messages" not in takes:
             raise InputInvalid("this model has no chat template: use /v1/completions", field="messages")
         return {"messages": _messages(self.members.get("messages"))}
 
@@ -134,6 +140,14 @@ class Asked:
         elif self.kind == "completions":
             found["max_tokens"] = _COMPLETION_TOKENS
         return found
+
+    def name_of(self, field: str) -> str:
+        """What the caller calls a field that an error names in this project's words."""
+        if field == "parameters.max_tokens" and "max_completion_tokens" in self.members:
+            return "max_completion_tokens"
+        if self.kind == "embeddings" and field == "text":
+            return "input"
+        return field.removeprefix("parameters.")
 
     def _texts(self, name: str) -> Any:
         value = self.members.get(name)
@@ -177,7 +191,7 @@ class Translation:
         try:
             return replace(output, result=self._told(output.result))
         # A worker whose model is a program says of itself what it likes: it may not be what its task gives.
-        except (msgspec.DecodeError, OverflowError, orjson.JSONEncodeError):
+        except (msgspec.DecodeError, OverflowError, RecursionError, orjson.JSONEncodeError):
             raise ModelFailed(f"the model's answer is none of {TASKS[self._asked.kind]}", kind="answer_shape") from None
 
     def _told(self, result: bytes) -> bytes:
@@ -219,9 +233,11 @@ def chunk(asked: Asked, request_id: str, created: int, choices: list[dict[str, A
     return b"data: " + orjson.dumps(head | {"choices": choices} | more) + b"\n\n"
 
 
-def delta(asked: Asked, index: int, text: str, finish: str | None = None) -> dict[str, Any]:
-    """A choice of a chunk."""
-    part = {"content": text} if text else {}
+def delta(asked: Asked, index: int, text: str, finish: str | None = None, *, first: bool = False) -> dict[str, Any]:
+    """A choice of a chunk; the `first` of a chat's says who speaks."""
+    part = {"content": text} if text or first else {}
+    if first:
+        part = {"role": "assistant"} | part
     said: dict[str, Any] = {"text": text} if asked.kind == "completions" else {"delta": part}
     return {"index": index, **said, "logprobs": None, "finish_reason": finish}
 
@@ -254,8 +270,35 @@ def _messages(told: Any) -> list[dict[str, str]]:
     return [_message(place, message) for place, message in enumerate(told)]
 
 
+def _model(text: str) -> ModelId:
+    try:
+        return ModelId.parse(text)
+    except BadRequest as err:
+        raise BadRequest(err.detail, field="model") from None
+
+
+def _require_neutral(
+    told: Mapping[str, Any], known: frozenset[str], neutral: Mapping[str, tuple[Any, ...]], where: str = ""
+) -> None:
+    """Return only if all that is told beside what is known changes nothing. Raises BadRequest, InputInvalid."""
+    for name, value in told.items():
+        if name in known or (value is None and name in neutral):
+            continue
+        field = where + name[:80]
+        if name not in neutral:
+            raise BadRequest(f"{field} is no member that this route knows", field=field)
+        if not any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in neutral[name]):
+            raise InputInvalid(f"{field} is not supported here: leave it out", field=field)
+
+
 def _message(place: int, told: dict[str, Any]) -> dict[str, str]:
     content = told.get("content")
+    _require_neutral(
+        {name: value for name, value in told.items() if value is not None},
+        _MESSAGE,
+        _NEUTRAL_IN_MESSAGE,
+        f"messages[{place}].",
+    )
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
         whole = len(parts) == len(content) and all(isinstance(part, str) for part in parts)

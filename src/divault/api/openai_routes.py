@@ -92,15 +92,31 @@ def _handler(node: Node, kind: Kind) -> Handler:
         call = node.envelopes.foreign(incoming, asked.model)
         name, created = secrets.token_hex(12), int(time.time())
         if not asked.stream:
-            answer = await node.service.infer(call, load=True, dialect=dialect(asked, name, created))
+            with _InItsWords(asked):
+                answer = await node.service.infer(call, load=True, dialect=dialect(asked, name, created))
             return answer_response(answer)
         pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
         how = dialect(asked, name, created, pieces.put_nowait)
         running = asyncio.create_task(node.service.infer(call, load=True, dialect=how))
         running.add_done_callback(lambda _: pieces.put_nowait(None))
-        return await _Stream(asked, name, created, running, pieces).begun()
+        with _InItsWords(asked):
+            return await _Stream(asked, name, created, running, pieces).begun()
 
     return run
+
+
+class _InItsWords:
+    """Errors in its context name fields as the interface calls them."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, DivaultError) and isinstance(error.data.get("field"), str):
+            error.data["field"] = self._asked.name_of(error.data["field"])
 
 
 class _Stream(Response):
@@ -141,12 +157,12 @@ class _Stream(Response):
             await _ended(self._running)
 
     async def _events(self) -> AsyncIterator[bytes]:
-        shown = False
+        begun: set[int] = set()
         piece = self._first
         while piece is not None:
-            shown = True
-            yield self._chunk([delta(self._asked, piece.index, piece.text)])
+            yield self._chunk([self._delta(begun, piece.index, piece.text)])
             piece = await self._pieces.get()
+        shown = bool(begun)
         try:
             body = orjson.loads((await self._running).body)
         except DivaultError as err:
@@ -157,14 +173,20 @@ class _Stream(Response):
         for choice in body["choices"]:
             text = "" if shown else choice.get("text", choice.get("message", {}).get("content", ""))
             if text:
-                yield self._chunk([delta(self._asked, choice["index"], text)])
-        ends = [delta(self._asked, choice["index"], "", choice["finish_reason"]) for choice in body["choices"]]
+                yield self._chunk([self._delta(begun, choice["index"], text)])
+        ends = [self._delta(begun, choice["index"], "", choice["finish_reason"]) for choice in body["choices"]]
         yield self._chunk(ends, receipt=body["receipt"])
         if not self._asked.members:  # a kept answer: nobody took the request apart for it
             self._asked.read()
         if self._asked.usage_in_stream:
             yield self._chunk([], usage=body["usage"])
         yield _DONE
+
+    def _delta(self, begun: set[int], index: int, text: str, finish: str | None = None) -> dict[str, Any]:
+        """A choice of a chunk, and that there was one for this index."""
+        first = index not in begun
+        begun.add(index)
+        return delta(self._asked, index, text, finish, first=first)
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return chunk(self._asked, self._name, self._created, choices, **more)

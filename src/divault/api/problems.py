@@ -18,8 +18,8 @@ from divault.telemetry import log, new_request_id
 
 _log = log("api")
 MEDIA_TYPE = "application/problem+json"
-_OPENAI = "/v1/"
-"""Where the routes of OpenAI's interface begin."""
+_OPENAI, _PROTOCOL = "/v1/", "/v2/"
+"""Where the routes of OpenAI's interface begin, and those of the Open Inference Protocol."""
 _TYPE_BASE = "urn:divault:error:"
 
 STATUS: dict[str, int] = {
@@ -90,6 +90,8 @@ def problem_response(error: DivaultError, request_id: str, path: str = "") -> Re
     body = problem(error, request_id)
     if path.startswith(_OPENAI):
         body["error"] = openai_error(body)
+    elif path.startswith(_PROTOCOL):
+        body["error"] = f"{error.code}: {error.detail}"  # all that its clients show
     headers = {"x-request-id": request_id, "divault-code": error.code, "cache-control": "no-store"}
     if body["status"] == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = AUTHENTICATE

@@ -14,11 +14,13 @@ from divault.api.envelope import Incoming
 from divault.api.hot import Handler, incoming_of
 from divault.api.inference_protocol import BINARY_HEADER, EXTENSIONS, Translation, metadata
 from divault.api.node import Node
-from divault.errors import ModelNotLoaded, RouteUnknown
+from divault.errors import BadRequest, ModelNotLoaded, RouteUnknown, TooLarge
+from divault.messages import strict_object
 from divault.values import ModelId
 from divault.workers.pool import Loaded
 
 _MODELS, _INFER = "/v2/models/", "/infer"
+_MOST_WORDS = 64 * 1024  # bytes of a body that is read before anybody is known to have sent it
 _VERSION = "1"
 """The only version of a model that a node has: what the vault names now."""
 
@@ -27,10 +29,10 @@ def protocol_handler(node: Node, path: str) -> Handler | None:
     """What answers POST on this path, if it is one where a model is run."""
     if not path.startswith(_MODELS) or not path.endswith(_INFER):
         return None
-    name, _, version = path[len(_MODELS) : -len(_INFER)].partition("/versions/")
+    name, named, version = path[len(_MODELS) : -len(_INFER)].partition("/versions/")
 
     async def infer(incoming: Incoming) -> Response:
-        _require_version(version)
+        _require_version(version if named else _VERSION)
         call = node.envelopes.foreign(incoming, ModelId.parse(name))
         translation = Translation(incoming.raw, incoming.header(BINARY_HEADER))
         answer = await node.service.infer(call, load=False, dialect=translation.dialect)
@@ -102,9 +104,13 @@ def _add_models(router: APIRouter, node: Node) -> None:
 def _add_repository(router: APIRouter, node: Node) -> None:
     tags: list[Any] = ["open inference protocol"]
 
-    @router.post("/v2/repository/index", tags=tags)
-    async def index() -> Response:
-        """What is loaded."""
+    @router.post("/v2/repository/index", tags=tags, responses=documented(schemas.Nothing, 400))
+    async def index(request: Request) -> Response:
+        """What is loaded; with `ready` in the body only what answers now."""
+        asked = _object((await incoming_of(request.scope, request.receive)).raw)
+        only_ready = asked.get("ready", False)
+        if type(only_ready) is not bool:
+            raise BadRequest("ready is true or false", field="ready")
         rows = [
             {
                 "name": loaded.model.text,
@@ -113,6 +119,7 @@ def _add_repository(router: APIRouter, node: Node) -> None:
                 "reason": "" if loaded.state == "ready" else loaded.state,
             }
             for loaded in node.workers.loaded()
+            if loaded.state == "ready" or not only_ready
         ]
         return Response(orjson.dumps(rows), 200, {"cache-control": "no-store"}, JSON)
 
@@ -124,6 +131,7 @@ def _add_repository(router: APIRouter, node: Node) -> None:
     async def load(request: Request, model_id: str) -> Response:
         """Fetch, verify, open and load a model. Signed in headers or of a session; the gate must be open."""
         incoming = await incoming_of(request.scope, request.receive)
+        _require_no_parameters(incoming.raw, {})
         await node.service.load(node.envelopes.foreign(incoming, ModelId.parse(model_id)))
         return json_response({})
 
@@ -133,6 +141,7 @@ def _add_repository(router: APIRouter, node: Node) -> None:
     async def unload(request: Request, model_id: str) -> Response:
         """End the model's worker. Signed in headers by an operator or the model's owner."""
         incoming = await incoming_of(request.scope, request.receive)
+        _require_no_parameters(incoming.raw, {"unload_dependents": False})
         await node.service.unload(node.envelopes.foreign(incoming, ModelId.parse(model_id)))
         return json_response({})
 
@@ -147,6 +156,25 @@ def _loaded(node: Node, model_id: str) -> Loaded:
     )
 
 
+def _require_no_parameters(raw: bytes, neutral: dict[str, Any]) -> None:
+    """Return only if a body changes nothing of what the vault names. Raises BadRequest."""
+    for name, value in (_object(raw).get("parameters") or {}).items():
+        if name not in neutral or value is not neutral[name]:
+            raise BadRequest(
+                f"{name[:80]} is not taken here: a node loads what the vault names, as it is", field="parameters"
+            )
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    """A body that may be left out. Raises BadRequest where it is anything but an object, or its parameters are."""
+    if len(raw) > _MOST_WORDS:
+        raise TooLarge(f"the body has at most {_MOST_WORDS} bytes", limit_bytes=_MOST_WORDS, have_bytes=len(raw))
+    found = strict_object(raw) if raw else {}
+    if not isinstance(found.get("parameters") or {}, dict):
+        raise BadRequest("parameters is an object", field="parameters")
+    return found
+
+
 def _require_version(version: str) -> None:
-    if version not in ("", _VERSION):
+    if version != _VERSION:
         raise RouteUnknown(f"a model has the version {_VERSION} and no other here")
