@@ -12,9 +12,9 @@ from pathlib import Path
 
 from divault.chain.records import Log, Transaction, TransactionReceipt
 from divault.messages import SessionCall
-from divault.payments import Account, Ledger, Payments, Terms, TransferCredit, binding_of
+from divault.payments import Account, Ledger, Payments, Terms, TransferCredit, Wording, binding_of
 from divault.payments.transfer import TRANSFER_TOPIC
-from divault.receipts import ReceiptIssuer
+from divault.receipts import ReceiptIssuer, answer_body
 from divault.state import State
 from divault.values import (
     UINT256_MAX,
@@ -194,7 +194,15 @@ class Counter:
     async def __aexit__(self, *_: object) -> None:
         await self.state.close()
 
-    async def infer(self, call: SignedCall, work: Work = answer_yes, *, price: Usdc = PRICE, budget=None) -> Answer:
+    async def infer(
+        self,
+        call: SignedCall,
+        work: Work = answer_yes,
+        *,
+        price: Usdc = PRICE,
+        budget=None,
+        wording: Wording = answer_body,
+    ) -> Answer:
         principal = principal_of(call)
         stored = await self.ledger.answered(principal)
         if stored is not None:
@@ -204,7 +212,7 @@ class Counter:
             async with self.payments.hold(grant, call) as hold:
                 self.runs += 1
                 output = output_of(await work(hold))
-                return await self.ledger.charge(hold, call, output)
+                return await self.ledger.charge(hold, call, output, wording)
 
     async def allow(self, login: Digest, most: int, token: Address = TOKEN) -> None:
         """What `login` may spend, as signing in writes it."""
@@ -221,7 +229,7 @@ class Counter:
         return (await self.ledger.credit(Account(CHAIN_ID, TOKEN, payer, owner))).atomic
 
     async def rows(self, sql: str) -> list[tuple]:
-        return await self.state.read(lambda db: db.execute(sql).fetchall())
+        return await self.state.read(lambda db: db.execute(sql.strip()).fetchall())
 
     async def chain_is_whole(self) -> int:
         """Check that the receipts have no gap and follow each other; gives their number."""

@@ -49,7 +49,7 @@ def stop_at(point: str) -> None:
     """Wrap `State.write` so that this process stops at the point."""
     original, seen = State.write, 0
 
-    async def write(self: State, work: Any, then: Any = None) -> Any:
+    async def write(self: State, work: Any, then: Any = None, **how: Any) -> Any:
         nonlocal seen
         seen += 1
         number = seen
@@ -60,7 +60,7 @@ def stop_at(point: str) -> None:
             return result
 
         stand_still(f"before-write-{number}", point)
-        result = await original(self, inside, then)
+        result = await original(self, inside, then, **how)
         stand_still(f"after-write-{number}", point)
         return result
 

@@ -15,7 +15,7 @@ from divault.errors import AccessDenied, DivaultError, ModelFailed, NonceUsed, N
 from divault.limits import RefusalBudget
 from divault.payments import books
 from divault.receipts import redact
-from divault.values import Answer, Hold, Usdc
+from divault.values import Answer, Hold, SignedCall, Usdc
 from tests.counter import PRICE, STRANGER, Counter, grant_of, principal_of, signed
 
 FREE = Usdc(0)
@@ -280,6 +280,26 @@ async def test_a_kept_receipt_names_its_runtime_also_after_a_write_that_failed(
     assert len(await counter.rows("SELECT hash FROM runtime")) == 1
 
 
+@pytest.mark.parametrize("price", [FREE, PRICE])
+async def test_an_answer_that_cannot_be_worded_disturbs_no_other_and_leaves_no_gap(
+    counter: Counter, price: Usdc
+) -> None:
+    def unable(*_: Any) -> bytes:
+        raise ModelFailed("no words", kind="answer_shape")
+
+    def asked() -> SignedCall:
+        return signed(tx=counter.chain.pay(price.atomic) if price.atomic else None, max_price=price.atomic)[1]
+
+    calls = [asked() for _ in range(5)]
+    ends = await asyncio.gather(
+        *(counter.infer(call, price=price, **({"wording": unable} if n == 2 else {})) for n, call in enumerate(calls)),
+        return_exceptions=True,
+    )
+
+    assert [type(end) for end in ends] == [Answer, Answer, ModelFailed, Answer, Answer]
+    assert await counter.chain_is_whole() == 5, "four answers and a failure"
+
+
 async def test_a_runtime_is_kept_once_for_all_runs_of_a_node(tmp_path: Path) -> None:
     for _ in range(2):
         async with Counter(tmp_path) as counter:
@@ -294,7 +314,8 @@ async def test_a_free_call_takes_less_than_1500_bytes_in_the_file(tmp_path: Path
         async with Counter(tmp_path) as counter:
             for _ in range(count):
                 await counter.infer(signed(max_price=0)[1], price=FREE)
-            file = Path((await counter.rows("PRAGMA database_list"))[0][2])
+            found = await counter.state.scan(lambda db: db.execute("PRAGMA database_list").fetchone())
+            file = Path(found[2])
         sizes.append(file.stat().st_size)  # closed: all of the log is folded back
 
     assert 500 < (sizes[1] - sizes[0]) / 800 < 1500

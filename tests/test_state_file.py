@@ -18,7 +18,7 @@ import pytest
 
 import divault.state
 from divault.errors import InputInvalid, NotReady, SettingsInvalid
-from divault.state import State
+from divault.state import Rows, State
 
 
 @pytest.fixture
@@ -71,15 +71,12 @@ async def test_a_sql_error_of_a_work_is_typed(state: State) -> None:
     assert await state.read(keys) == ["a"]
 
 
-@pytest.mark.parametrize("what", ["it writes", "the disk fails", "no memory"])
+@pytest.mark.parametrize("what", ["the disk fails", "no memory"])
 async def test_a_look_that_ends_the_transaction_takes_no_write_for_done(path: Path, what: str) -> None:
     """SQLite undoes the open transaction by itself when a read fails: who waits hears so, and nothing is stuck."""
 
-    def look(db: sqlite3.Connection) -> None:
-        if what == "it writes":
-            insert("by a look")(db)
-            return
-        db.execute("ROLLBACK")
+    def look(_: Rows) -> None:
+        state._writer.execute("ROLLBACK")
         raise MemoryError if what == "no memory" else sqlite3.OperationalError("disk I/O error")
 
     async with State(path) as state:
@@ -96,10 +93,51 @@ async def test_a_look_that_ends_the_transaction_takes_no_write_for_done(path: Pa
         assert told == []
 
 
-async def test_a_look_that_writes_alone_has_written_nothing(state: State) -> None:
+@pytest.mark.parametrize("how", ["INSERT INTO spent VALUES (1, 'x', 'y', x'00', '5', 0)", "ROLLBACK", "select 1"])
+async def test_a_look_that_may_write_is_refused_and_disturbs_nobody(state: State, how: str) -> None:
     with pytest.raises(NotReady):
-        state.look(insert("by a look"))
+        state.look(lambda db: db.execute(how))
     assert await state.read(keys) == []
+    waiting = asyncio.create_task(state.write(insert("a")))
+    await asyncio.sleep(0)
+    with pytest.raises(NotReady):
+        state.look(lambda db: db.execute(how))
+    assert await waiting == 1
+    assert await state.read(keys) == ["a"]
+
+
+async def test_a_write_without_a_savepoint_is_one_of_its_commit(state: State) -> None:
+    await asyncio.gather(*(state.write(insert(str(n)), guarded=n % 2 == 0) for n in range(20)))
+    assert len(await state.read(keys)) == 20
+
+
+async def test_it_may_fail_alone_before_it_writes(state: State) -> None:
+    def refuse(db: sqlite3.Connection) -> None:
+        raise InputInvalid("no")
+
+    await state.write(insert("taken"))
+    done = await asyncio.gather(
+        *(state.write(work, guarded=False) for work in (insert("a"), refuse, insert("b"), insert("taken"))),
+        return_exceptions=True,
+    )
+
+    assert [type(one) for one in done] == [int, InputInvalid, int, NotReady]
+    assert await state.read(keys) == ["a", "b", "taken"]
+
+
+async def test_one_that_fails_half_done_takes_its_commit_along(state: State) -> None:
+    def half(db: sqlite3.Connection) -> None:
+        insert("half")(db)
+        raise InputInvalid("no")
+
+    undone = state.undone
+    done = await asyncio.gather(
+        state.write(insert("a")), state.write(half, guarded=False), state.write(insert("b")), return_exceptions=True
+    )
+
+    assert [type(one) for one in done] == [NotReady, NotReady, int]
+    assert await state.read(keys) == ["b"]
+    assert state.undone > undone
 
 
 async def test_a_transaction_that_ended_by_itself_is_no_commit(path: Path) -> None:

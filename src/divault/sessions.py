@@ -44,7 +44,7 @@ from divault.messages import (
 )
 from divault.messages.session_calls import LONGEST_BY_CONTRACT_S, LONGEST_S, OURS, resources_of, statement
 from divault.messages.signatures import KeysOnly, Signers
-from divault.state import State
+from divault.state import Rows, State
 from divault.values import Address, Digest, Secret, TokenParts, Usdc
 
 IDLE_S = 900
@@ -385,7 +385,7 @@ def _insert(db: sqlite3.Connection, session: Session, nonce: str, allowances: Ma
         )
 
 
-def _is_used(db: sqlite3.Connection, nonce: str) -> bool:
+def _is_used(db: Rows, nonce: str) -> bool:
     return db.execute("SELECT 1 FROM login WHERE nonce = ?", (nonce,)).fetchone() is not None
 
 
@@ -393,7 +393,7 @@ def _nonce_used() -> DivaultError:
     return refusal("wrong_nonce", "this nonce has opened a session already: ask for a new one")
 
 
-def _find(db: sqlite3.Connection, login: Digest) -> Session | None:
+def _find(db: Rows, login: Digest) -> Session | None:
     found = db.execute(
         "SELECT user, origin, message, signature, expires_at, seen_at, ended FROM login WHERE digest = ?", (login.raw,)
     ).fetchone()

@@ -5,8 +5,9 @@ Rules:
 1. One process owns the file (a lock beside it says so), and in it one event loop. The file is readable by its owner
    only.
 2. A write is on disk before anybody learns its result: the write-ahead log is synced after each commit. Writes that
-   arrive while the disk is busy share the next commit, each in a savepoint of its own, so that one that fails takes no
-   other with it. After a sync that failed nothing is believed any more until the node starts again.
+   arrive while the disk is busy share the next commit, each in a savepoint of its own, or done with all that may fail
+   when it first writes, so that one that fails takes no other with it. After a sync that failed nothing is believed any
+   more until the node starts again.
 3. The schema has a version and only moves forward, each step in one transaction. A newer file, a foreign file and a
    damaged file are refused as they are: nothing is repaired, emptied or begun anew.
 4. Amounts are decimal text, because SQLite's integers end at 2^63; only the one writer computes with them.
@@ -32,18 +33,28 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from divault.errors import DivaultError, NotReady, SettingsInvalid
 
 T = TypeVar("T")
+
+
+class Rows(Protocol):
+    """What rows are read from: the ledger, or a look at it that can't write."""
+
+    def execute(self, sql: str, parameters: Sequence[Any] = (), /) -> sqlite3.Cursor:
+        """Run one statement."""
+
+
 Work = Callable[[sqlite3.Connection], T]
+Look = Callable[[Rows], T]
 
 APPLICATION_ID = 0x44495641  # "DIVA" in the file's header: tells our file from any other SQLite database
 _FOLD_PATIENCE_MS = 50  # for a long scan; the log is folded back another time then
@@ -150,6 +161,7 @@ class _Held:
 
     work: Work[Any]
     then: Callable[[Any], None] | None
+    guarded: bool
     done: asyncio.Future[tuple[Any, asyncio.Future[None]]]
 
 
@@ -195,6 +207,7 @@ class State:
             undo.callback(self._writer.close)
             self._disk = _Disk(path)
             undo.pop_all()
+        self._looked_at = _LookedAt(self._writer)
         self._open: list[_Waiting] = []
         """Who waits for the open transaction."""
         self._syncing: asyncio.Future[None] | None = None
@@ -215,54 +228,47 @@ class State:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def write(self, work: Work[T], then: Callable[[T], None] | None = None) -> T:
+    async def write(self, work: Work[T], then: Callable[[T], None] | None = None, *, guarded: bool = True) -> T:
         """The result of `work`, once what it wrote is on disk.
 
         Work runs at once, alone, in the order of the calls. What it raises reaches the caller and undoes what it wrote,
         nothing else. It must be short and leave the transaction alone. Cancelling the caller doesn't stop it: `then`
         gets the result once it is on disk, whether or not the caller still waits. Raises NotReady when the file can't
         be written or is closed.
+
+        `guarded`: in a savepoint, which costs as much as a write. Only work that the disk alone can stop after its
+        first write may do without: if anything else stops it, all writes of its commit are undone.
         """
         self._require_usable()
         if self._folding:
-            held = _Held(work, then, asyncio.get_running_loop().create_future())
+            held = _Held(work, then, guarded, asyncio.get_running_loop().create_future())
             self._held.append(held)
             answer: T
             answer, written = await held.done
         else:
-            answer, written = self._run(work, then)
+            answer, written = self._run(work, then, guarded=guarded)
         await written
         return answer
 
-    def look(self, work: Work[T]) -> T:
-        """The result of `work` on one consistent view, at once. Raises NotReady.
+    def look(self, work: Look[T]) -> T:
+        """The result of `work` on one consistent view, at once. Raises NotReady, also for work that doesn't only read.
 
         What it sees may not be on disk yet, nor committed: a refusal may rest on it, an answer may not (`read`). For a
-        few rows. Work that writes is a fault of ours: what it wrote is undone, with all that was not committed yet.
+        few rows.
         """
         self._require_usable()
         # Nobody but this thread writes, so the view can't change under it. And this connection has the pages.
         db = self._writer
-        changes, alone = db.total_changes, not db.in_transaction
+        alone = not db.in_transaction
         try:
-            if alone:
-                db.execute("BEGIN")
-            try:
-                result = work(db)
-            finally:
-                if alone and db.in_transaction:
-                    db.execute("ROLLBACK")
-            if db.total_changes != changes:
-                raise sqlite3.OperationalError("a look that writes")
+            return work(self._looked_at)
         except sqlite3.Error as err:
             raise _unusable(err) from err
         finally:
-            # What it wrote, and also what SQLite undid by itself: a read that finds no memory ends the transaction.
-            if not alone and (db.total_changes != changes or not db.in_transaction):
+            if not alone and not db.in_transaction:  # SQLite ends it by itself when a read finds no memory
                 self._undo(sqlite3.OperationalError("a look ended the transaction"))
-        return result
 
-    async def read(self, work: Work[T]) -> T:
+    async def read(self, work: Look[T]) -> T:
         """The result of `work` on one consistent view, all of which is on disk. Raises NotReady. For a few rows."""
         result = self.look(work)
         if self._open:
@@ -300,13 +306,13 @@ class State:
         if self._broken:
             raise NotReady("the ledger's disk failed: the node has to be started again", retry_after=_RETRY_S)
 
-    def _run(self, work: Work[T], then: Callable[[T], None] | None) -> tuple[T, asyncio.Future[None]]:
+    def _run(self, work: Work[T], then: Callable[[T], None] | None, *, guarded: bool) -> tuple[T, asyncio.Future[None]]:
         """The result of the work, and what tells when it is on disk. Raises what the work raised."""
         self.writes += 1
         try:
             if not self._writer.in_transaction:
                 self._writer.execute("BEGIN IMMEDIATE")
-            with _Savepoint(self._writer) as point:
+            with _Savepoint(self._writer) if guarded else _Unguarded(self._writer) as point:
                 result = work(self._writer)
         except sqlite3.Error as err:  # a full disk, a failing one: none of the writes in this transaction happened
             self._undo(err)
@@ -386,7 +392,7 @@ class State:
     def _run_held(self, turn: _Held) -> None:
         try:
             self._require_usable()
-            found = self._run(turn.work, turn.then)
+            found = self._run(turn.work, turn.then, guarded=turn.guarded)
         except Exception as err:  # noqa: BLE001 - whatever the work raises is its caller's
             if not turn.done.done():
                 turn.done.set_exception(err)
@@ -474,6 +480,41 @@ class _Disk:
             busy, _, _ = self._folder.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
             if busy:  # a long scan, which every try would wait for
                 self._not_before = time.monotonic() + _FOLD_PAUSE_S
+
+
+class _LookedAt:
+    """The connection, for statements that only read."""
+
+    __slots__ = ("_execute",)
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._execute = db.execute
+
+    def execute(self, sql: str, parameters: Sequence[Any] = (), /) -> sqlite3.Cursor:
+        """Run one statement. Raises sqlite3.OperationalError for one that may write."""
+        if not sql.startswith("SELECT "):
+            raise sqlite3.OperationalError("a look that may write")
+        return self._execute(sql, parameters)
+
+
+class _Unguarded:
+    """One write without a savepoint. What it raises before it changed anything is kept as `error`."""
+
+    __slots__ = ("_changes", "_db", "error")
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self._changes = db.total_changes
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> bool:
+        if error is not None and (self._db.total_changes != self._changes or not self._db.in_transaction):
+            raise sqlite3.OperationalError("a write was left half done") from error
+        self.error = error
+        return True
 
 
 class _Savepoint:

@@ -25,6 +25,7 @@ from msgspec import Struct
 from divault.errors import SessionInvalid
 from divault.payments.stages import Stage, check_move
 from divault.receipts import from_kept, to_keep
+from divault.state import Rows
 from divault.values import Address, Digest, ModelId, Principal, Receipt, Usdc
 
 TRANSFER = "transfer"
@@ -107,7 +108,7 @@ class AllowanceTooLow(Exception):
 # --- requests -----------------------------------------------------------------------------------------------------
 
 
-def find(db: sqlite3.Connection, principal: Principal) -> Row | None:
+def find(db: Rows, principal: Principal) -> Row | None:
     """The row of the principal's nonce."""
     if not principal.repeatable:
         return None
@@ -164,7 +165,7 @@ def finish(
     _put(db, principal, stage, priced=row.priced if row is not None else priced)
 
 
-def any_lapsed(db: sqlite3.Connection, now: int) -> bool:
+def any_lapsed(db: Rows, now: int) -> bool:
     """Whether a lease of a row ended before `now`."""
     query = "SELECT 1 FROM request WHERE stage = 'reserved' AND lease_until < ? LIMIT 1"
     return db.execute(query, (now,)).fetchone() is not None
@@ -218,7 +219,7 @@ def _key(principal: Principal) -> tuple[bytes, bytes]:
 # --- money --------------------------------------------------------------------------------------------------------
 
 
-def credit_of(db: sqlite3.Connection, account: Account) -> Credit | None:
+def credit_of(db: Rows, account: Account) -> Credit | None:
     """What the account holds; None if nothing was ever credited to it."""
     found = db.execute(
         "SELECT id, balance, reserved FROM credit WHERE chain = ? AND token = ? AND payer = ? AND owner = ?",
@@ -227,7 +228,7 @@ def credit_of(db: sqlite3.Connection, account: Account) -> Credit | None:
     return None if found is None else Credit(found[0], int(found[1]), int(found[2]))
 
 
-def spendable(db: sqlite3.Connection, account: Account, now: int) -> int:
+def spendable(db: Rows, account: Account, now: int) -> int:
     """What a new request could reserve: also what runs still hold whose lease has ended. May be negative."""
     credit = credit_of(db, account)
     if credit is None:
@@ -259,7 +260,7 @@ def credit_incoming(db: sqlite3.Connection, account: Account, request: Digest, t
         db.execute("UPDATE credit SET balance = ? WHERE id = ?", (str(total), credit.id))
 
 
-def spent_logs(db: sqlite3.Connection, chain_id: int, tx: Digest) -> dict[int, Digest]:
+def spent_logs(db: Rows, chain_id: int, tx: Digest) -> dict[int, Digest]:
     """Log indexes of the transaction that were credited, with the request that claimed each."""
     rows = db.execute(
         "SELECT key, request FROM spent WHERE chain = ? AND kind = ? AND key >= ? AND key < ?",
@@ -280,13 +281,13 @@ def draw(db: sqlite3.Connection, principal: Principal, row: Row, model: Digest, 
     )
 
 
-def allowance(db: sqlite3.Connection, login: Digest, token: Address) -> int:
+def allowance(db: Rows, login: Digest, token: Address) -> int:
     """What the session may still spend of the token, atomic units; 0 where its wallet allowed none."""
     most, used = _allowed_and_used(db, login.raw, token.raw)
     return most - used
 
 
-def _allowed_and_used(db: sqlite3.Connection, login: bytes, token: bytes) -> tuple[int, int]:
+def _allowed_and_used(db: Rows, login: bytes, token: bytes) -> tuple[int, int]:
     found = db.execute("SELECT most, used FROM allowance WHERE login = ? AND token = ?", (login, token)).fetchone()
     return (int(found[0]), int(found[1])) if found is not None else (0, 0)
 
@@ -363,7 +364,7 @@ def keep_outcome(
     )
 
 
-def outcome_of(db: sqlite3.Connection, request: Digest, user: Address, now: int) -> tuple[str | None, bytes] | None:
+def outcome_of(db: Rows, request: Digest, user: Address, now: int) -> tuple[str | None, bytes] | None:
     """The kept (code, body) of a request, None if there is none for this user."""
     found: tuple[str | None, bytes] | None = db.execute(
         "SELECT code, body FROM outcome WHERE request = ? AND user = ? AND expires_at >= ?",
@@ -372,7 +373,7 @@ def outcome_of(db: sqlite3.Connection, request: Digest, user: Address, now: int)
     return found
 
 
-def receipt_of(db: sqlite3.Connection, request: Digest, user: Address) -> dict[str, Any] | None:
+def receipt_of(db: Rows, request: Digest, user: Address) -> dict[str, Any] | None:
     """The redacted envelope of the request's receipt, None if there is none for this user."""
     found = db.execute(
         "SELECT envelope FROM receipt WHERE request = ? AND user = ?", (request.raw, user.raw)
@@ -380,7 +381,7 @@ def receipt_of(db: sqlite3.Connection, request: Digest, user: Address) -> dict[s
     return None if found is None else from_kept(found[0], lambda hashed: _runtime_of(db, hashed))
 
 
-def _runtime_of(db: sqlite3.Connection, hashed: Digest) -> dict[str, Any]:
+def _runtime_of(db: Rows, hashed: Digest) -> dict[str, Any]:
     (raw,) = db.execute("SELECT object FROM runtime WHERE hash = ?", (hashed.raw,)).fetchone()
     found: dict[str, Any] = orjson.loads(raw)
     return found

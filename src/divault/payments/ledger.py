@@ -51,7 +51,7 @@ from divault.payments import books
 from divault.payments.books import Account, Incoming, Reservation, Row
 from divault.payments.stages import Stage
 from divault.receipts import ReceiptDraft, ReceiptIssuer, answer_body
-from divault.state import State
+from divault.state import Rows, State
 from divault.values import (
     Address,
     Answer,
@@ -214,7 +214,7 @@ class Ledger:
         """
         now = self._now()
 
-        def look(db: sqlite3.Connection) -> tuple[tuple[str | None, bytes] | None, dict[str, Any] | None]:
+        def look(db: Rows) -> tuple[tuple[str | None, bytes] | None, dict[str, Any] | None]:
             return books.outcome_of(db, request, user, now), books.receipt_of(db, request, user)
 
         kept, envelope = await self._state.read(look)
@@ -275,14 +275,14 @@ class Ledger:
         now = self._now()
         await self._tidy(now)  # what a session may spend is what no lapsed run holds any more
 
-        def look(db: sqlite3.Connection) -> Standing:
+        def look(db: Rows) -> Standing:
             spent = books.spent_logs(db, self.chain_id, tx) if tx is not None else {}
             return Standing(books.spendable(db, account, now), self._limit(db, grant.principal, account.token), spent)
 
         return await self._state.read(look)
 
     @staticmethod
-    def _limit(db: sqlite3.Connection, principal: Principal, token: Address) -> int:
+    def _limit(db: Rows, principal: Principal, token: Address) -> int:
         most = principal.max_price.atomic
         return most if principal.login is None else min(most, books.allowance(db, principal.login, token))
 
@@ -357,8 +357,9 @@ class Ledger:
             row = None if self._holds(None, trail) else books.find(db, principal)
             if not self._holds(row, trail):
                 raise DeadlineExceeded("the run outlasted its reservation; nothing was charged", limit_s=self._lease_s)
-            receipt = self._issue(db, draft, trail)
+            receipt = self._made(db, draft)
             body = wording(grant.model.model.text, output.result, receipt.envelope)
+            self._append(db, receipt, trail)
             if row is not None:
                 books.draw(db, principal, row, grant.model.model.key, receipt.hash, now)
             books.finish(db, principal, row, Stage.DONE)
@@ -367,7 +368,8 @@ class Ledger:
                 books.keep_outcome(db, principal, body, code=None, expires_at=now + self._keep_results_s)
             return Answer(body, receipt)
 
-        answer = await self._state.write(work, self._told)
+        # of a free run nothing can fail once its receipt is made
+        answer = await self._state.write(work, self._told, guarded=hold.payment_key is not None)
         trail.reserving = False
         return answer
 
@@ -413,7 +415,8 @@ class Ledger:
             held = self._holds(row, trail)
             if not held and not _may_run(row, principal, now):
                 raise _just_ended()
-            receipt = self._issue(db, draft, trail)
+            receipt = self._made(db, draft)
+            self._append(db, receipt, trail)
             self._free.pop(_nonce_key(principal), None)
             priced = trail.grant is not None and trail.grant.model.price.atomic > 0
             books.finish(db, principal, row, Stage.FAILED, priced=priced)
@@ -454,14 +457,20 @@ class Ledger:
         except NotReady:  # the ledger can't be written: the lease will run out by itself
             return
 
-    def _issue(self, db: sqlite3.Connection, draft: ReceiptDraft, trail: _Trail) -> Receipt:
+    def _made(self, db: sqlite3.Connection, draft: ReceiptDraft) -> Receipt:
+        """The next receipt of the log, which `_append` keeps."""
         if self._last is None or self._last[0] != self._state.undone:
             number = books.log_of(db, self._log)
             self._last = (self._state.undone, number, *books.last_receipt(db, number))
             self._kept_runtimes.clear()
-        undone, number, sequence, previous = self._last
-        receipt = self._issuer.issue(draft, sequence + 1, previous)
-        self._last = (undone, number, receipt.sequence, receipt.hash)
+        _, _, sequence, previous = self._last
+        return self._issuer.issue(draft, sequence + 1, previous)
+
+    def _append(self, db: sqlite3.Connection, receipt: Receipt, trail: _Trail) -> None:
+        """Keep the receipt that was made last."""
+        if self._last is None or self._last[2] + 1 != receipt.sequence:
+            raise RuntimeError("receipts are kept in the order in which they are made")
+        undone, number, _, previous = self._last
         runtime, hashed = receipt.envelope["runtime"], receipt.envelope["receipt"]["runtimeHash"]
         if runtime is not None and hashed not in self._kept_runtimes:
             if len(self._kept_runtimes) >= _MOST_RUNTIMES:
@@ -469,7 +478,7 @@ class Ledger:
             books.keep_runtime(db, Digest.parse(hashed), runtime)
             self._kept_runtimes.add(hashed)
         books.append_receipt(db, number, receipt, previous, trail.principal, trail.call.model)
-        return receipt
+        self._last = (undone, number, receipt.sequence, receipt.hash)
 
     def _told(self, answer: Answer) -> None:
         if answer.receipt is not None:
