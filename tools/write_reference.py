@@ -128,10 +128,10 @@ _ERRORS = """\
 <!-- {generated} -->
 
 Every error has a stable `code`. Over HTTP it comes as `application/problem+json` (RFC 9457) with `type`, `title`,
-`status`, `detail`, `code`, `error` (the code again), `request_id`, `actor` and the data named below; in Python it is
-the class, with the same facts in `.data`. *Receipt* says whether a caller who proved who he is gets a signed refusal or
-failure receipt with it. *Who acts* is who can mend it. A code without a status belongs to the command line and the
-client: no node answers with it.
+`status`, `detail`, `code`, `error` (the code again; under `/v2` with the detail, under `/v1` an object), `request_id`,
+`actor` and the data named below; in Python it is the class, with the same facts in `.data`. *Receipt* says whether a
+caller who proved who he is gets a signed refusal or failure receipt with it. *Who acts* is who can mend it. A code
+without a status belongs to the command line and the client: no node answers with it.
 
 | code | status | class | what went wrong | who acts | data | receipt |
 |---|---|---|---|---|---|---|

@@ -7,7 +7,7 @@ from typing import Any
 
 import uvicorn
 
-from divault.api.joined import JoinedProtocol
+from divault.api.connection import Connection
 
 _BODY = b'"' + b"x" * 4200 + b'"'
 _HEADERS = [(b"content-type", b"application/json"), (b"content-length", str(len(_BODY)).encode())]
@@ -25,7 +25,7 @@ if __name__ == "__main__":
         app,
         host="127.0.0.1",
         port=int(sys.argv[1]),
-        http=JoinedProtocol,
+        http=Connection,
         log_level="warning",
         access_log=False,
         server_header=False,
