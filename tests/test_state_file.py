@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -296,6 +297,52 @@ async def test_after_a_failed_sync_nothing_is_believed_until_the_next_start(
     async with State(path) as again:
         assert await again.write(insert("c")) == 1
         assert "b" not in await again.read(keys)
+
+
+class TimedDisk:
+    """In place of `os.fdatasync`: takes no time or a long one, fails if told so, and notes which thread waited."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.slow = self.fails = False
+        self.on_loop: list[bool] = []
+        monkeypatch.setattr(divault.state.os, "fdatasync", self)
+        monkeypatch.setattr(divault.state, "_QUICK_S", 0.1)
+
+    def __call__(self, fd: int) -> None:
+        self.on_loop.append(threading.current_thread() is threading.main_thread())
+        if self.slow:
+            time.sleep(0.2)
+        if self.fails:
+            raise OSError(errno.EIO, "Input/output error")
+
+
+async def test_a_single_write_is_synced_at_once_as_long_as_the_disk_is_quick(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = TimedDisk(monkeypatch)
+    for number, disk.slow in enumerate((False, False, True, False, False)):
+        assert await state.write(insert(str(number))) == 1
+    assert disk.on_loop == [False, True, True, False, True], "by how long the one before took"
+    await asyncio.gather(*(state.write(insert(f"many {number}")) for number in range(5)))
+    assert disk.on_loop[5:] == [False], "for several the loop goes on meanwhile"
+
+
+async def test_a_sync_that_fails_at_once_ends_the_ledger_like_any(
+    state: State, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = TimedDisk(monkeypatch)
+    assert await state.write(insert("a")) == 1
+    disk.fails = True
+    with pytest.raises(NotReady):
+        await state.write(insert("b"))
+    disk.fails = False
+    assert disk.on_loop == [False, True]
+    for attempt in (state.write(insert("c")), state.read(keys)):
+        with pytest.raises(NotReady, match="started again"):
+            await attempt
+    await state.close()
+    async with State(path) as again:
+        assert "a" in await again.read(keys)
 
 
 async def test_a_long_log_is_folded_back_and_nothing_is_lost_or_reordered(
