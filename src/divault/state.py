@@ -193,7 +193,8 @@ class State:
     """The open ledger file. Every method is for the one event loop that uses it; many tasks at once are welcome.
 
     Statements run on the loop's own thread: they touch memory and the page cache, some microseconds each, and no other
-    thread has to be waited for in between. What takes long, bringing them to the disk, runs in a thread of its own.
+    thread has to be waited for in between. What takes long, bringing them to the disk, runs in a thread of its own,
+    but for a single write to a disk that is quick.
     """
 
     def __init__(self, path: Path) -> None:
