@@ -105,6 +105,46 @@ def tiny_classifier(folder: Path, **config: Any) -> dict[str, bytes]:
     return folder_content(folder)
 
 
+_SIZES: dict[str, dict[str, Any]] = {
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
+    "modernbert": {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
+    "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32},
+}
+_OF_EMBEDDINGS = ("albert", "convbert", "electra", "mobilebert", "rembert", "roformer", "squeezebert")
+
+
+def tiny_encoder(folder: Path, kind: str, **config: Any) -> dict[str, bytes]:
+    """A text classifier of any type of encoder over the same words, with weights far from where training begins."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    tiny_classifier(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes |= {"vocab_size": 40, "max_position_embeddings": 64, "pad_token_id": 0} | _SIZES.get(kind, {})
+    sizes |= {"embedding_size": 32} if kind in _OF_EMBEDDINGS else {}
+    labels = {"id2label": {0: "bad", 1: "fine", 2: "good"}, "label2id": {"bad": 0, "fine": 1, "good": 2}}
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **sizes, **labels | config))
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.15)
+    model.save_pretrained(folder)
+    return folder_content(folder)
+
+
+def scores_of_the_library(folder: Path, text: str) -> list[float]:
+    """What transformers makes of one text with the classifier of a folder, alone."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokens = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))(text, return_tensors="pt")
+    with torch.inference_mode():
+        output = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+    found: list[float] = output.logits.softmax(-1)[0].tolist()
+    return found
+
+
 def json_of(data: bytes) -> Any:
     """The value of a JSON file."""
     return json.loads(data)

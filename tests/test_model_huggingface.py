@@ -257,7 +257,6 @@ def test_members_that_name_kernels_or_quantizers_do_nothing(classifier: LoadedMo
         attn_implementation="kernels-community/evil",
         _attn_implementation="kernels-community/evil",
         dtype="float16",
-        is_decoder=True,
         output_hidden_states=True,
         fusion_config={"x": 1},
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from divault.errors import SealedFileDamaged
+from divault.errors import SealedFileDamaged, UnsupportedModel
 from divault.models import huggingface_files
 from divault.models.files import Folder
 from divault.models.huggingface import HuggingFace
 from divault.models.huggingface_files import TYPES, config_of
-from tests.memory_models import as_json, load, memory_files, tiny_language_model
+from tests.memory_models import (
+    answer,
+    as_json,
+    load,
+    memory_files,
+    scores_of_the_library,
+    tiny_encoder,
+    tiny_language_model,
+)
 from tests.test_model_text_generation import PROMPT, said
 
 LLAMA_3 = {
@@ -121,3 +132,90 @@ def test_a_model_of_an_older_folder_writes_what_transformers_writes(tmp_path: Pa
 
     assert found == whole.rstrip("\ufffd")
     assert found != other["text"], "the base of the angles shows"
+
+
+# --- members that no class declares -----------------------------------------------------------------------------------
+
+RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+V3 = {  # as microsoft/deberta-v3-base has them
+    "relative_attention": True,
+    "max_relative_positions": -1,
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": "p2c|c2p",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
+UNDECLARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "DeBERTa v3": ("deberta-v2", V3),
+    "buckets of positions": ("deberta-v2", RELATIVE | {"position_buckets": 8}),
+    "normed positions": ("deberta-v2", RELATIVE | {"norm_rel_ebd": "layer_norm"}),
+    "shared keys": ("deberta-v2", RELATIVE | {"share_att_key": True}),
+    "a convolution": ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "gelu"}),
+    "a convolution in groups": ("deberta-v2", {"conv_kernel_size": 3, "conv_groups": 2}),
+    "talking heads": ("deberta", {"talking_head": True}),
+}
+_WITHOUT_A_SAY = """
+    classifier_dropout cls_dropout hidden_dropout summary_first_dropout summary_last_dropout
+    summary_activation summary_proj_to_labels summary_type summary_use_proj
+    attention_chunk_size json layer_types sliding_window
+"""
+WITHOUT_A_SAY = frozenset(_WITHOUT_A_SAY.split())
+"""Dropouts are off, `summary_...` make the head of a multiple choice, masks of other types ask for the last."""
+LOOKED_FOR = re.compile(r"(?:getattr|hasattr)\(\s*(?:self\.)?config,\s*[\"']([a-z]\w+)|\bconfig\.([a-z]\w+)")
+
+
+@pytest.mark.parametrize("name", UNDECLARED)
+def test_a_member_that_no_class_declares_counts_as_it_does_in_transformers(name: str, tmp_path: Path) -> None:
+    kind, members = UNDECLARED[name]
+    files = tiny_encoder(tmp_path, kind, **members)
+    found = answer(load(HuggingFace(), files), {"text": "the book was very bad"})["predictions"][0]["scores"]
+
+    assert list(found.values()) == pytest.approx(scores_of_the_library(tmp_path, "the book was very bad"), abs=1e-6)
+
+
+def test_weights_that_the_network_has_no_place_for_are_refused(tmp_path: Path) -> None:
+    files = tiny_encoder(tmp_path, "deberta-v2", conv_kernel_size=3)
+    told = json.loads(files["config.json"])
+    del told["conv_kernel_size"]
+    with pytest.raises(UnsupportedModel, match=r"no place for \(deberta.encoder.conv"):
+        load(HuggingFace(), files | {"config.json": as_json(told)})
+
+
+@pytest.mark.parametrize("name", ["cls.seq_relationship.weight", "bert.embeddings.position_ids", "lm_head.bias"])
+def test_weights_of_other_heads_and_what_is_counted_out_may_be_there(name: str, tmp_path: Path) -> None:
+    files = tiny_encoder(tmp_path, "bert")
+    more = load_file(tmp_path / "model.safetensors") | {name: torch.ones(4)}
+    plain, other = (
+        answer(load(HuggingFace(), content), {"text": "good"})["predictions"][0]["scores"]
+        for content in (files, files | {"model.safetensors": save(more)})
+    )
+
+    assert other == pytest.approx(plain, abs=1e-6)
+
+
+@pytest.mark.parametrize("members", [{"is_decoder": True}, {"per_layer_config": {"0": {"intermediate_size": 8}}}])
+def test_a_configuration_of_another_network_is_refused_by_name(members: dict[str, Any], tmp_path: Path) -> None:
+    files = tiny_encoder(tmp_path, "bert")
+    told = json.loads(files["config.json"]) | members
+    with pytest.raises(UnsupportedModel, match=min(members)):
+        load(HuggingFace(), files | {"config.json": as_json(told)})
+    plain = json.loads(files["config.json"]) | {"is_decoder": False, "per_layer_config": None}
+    load(HuggingFace(), files | {"config.json": as_json(plain)})
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_every_member_that_a_network_looks_for_is_read(kind: str) -> None:
+    """A newer library may look for more: this says so."""
+    from transformers import AutoConfig, AutoModel, masking_utils
+
+    config = AutoConfig.for_model(kind)
+    model = AutoModel._model_mapping[type(config)]
+    sources = [inspect.getsource(part) for part in (sys.modules[model.__module__], masking_utils)]
+    names = {"".join(found) for source in sources for found in LOOKED_FOR.findall(source)}
+    declared = {name for name in names if name in config.to_dict() or name in type(config).attribute_map}
+    of_the_class = {name for name in names if inspect.getattr_static(type(config), name, None) is not None}
+
+    read = huggingface_files._UNDECLARED | huggingface_files._SET_BY_PROPERTY
+    assert names - declared - of_the_class <= read | WITHOUT_A_SAY

@@ -5,8 +5,9 @@ Rules:
 1. `model_type` is one of `TYPES`; another one is refused by name, whatever `auto_map` or *.py files offer. Code of a
    folder is never run, and nothing is fetched.
 2. Of `config.json` only members stay that the configuration class itself knows, by their names of today or of before,
-   without those that name code, kernels, quantizers or dtypes (`auto_map`, `_attn_implementation_internal`, ...). What
-   comes of them has to be what comes of all: a member that was left out and counts is no silent default.
+   or that networks read although no class declares them, without those that name code, kernels, quantizers or dtypes
+   (`auto_map`, `_attn_implementation_internal`, ...). What comes of them has to be what comes of all: a member that was
+   left out and counts is no silent default.
 3. Numbers are bounded, so that a configuration can't claim memory that the weights don't have.
 """
 
@@ -69,6 +70,14 @@ _OLDER_NAMES = frozenset(_OLDER_NAMES_TEXT.split())
 """Members that classes still take, under names that they don't write any more."""
 _SET_BY_PROPERTY = frozenset({"_remove_final_layer_norm", "num_labels", "out_features", "out_indices"}) | _OLDER_NAMES
 """Members that are data, although a class has them as properties, or by a name that is its own."""
+_UNDECLARED_NAMES = """
+    attention_head_size conv_act conv_groups conv_kernel_size embedding_size head_dim is_causal norm_rel_ebd
+    position_buckets share_att_key talking_head
+"""
+_UNDECLARED = frozenset(_UNDECLARED_NAMES.split())
+"""Members that networks look for, and no configuration class declares: sizes, switches and names of activations."""
+_AS_DECODER = ("is_decoder", "add_cross_attention")
+"""Members that make another network of an encoder: one that sees only what stands before a word."""
 MAX_LAYERS = 256
 MAX_LABELS = 32_768
 """Of a classifier; ImageNet-22k has 21,841."""
@@ -141,9 +150,11 @@ def config_of(folder: Folder, tensors: int) -> PretrainedConfig:
     from transformers import AutoConfig
 
     kind, raw = model_type_of(folder), raw_config(folder)
+    _check_network(kind, raw)
     try:
         plain = AutoConfig.for_model(kind)
-        known = plain.to_dict().keys() | type(plain).attribute_map.keys() | _SET_BY_PROPERTY
+        undeclared = {name for name in _UNDECLARED if _is_data(type(plain), name)}
+        known = plain.to_dict().keys() | type(plain).attribute_map.keys() | _SET_BY_PROPERTY | undeclared
         kept = {name: value for name, value in raw.items() if name in known and name not in _DROPPED}
         _check_numbers(kept)
         config = AutoConfig.for_model(kind, **deepcopy(kept))  # classes move parts of what they are given
@@ -159,6 +170,15 @@ def config_of(folder: Folder, tensors: int) -> PretrainedConfig:
     if layers > MAX_LAYERS or (layers > tensors and not shared):
         raise SealedFileDamaged(f"config.json has {layers} layers, the weights {tensors} tensors", stage="payload")
     return config
+
+
+def _check_network(kind: str, raw: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModel for members that ask for another network than the one of this type."""
+    asked = [name for name in _AS_DECODER if kind in ENCODERS and raw.get(name)]
+    asked += ["per_layer_config"] if raw.get("per_layer_config") else []
+    if asked:
+        seen = f"a Hugging Face model of type {kind} with {asked[0]}"
+        raise UnsupportedModel(f"{seen}; this node loads {SUPPORTED}", seen=seen, supported=SUPPORTED)
 
 
 def _is_data(kind: type, name: str) -> bool:

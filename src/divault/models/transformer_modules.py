@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from divault.errors import SealedFileDamaged
+from divault.errors import SealedFileDamaged, UnsupportedModel
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _UNUSED = ("pooler.", "cls.", "lm_head.", "classifier.", "embeddings.position_ids")
 """Tensors that an encoder without a head does not use; checkpoints come with and without them."""
+_COMPUTED = ("position_ids", "inv_freq", "masked_bias", "mask_token")
+"""Ends of names that older checkpoints keep, and no answer needs: what networks count out, and masks of training."""
 _MISFITS = (
     *(RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError, ZeroDivisionError),
     OverflowError,
@@ -23,7 +25,8 @@ _MISFITS = (
 def network(auto: str, config: PretrainedConfig, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
     """The network of one of the library's `AutoModel...` classes.
 
-    Raises SealedFileDamaged where a weight is missing or has another shape.
+    Raises SealedFileDamaged where a weight is missing or has another shape; UnsupportedModel where there are weights
+    that it does not use.
     """
     import torch
     import transformers
@@ -46,6 +49,7 @@ def network(auto: str, config: PretrainedConfig, weights: Mapping[str, torch.Ten
     except _MISFITS as err:
         raise SealedFileDamaged(f"config.json and weights don't fit: {str(err)[:200]}", stage="payload") from None
     _check_report(report, headless=auto == "AutoModel")
+    _check_unused(module, report["unexpected_keys"], weights)
     module.requires_grad_(requires_grad=False)
     loaded: torch.nn.Module = module.eval()
     return loaded
@@ -76,3 +80,18 @@ def _check_report(report: Mapping[str, Any], *, headless: bool) -> None:
     if missing or report["mismatched_keys"] or report["error_msgs"]:
         odd = [*missing, *(str(entry)[:80] for entry in report["mismatched_keys"])]
         raise SealedFileDamaged(f"the weights lack, or have in another shape: {', '.join(odd[:4])}", stage="payload")
+
+
+def _check_unused(module: Any, names: Iterable[str], weights: Mapping[str, torch.Tensor]) -> None:
+    """No learned part below the heads may go unused: the weights are those of another network then.
+
+    Heads of other tasks may be there too.
+    """
+    base = module.base_model
+    parts = {name for name, _ in base.named_children()}
+    inside = [name for name in names if name.removeprefix(f"{module.base_model_prefix}.").partition(".")[0] in parts]
+    learned = [name for name in inside if name not in weights or weights[name].is_floating_point()]
+    odd = sorted(name for name in learned if not name.endswith(_COMPUTED))
+    if odd:
+        seen = f"weights that the network of config.json has no place for ({', '.join(odd[:4])[:300]})"
+        raise UnsupportedModel(f"the file has {seen}", seen=seen, supported="the weights of one network as it is saved")
