@@ -22,9 +22,19 @@ from sklearn.neighbors import KNeighborsRegressor
 from divault import models
 from divault.errors import InputInvalid
 from divault.models.base import Inputs, LoadedModel, Place
+from divault.models.huggingface_files import ENCODERS
 from divault.workers.pool import WorkerPool
 from tests import onnx_models
-from tests.memory_models import as_json, memory_files, mini_lm, state_dict_file, tiny_classifier, tiny_language_model
+from tests.memory_models import (
+    as_json,
+    memory_files,
+    mini_lm,
+    scores_of_the_library,
+    state_dict_file,
+    tiny_classifier,
+    tiny_encoder,
+    tiny_language_model,
+)
 from tests.worker_models import call, dumped, hold, opened
 
 RANDOM = np.random.default_rng(7)
@@ -95,6 +105,21 @@ def loaded(content: tuple[str, Content]) -> LoadedModel:
     dtype = content[0].partition(" in ")[2] or "float32"
     with memory_files(content[1]) as files:
         return models.load(files, Place(dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", [*sorted(ENCODERS), "deberta-v2 with a convolution"])
+def test_a_text_gives_what_the_library_gives_whoever_shares_its_pass(kind: str, tmp_path: Path) -> None:
+    name, _, odd = kind.partition(" with ")
+    with memory_files(tiny_encoder(tmp_path, name, **({"conv_kernel_size": 3} if odd else {}))) as files:
+        model = models.load(files)
+    expected = [scores_of_the_library(tmp_path, text) for text in TEXTS]
+    asked = [Inputs({"text": text}, {}) for text in TEXTS]
+    alone = [model.predict([one])[0] for one in asked]
+
+    assert model.description.together > 1
+    for answers in (alone, model.predict(asked)):
+        scores = [list(answer.result["predictions"][0]["scores"].values()) for answer in answers]
+        assert np.array(scores) == pytest.approx(np.array(expected), abs=1e-5)
 
 
 def close(one: Any, other: Any, tolerance: float) -> bool:

@@ -26,6 +26,7 @@ from divault.models.huggingface_files import (
     is_one,
     max_tokens,
     model_type_of,
+    padding_of,
     raw_config,
     tokenizer_of,
     weights_of,
@@ -87,9 +88,7 @@ class HuggingFace:
         if head == "ForImageClassification":
             return LoadedImages(module, Preparation.of(folder), labels_of(config), hardware)
         scores = config.vocab_size if head == "ForMaskedLM" else 1
-        padding = config.pad_token_id or 0
-        padding = padding if 0 <= padding < config.vocab_size else 0
-        encoder = TextEncoder(module, tokenizer_of(folder, config), padding, hardware.device, scores)
+        encoder = TextEncoder(module, tokenizer_of(folder, config), padding_of(config), hardware.device, scores)
         return LoadedText(encoder, _text_head(head, pooling, folder, config, encoder), hardware)
 
 

@@ -88,6 +88,8 @@ _WITHOUT_TABLE = {"bloom": 2048}
 """Texts that models of these types were trained on; their positions have no table that would say it."""
 _OFFSET_BY_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
 """Positions of these start behind the padding id, so that many of the table's rows can't be used."""
+_MIXED_WITH_PADDING = frozenset({"convbert", "mobilebert"})
+"""Networks whose convolutions, or windows of three tokens, mix padding into the words beside it."""
 _DROPPED_NAMES = """
     _attn_implementation _attn_implementation_internal _experts_implementation_internal _name_or_path
     add_cross_attention architectures attn_implementation auto_map chunk_size_feed_forward dtype is_decoder
@@ -204,6 +206,14 @@ def _check_numbers(value: Any) -> None:
                 _check_numbers(item)
     elif isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
         raise ValueError(f"a number over {MAX_NUMBER}")
+
+
+def padding_of(config: PretrainedConfig) -> int | None:
+    """The token that fills up a text; None where texts of several lengths can't share a pass."""
+    if config.model_type in _MIXED_WITH_PADDING:
+        return None
+    told = config.pad_token_id or 0
+    return told if 0 <= told < config.vocab_size else 0
 
 
 def max_tokens(folder: Folder, config: PretrainedConfig) -> int:

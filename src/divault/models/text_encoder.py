@@ -28,9 +28,17 @@ class TextEncoder:
     """Texts to what a head gives for them, in passes of bounded size."""
 
     def __init__(
-        self, module: torch.nn.Module, tokenizer: Tokenizer, padding: int, device: torch.device, scores: int = 1
+        self,
+        module: torch.nn.Module,
+        tokenizer: Tokenizer,
+        padding: int | None,
+        device: torch.device,
+        scores: int = 1,
     ) -> None:
-        """`scores`: how many the network gives for each token."""
+        """`padding`: the token that fills up shorter texts; None where only texts of one length share a pass.
+
+        `scores`: how many the network gives for each token.
+        """
         self.tokenizer = tokenizer
         self._tokens_per_pass = min(TOKENS_PER_PASS, SCORES_PER_PASS // scores)
         self._module = module
@@ -54,7 +62,7 @@ class TextEncoder:
             )
         order = sorted(range(len(texts)), key=lambda index: len(encodings[index].ids))
         found: dict[int, tuple[T, int]] = {}
-        for indexes in _passes(order, encodings, self._tokens_per_pass):
+        for indexes in self._passes(order, encodings):
             rows = self._pass([encodings[index].ids for index in indexes], scores)
             for index, row in zip(indexes, rows, strict=True):
                 found[index] = part(texts[index], encodings[index], row), len(encodings[index].ids)
@@ -64,7 +72,7 @@ class TextEncoder:
         import torch
 
         longest = max(map(len, ids))
-        padded = torch.tensor([row + [self._padding] * (longest - len(row)) for row in ids], device=self._device)
+        padded = torch.tensor([row + [self._padding or 0] * (longest - len(row)) for row in ids], device=self._device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=self._device)
         with torch.inference_mode():
             output = scores(self._module(input_ids=padded, attention_mask=mask), mask, padded)
@@ -73,14 +81,15 @@ class TextEncoder:
         rows: list[Any] = output.cpu().tolist()
         return rows
 
-
-def _passes(order: Sequence[int], encodings: Sequence[Encoding], most: int) -> Iterator[list[int]]:
-    """Texts of similar length together, at most so many tokens in a pass with its padding, and at least one text."""
-    part: list[int] = []
-    for index in order:
-        # Sorted by length: the newest is the longest.
-        if part and (len(part) + 1) * len(encodings[index].ids) > most:
-            yield part
-            part = []
-        part.append(index)
-    yield part
+    def _passes(self, order: Sequence[int], encodings: Sequence[Encoding]) -> Iterator[list[int]]:
+        """Texts of similar length together, so many tokens at most with their padding, and at least one text."""
+        part: list[int] = []
+        for index in order:
+            length = len(encodings[index].ids)
+            # Sorted by length: the newest is the longest.
+            full = (len(part) + 1) * length > self._tokens_per_pass
+            if part and (full or (self._padding is None and len(encodings[part[0]].ids) < length)):
+                yield part
+                part = []
+            part.append(index)
+        yield part
