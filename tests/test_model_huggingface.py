@@ -101,14 +101,30 @@ def test_a_long_text_is_cut_at_the_model_s_limit(classifier: LoadedModel) -> Non
     assert answer(classifier, {"text": thirty}) != answer(classifier, {"text": "very"})
 
 
-def test_several_labels_and_one_label_are_sigmoids(classifier_files: Content) -> None:
-    multi = load(HuggingFace(), changed(classifier_files, "config.json", problem_type="multi_label_classification"))
-    single = load(HuggingFace(), classifier_files)
-    row = scores(answer(multi, {"text": "good"}))[0]
-    softmax = scores(answer(single, {"text": "good"}))[0]
+ONE_LABEL = {"id2label": {0: "rude"}, "label2id": {"rude": 0}}
+HEADS: list[dict[str, Any]] = [
+    {}, {"problem_type": "single_label_classification"}, {"problem_type": "multi_label_classification"}, ONE_LABEL,
+    {"problem_type": "regression"}, ONE_LABEL | {"problem_type": "regression"},
+]  # fmt: skip
 
-    logits = np.log(row / (1 - row))
-    assert np.abs(np.exp(logits) / np.exp(logits).sum() - softmax).max() < 1e-5
+
+@pytest.mark.parametrize("told", HEADS)
+def test_scores_are_those_that_the_library_s_pipeline_tells(told: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import BertForSequenceClassification, PreTrainedTokenizerFast, pipeline
+
+    model = load(HuggingFace(), tiny_classifier(tmp_path, **told))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="[PAD]")
+    theirs = pipeline(
+        "text-classification",
+        model=BertForSequenceClassification.from_pretrained(tmp_path),
+        tokenizer=tokenizer,
+    )
+    expected = {one["label"]: one["score"] for one in theirs("the film was good", top_k=None)}
+    found = answer(model, {"text": "the film was good"})["predictions"][0]
+    bounds = model.description.output_schema["properties"]["predictions"]["items"]["properties"]["score"]
+
+    assert found["scores"] == pytest.approx(expected, abs=1e-6)
+    assert ("minimum" in bounds) is (told.get("problem_type") != "regression"), "only shares lie between 0 and 1"
 
 
 def test_mini_lm_puts_paraphrases_near_and_other_things_far(embedder: LoadedModel) -> None:

@@ -202,7 +202,7 @@ SIZE = {"height": 32, "width": 32}
 HOW = {"size": SIZE, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 3, "do_resize": True}
 
 
-def tiny_network(folder: Path, kind: str, how: dict[str, Any]) -> Content:
+def tiny_network(folder: Path, kind: str, how: dict[str, Any], **told: Any) -> Content:
     from transformers import AutoConfig, AutoModelForImageClassification
 
     sizes: dict[str, dict[str, Any]] = {
@@ -212,7 +212,7 @@ def tiny_network(folder: Path, kind: str, how: dict[str, Any]) -> Content:
     }
     labels = {"id2label": {0: "cat", 1: "dog", 2: "bird"}, "label2id": {"cat": 0, "dog": 1, "bird": 2}}
     torch.manual_seed(5)
-    model = AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **sizes[kind], **labels))
+    model = AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **sizes[kind], **labels | told))
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_bytes(as_json(how))
     return folder_content(folder)
@@ -259,6 +259,33 @@ def test_images_are_prepared_and_told_as_the_library_does(tmp_path: Path, kind: 
     for one, row in zip(result["predictions"], expected, strict=True):
         assert list(one["scores"].values()) == pytest.approx(row, abs=2e-3)
         assert one["score"] == max(one["scores"].values())
+
+
+ONE_LABEL = {"id2label": {0: "rude"}, "label2id": {"rude": 0}}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {}, {"problem_type": "multi_label_classification"}, ONE_LABEL, ONE_LABEL | {"problem_type": "regression"},
+        {"problem_type": "regression"},
+    ],
+)  # fmt: skip
+def test_scores_of_images_are_those_that_the_library_s_pipeline_tells(told: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForImageClassification, pipeline
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    model = load(HuggingFace(), tiny_network(tmp_path, "vit", HOW, **told))
+    theirs = pipeline(
+        "image-classification",
+        model=AutoModelForImageClassification.from_pretrained(tmp_path),
+        image_processor=ViTImageProcessorPil(**HOW),
+    )
+    expected = {one["label"]: one["score"] for one in theirs(picture())}
+    found = said(model, {"image": in_base64(picture())})["predictions"][0]
+
+    assert found["scores"] == pytest.approx(expected, abs=2e-3)
+    assert found["label"] == max(expected, key=lambda label: expected[label])
 
 
 EDGE = {"shortest_edge": 64}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from divault.errors import UnsupportedModel
 from divault.models.base import LoadedModel, Place
 from divault.models.chat_template import ChatTemplate
+from divault.models.classifiers import Classifier
 from divault.models.files import Folder
 from divault.models.huggingface_files import (
     SUPPORTED,
@@ -40,7 +41,6 @@ from divault.models.text_heads import (
     LoadedText,
     classifier_head,
     embedding_head,
-    labels_of,
     mask_head,
     token_head,
 )
@@ -86,7 +86,7 @@ class HuggingFace:
         if head == "ForCausalLM":
             return LoadedGenerator(module, _language(folder, config), hardware)
         if head == "ForImageClassification":
-            return LoadedImages(module, Preparation.of(folder), labels_of(config), hardware)
+            return LoadedImages(module, Preparation.of(folder), Classifier.of(config), hardware)
         scores = config.vocab_size if head == "ForMaskedLM" else 1
         encoder = TextEncoder(module, tokenizer_of(folder, config), padding_of(config), hardware.device, scores)
         return LoadedText(encoder, _text_head(head, pooling, folder, config, encoder), hardware)

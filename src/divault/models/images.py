@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
 from divault.models.base import Answer, Description, Inputs
+from divault.models.classifiers import Classifier
 from divault.models.files import Folder
-from divault.models.text_heads import prediction, prediction_schema
 from divault.models.torch_runtime import Hardware, runtime
 
 if TYPE_CHECKING:
@@ -119,11 +119,11 @@ class LoadedImages:
     """An image classifier in memory."""
 
     def __init__(
-        self, module: torch.nn.Module, preparation: Preparation, labels: Sequence[str], hardware: Hardware
+        self, module: torch.nn.Module, preparation: Preparation, classifier: Classifier, hardware: Hardware
     ) -> None:
         self._module = module
         self._preparation = preparation
-        self._labels = labels
+        self._classifier = classifier
         self._hardware = hardware
         self._description = Description(
             format="huggingface",
@@ -133,7 +133,7 @@ class LoadedImages:
             output_schema={
                 "type": "object",
                 "required": ["predictions"],
-                "properties": {"predictions": {"type": "array", "items": prediction_schema(labels)}},
+                "properties": {"predictions": {"type": "array", "items": classifier.schema()}},
             },
             example=_EXAMPLE,
             runtime=runtime("huggingface", hardware, ("transformers", "safetensors", "pillow")),
@@ -157,7 +157,8 @@ class LoadedImages:
             rows += self._pass(some)
         row = iter(rows)
         return [
-            Answer({"predictions": [prediction(self._labels, next(row)) for _ in mine]}, len(mine)) for mine in callers
+            Answer({"predictions": [self._classifier.prediction(next(row)) for _ in mine]}, len(mine))
+            for mine in callers
         ]
 
     def _pass(self, images: list[NDArray[np.float32]]) -> list[list[float]]:
@@ -165,8 +166,8 @@ class LoadedImages:
 
         with torch.inference_mode():
             pixels = torch.from_numpy(np.stack(images)).to(self._hardware.device, self._hardware.dtype)
-            scores = self._module(pixel_values=pixels).logits.float().softmax(-1)
-        if scores.shape[-1] != len(self._labels):
+            scores = self._classifier.scores(self._module(pixel_values=pixels).logits)
+        if scores.shape[-1] != len(self._classifier.labels):
             raise ModelFailed("the network has another number of outputs than labels", kind="output_shape")
         if not torch.isfinite(scores).all():
             raise ModelFailed("the model gave a number that is not finite", kind="not_finite")

@@ -7,9 +7,9 @@
 | token-classification | `entities`: a list of `{"label", "score", "start", "end", "text"}`, by characters of the text |
 | fill-mask | `fills`: a list of `{"token", "score", "text"}`, the likeliest first; parameter `top_k` |
 
-Beside it `tokens`, how many each text had. Scores are a softmax over the labels, or a sigmoid of each where a text
-classifier has one label or is a multi-label one. Labels with `B-` and `I-` are joined: a new entity begins with `B-`,
-or where the label changes; its score is the mean of its tokens'.
+Beside it `tokens`, how many each text had. Scores are a softmax over the labels; `classifiers` says what else text
+classifiers give. Labels with `B-` and `I-` are joined: a new entity begins with `B-`, or where the label changes; its
+score is the mean of its tokens'.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from divault.errors import InputInvalid, SealedFileDamaged, UnsupportedModel
+from divault.errors import InputInvalid, UnsupportedModel
 from divault.models.base import Answer, Description, Inputs
+from divault.models.classifiers import Classifier, labels_of
 from divault.models.pooling import Pooling
 from divault.models.rows import MAX_TEXTS
 from divault.models.text_encoder import INPUT, TOGETHER, Scores, TextEncoder
@@ -123,19 +124,13 @@ def embedding_head(pooling: Pooling) -> Head:
 
 def classifier_head(config: PretrainedConfig) -> Head:
     """A label for each text. Raises SealedFileDamaged."""
-    labels = labels_of(config)
-    each = len(labels) == 1 or config.problem_type == "multi_label_classification"
-
-    def scores(output: Any, _mask: torch.Tensor, _ids: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = output.logits.float().sigmoid() if each else output.logits.float().softmax(dim=-1)
-        return found
-
+    classifier = Classifier.of(config)
     return Head(
         task="text-classification",
         name="predictions",
-        scores=scores,
-        part=lambda _text, _tokens, row, _told: prediction(labels, row),
-        item=prediction_schema(labels),
+        scores=lambda output, _mask, _ids: classifier.scores(output.logits),
+        part=lambda _text, _tokens, row, _told: classifier.prediction(row),
+        item=classifier.schema(),
     )
 
 
@@ -188,34 +183,6 @@ def mask_head(tokenizer: Tokenizer, mask: str) -> Head:
         parameters=frozenset({"top_k"}),
         example=f"The film was {mask}.",
     )
-
-
-def labels_of(config: PretrainedConfig) -> tuple[str, ...]:
-    """The labels in their order. Raises SealedFileDamaged where two have one name."""
-    names: Any = config.id2label
-    labels = tuple(str(names[index])[:200] for index in sorted(names))
-    if len(set(labels)) != len(labels):
-        raise SealedFileDamaged("two labels in config.json have the same name", stage="payload")
-    return labels
-
-
-def prediction(labels: Sequence[str], row: list[float]) -> dict[str, Any]:
-    """The best label and the scores of all."""
-    best = max(range(len(row)), key=row.__getitem__)
-    return {"label": labels[best], "score": row[best], "scores": dict(zip(labels, row, strict=True))}
-
-
-def prediction_schema(labels: Sequence[str]) -> dict[str, Any]:
-    """JSON Schema of a prediction."""
-    return {
-        "type": "object",
-        "required": ["label", "score", "scores"],
-        "properties": {
-            "label": {"enum": list(labels)},
-            "score": {"type": "number", "minimum": 0, "maximum": 1},
-            "scores": {"type": "object", "additionalProperties": {"type": "number"}},
-        },
-    }
 
 
 def _entities(labels: Sequence[str], text: str, tokens: Encoding, rows: list[list[float]]) -> list[dict[str, Any]]:
