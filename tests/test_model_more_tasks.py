@@ -87,6 +87,57 @@ def test_entities_are_those_of_the_library(token_files: Content, tmp_path: Path)
                 assert end <= mine["end"]
 
 
+TAGS = {"[PAD]": 0, "[UNK]": 0, "[CLS]": 0, "[SEP]": 0, "和": 0, "-": 0, "东": 1, "大": 1, "Pa": 1, "Rome": 1}
+TAGS |= {"京": 2, "阪": 2, "##ris": 2, "Ly": 1, "##on": 1}
+
+
+def tagging(folder: Path) -> Content:
+    """A network that gives each token the tag above: its embeddings are all that it has."""
+    from tokenizers import models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertForTokenClassification
+
+    tokenizer = Tokenizer(models.WordPiece({piece: n for n, piece in enumerate(TAGS)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    sizes = {"vocab_size": len(TAGS), "hidden_size": len(TAGS), "num_hidden_layers": 0, "num_attention_heads": 1}
+    names = {"id2label": {0: "O", 1: "B-LOC", 2: "I-LOC"}, "label2id": {"O": 0, "B-LOC": 1, "I-LOC": 2}}
+    model = BertForTokenClassification(BertConfig(**sizes, **names, max_position_embeddings=32))
+    with torch.no_grad():
+        for parameter in model.bert.embeddings.parameters():
+            parameter.zero_()
+        model.bert.embeddings.LayerNorm.weight.fill_(1)
+        model.bert.embeddings.word_embeddings.weight.copy_(torch.eye(len(TAGS)))
+        model.classifier.weight.copy_(torch.nn.functional.one_hot(torch.tensor(list(TAGS.values()))).float().T)
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder_content(folder)
+
+
+@pytest.mark.parametrize("text", ["东京大阪", "东京和大阪", "大阪大阪东京", "Paris-Rome", "Paris Rome", "RomeParis"])
+def test_entities_side_by_side_are_those_of_the_library_s_pipeline(text: str, tmp_path: Path) -> None:
+    from transformers import BertForTokenClassification, PreTrainedTokenizerFast, pipeline
+
+    model = load(HuggingFace(), tagging(tmp_path))
+    theirs = pipeline(
+        "token-classification",
+        model=BertForTokenClassification.from_pretrained(tmp_path),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="[PAD]"),
+        aggregation_strategy="simple",
+    )
+    expected = [(one["entity_group"], text[one["start"] : one["end"]]) for one in theirs(text)]
+
+    assert [(one["label"], one["text"]) for one in said(model, {"text": text})["entities"][0]] == expected
+
+
+def test_a_word_of_several_tokens_is_no_two_entities(tmp_path: Path) -> None:
+    found = said(load(HuggingFace(), tagging(tmp_path)), {"text": "Lyon Rome"})["entities"][0]
+
+    assert [one["text"] for one in found] == ["Lyon", "Rome"], "although the model begins an entity with both halves"
+
+
 @pytest.mark.parametrize("text", ["Alice Bob met Alice", "met Alice", "Alice"])
 def test_the_blank_before_a_word_is_no_part_of_an_entity(text: str) -> None:
     from tokenizers import models, pre_tokenizers
@@ -100,6 +151,19 @@ def test_the_blank_before_a_word_is_no_part_of_an_entity(text: str) -> None:
 
     assert [one["text"] for one in found] == [word for word in text.split() if word != "met"]
     assert all(text[one["start"] : one["end"]] == one["text"] for one in found)
+
+
+@pytest.mark.parametrize(("pieces", "entities"), [(["▁东京", "大阪"], 2), (["▁Ly", "on"], 1)])
+def test_words_that_a_tokenizer_does_not_tell_apart_are_two_in_chinese(pieces: list[str], entities: int) -> None:
+    from tokenizers import models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), *((piece, -1.0) for piece in pieces)], 0, False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    text = "".join(pieces)[1:]
+    found = _entities(["O", "B-LOC", "I-LOC"], text, tokenizer.encode(text), [[0.0, 1.0, 0.0]] * 2)
+
+    assert tokenizer.encode(text).word_ids == [0, 0]
+    assert len(found) == entities
 
 
 def test_a_blank_alone_does_not_end_an_entity() -> None:
