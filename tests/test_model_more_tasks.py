@@ -20,7 +20,7 @@ from divault.models import text_encoder
 from divault.models.base import Inputs, LoadedModel
 from divault.models.files import Folder
 from divault.models.huggingface import HuggingFace
-from divault.models.images import Preparation
+from divault.models.images import Preparation, _decoded
 from divault.models.text_heads import _entities
 from divault.workers.pool import WorkerPool
 from tests.memory_models import as_json, folder_content, json_of, load, memory_files, tiny_classifier
@@ -435,6 +435,35 @@ def test_pixels_and_files_give_the_same(image_files: Content) -> None:
         == said(model, {"pixels": [pixels]})["predictions"][0]
     )
     assert len(said(model, {"image": [in_base64(image, "JPEG"), in_base64(image, "WEBP")]})["predictions"]) == 2
+
+
+def turned(orientation: int, **more: Any) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name, value in more.items():
+        exif[int(name.removeprefix("tag_"), 16)] = value
+    return exif
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [*range(10)])
+def test_a_picture_is_turned_as_its_camera_was(form: str, orientation: int) -> None:
+    from transformers.image_utils import load_image
+
+    file = in_base64(picture(), form, exif=turned(orientation))
+
+    assert np.array_equal(np.asarray(_decoded(file)), np.asarray(load_image(file)))
+
+
+def test_what_is_told_of_a_camera_hurts_nobody(image_files: Content) -> None:
+    model = load(HuggingFace(), image_files)
+    sound = turned(6, tag_829a=0.5, tag_010e="a lens").tobytes()
+    expected = said(model, {"image": in_base64(picture(), "PNG", exif=turned(6))})
+
+    assert said(model, {"image": in_base64(picture(), "PNG", exif=sound)}) == expected
+    for wrong in (b"Exif\0\0nothing", sound[:9], sound[:12]):
+        with pytest.raises(InputInvalid, match="damaged file"):
+            said(model, {"image": in_base64(picture(), "PNG", exif=wrong)})
 
 
 @pytest.mark.parametrize(

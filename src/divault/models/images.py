@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import struct
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,15 @@ _BY_SHORTER_SIDE = ("ConvNext", "MobileNet", "Bit", "CLIP")
 _CONVNEXT_SHARE = 224 / 256  # what its processor takes where `crop_pct` is not written
 _SMALL = 384
 """Networks with `crop_pct` resize to more and crop below this size, and only resize from it on."""
+_ORIENTATION = 0x0112
+_TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+_TURNS |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+"""What undoes each orientation of EXIF; 1 is none."""
+_DAMAGE = (
+    *(OSError, ValueError, SyntaxError, EOFError, AssertionError, OverflowError, IndexError, KeyError),
+    struct.error,
+)
+"""Besides its own errors the library lets through what its assumptions on palettes, sizes and EXIF give."""
 _EXAMPLE = {"pixels": [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]]}
 _EXPECTED = (
     '{"image": ...} with a PNG, JPEG or WebP file in base64, or {"pixels": ...} with rows of rows of three numbers '
@@ -214,12 +224,20 @@ def _decoded(text: Any) -> Image:
             image = Image.open(io.BytesIO(raw), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 _refuse("image", f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
-            return image.convert("RGB")
+            return _upright(image).convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombWarning, Image.DecompressionBombError):
         _refuse("image", f"no {', '.join(FORMATS)} file")
-    # Besides its own errors the library lets through what its assumptions on palettes and sizes give.
-    except (OSError, ValueError, SyntaxError, EOFError, AssertionError, OverflowError, IndexError, KeyError) as err:
+    except _DAMAGE as err:
         _refuse("image", f"a damaged file: {str(err)[:100]}")
+
+
+def _upright(image: Image) -> Image:
+    """The image as its camera was held: that stands in EXIF, beside pixels that lie as they were read."""
+    from PIL.Image import Transpose
+
+    image.load()  # EXIF may follow the pixels
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    return image if turn is None else image.transpose(Transpose[turn])
 
 
 def _drawn(rows: Any) -> Image:
