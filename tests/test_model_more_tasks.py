@@ -20,6 +20,7 @@ from divault.models import text_encoder
 from divault.models.base import Inputs, LoadedModel
 from divault.models.files import Folder
 from divault.models.huggingface import HuggingFace
+from divault.models.huggingface_files import VISION
 from divault.models.images import Preparation, _decoded
 from divault.models.text_heads import _entities
 from divault.workers.pool import WorkerPool
@@ -264,6 +265,8 @@ def test_other_masks_are_refused(mask_files: Content, data: Any, parameters: dic
 
 SIZE = {"height": 32, "width": 32}
 HOW = {"size": SIZE, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 3, "do_resize": True}
+CROPPED = HOW | {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": SIZE}
+CROPPED |= {"image_processor_type": "ViTImageProcessor"}
 
 
 def tiny_network(folder: Path, kind: str, how: dict[str, Any], **told: Any) -> Content:
@@ -302,7 +305,7 @@ def in_base64(image: Image.Image, form: str = "PNG", **how: Any) -> str:
     ("kind", "how"),
     [
         ("vit", HOW),
-        ("resnet", HOW | {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": SIZE}),
+        ("resnet", CROPPED),
     ],
 )
 def test_images_are_prepared_and_told_as_the_library_does(tmp_path: Path, kind: str, how: dict[str, Any]) -> None:
@@ -380,13 +383,47 @@ def test_sizes_mean_what_they_mean_to_each_image_processor(name: str, size: tupl
     processor = getattr(importlib.import_module(f"transformers.models.{module}"), f"{kind}ImageProcessorPil")
     image = picture(*size)
     expected = processor(**even | told)(image, return_tensors="np")["pixel_values"][0]
-    with memory_files(
-        {"preprocessor_config.json": as_json(even | told | {"feature_extractor_type": f"{kind}FeatureExtractor"})}
-    ) as files:
-        found = Preparation.of(Folder(files)).apply(image)
+    found = prepared(even | told | {"feature_extractor_type": f"{kind}FeatureExtractor"}, "vit").apply(image)
 
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() < 0.05
+
+
+@pytest.mark.parametrize("kind", ["Beit", "Bit", "CLIP", "ConvNext", "DeiT", "MobileNetV1", "MobileNetV2", "ViT"])
+@pytest.mark.parametrize("ending", ["ImageProcessor", "ImageProcessorFast", "FeatureExtractor"])
+def test_what_a_file_does_not_say_is_what_the_processor_s_class_says(kind: str, ending: str) -> None:
+    import transformers
+
+    processor, image = getattr(transformers, f"{kind}ImageProcessorPil")(), picture(300, 260)
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+    found = prepared({"image_processor_type": f"{kind}{ending}", "image_mean": None}, "vit").apply(image)
+
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 0.05
+
+
+@pytest.mark.parametrize("model_type", sorted(VISION))
+def test_a_file_that_names_no_processor_means_that_of_the_model_s_type(model_type: str) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    kind = IMAGE_PROCESSOR_MAPPING[type(AutoConfig.for_model(model_type))]["pil"].__name__.removesuffix("Pil")
+
+    assert prepared({}, model_type) == prepared({"image_processor_type": kind}, model_type)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"image_processor_type": "LevitImageProcessor"}, {"image_processor_type": "dict"}, {"size": {"longest_edge": 9}}],
+)
+def test_other_processors_and_sizes_are_refused_by_name(told: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel, match=r"LevitImageProcessor|dict|longest_edge"):
+        prepared(told, "vit")
+
+
+def prepared(told: dict[str, Any], model_type: str) -> Preparation:
+    with memory_files({"preprocessor_config.json": as_json(told)}) as files:
+        return Preparation.of(Folder(files), model_type)
 
 
 @pytest.mark.parametrize(
@@ -405,8 +442,7 @@ def long_png(width: int) -> str:
 
 
 def test_what_would_grow_without_end_is_refused_before_it_does(tmp_path: Path) -> None:
-    how = HOW | {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": SIZE}
-    model = load(HuggingFace(), tiny_network(tmp_path, "resnet", how))
+    model = load(HuggingFace(), tiny_network(tmp_path, "resnet", CROPPED))
     tracemalloc.start()
     for data in (
         {"pixels": [[[1, 2, 3]] * 20_000]},

@@ -86,7 +86,8 @@ class HuggingFace:
         if head == "ForCausalLM":
             return LoadedGenerator(module, _language(folder, config), hardware)
         if head == "ForImageClassification":
-            return LoadedImages(module, Preparation.of(folder), Classifier.of(config), hardware)
+            preparation = Preparation.of(folder, config.model_type)
+            return LoadedImages(module, preparation, Classifier.of(config), hardware)
         scores = config.vocab_size if head == "ForMaskedLM" else 1
         encoder = TextEncoder(module, tokenizer_of(folder, config), padding_of(config), hardware.device, scores)
         return LoadedText(encoder, _text_head(head, pooling, folder, config, encoder), hardware)

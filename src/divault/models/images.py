@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
+from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged
 from divault.models.base import Answer, Description, Inputs
 from divault.models.classifiers import Classifier
 from divault.models.files import Folder
+from divault.models.image_processors import settings_of, unsupported
 from divault.models.torch_runtime import Hardware, runtime
 
 if TYPE_CHECKING:
@@ -39,9 +40,6 @@ _PER_PASS = 16
 _TOGETHER = 16
 _LARGEST_SIDE = 2048
 _COLOURS = "RGB"
-_BY_SHORTER_SIDE = ("ConvNext", "MobileNet", "Bit", "CLIP")
-"""Image processors, by the begin of their names, that mean the shorter side by a size that is one number."""
-_CONVNEXT_SHARE = 224 / 256  # what its processor takes where `crop_pct` is not written
 _SMALL = 384
 """Networks with `crop_pct` resize to more and crop below this size, and only resize from it on."""
 _ORIENTATION = 0x0112
@@ -76,35 +74,30 @@ class Preparation:
     deviation: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     @classmethod
-    def of(cls, folder: Folder) -> Preparation:
-        """As `preprocessor_config.json` says. Raises SealedFileDamaged; UnsupportedModel where it is missing."""
-        if folder.find("preprocessor_config.json") is None:
-            raise _unsupported("no preprocessor_config.json beside it", "save the image processor into the folder too")
-        told = folder.json_object("preprocessor_config.json")
-        if not told.get("do_resize", True):
-            raise _unsupported("images as large as they come (do_resize)", "save an image processor that resizes")
-        processor = str(told.get("image_processor_type") or told.get("feature_extractor_type"))
-        size, crop = _size(told.get("size", 224), shorter=processor.startswith(_BY_SHORTER_SIDE)), None
+    def of(cls, folder: Folder, model_type: str) -> Preparation:
+        """As the folder's image processor has it. Raises SealedFileDamaged; UnsupportedModel where it is missing."""
+        told = settings_of(folder, model_type)
+        if not told["do_resize"]:
+            raise unsupported("images as large as they come (do_resize)", "save an image processor that resizes")
+        size, crop = _size(told["size"], shorter=not told["default_to_square"]), None
         shortest = size.get("shortest_edge")
         if told.get("do_center_crop"):
-            cut = _size(told.get("crop_size", 224), shorter=False)
-            crop = (cut.get("height", cut.get("shortest_edge", 224)), cut.get("width", cut.get("shortest_edge", 224)))
+            cut = _size(told.get("crop_size"), shorter=False)
+            crop = (cut.get("height", cut.get("shortest_edge", 0)), cut.get("width", cut.get("shortest_edge", 0)))
         share = told.get("crop_pct")
-        if share is None and processor.startswith("ConvNext"):
-            share = _CONVNEXT_SHARE
         if shortest is not None and isinstance(share, int | float) and 0.1 <= share <= 1:
             crop = (shortest, shortest)
             shortest = int(shortest / share) if shortest < _SMALL else None
-        edge = size.get("shortest_edge", 224)
+        edge = size.get("shortest_edge", 0)
         return cls(
             size.get("height", edge),
             size.get("width", edge),
             crop if crop is None or shortest is not None or told.get("do_center_crop") else None,
             shortest,
-            _choice(told.get("resample", 2)),
-            _number(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 1.0,
-            _colours(told.get("image_mean"), 0.0) if told.get("do_normalize", True) else (0.0,) * 3,
-            _colours(told.get("image_std"), 1.0) if told.get("do_normalize", True) else (1.0,) * 3,
+            _choice(told["resample"]),
+            _number(told["rescale_factor"]) if told["do_rescale"] else 1.0,
+            _colours(told["image_mean"]) if told["do_normalize"] else (0.0,) * 3,
+            _colours(told["image_std"], divides=True) if told["do_normalize"] else (1.0,) * 3,
         )
 
     def apply(self, image: Image) -> NDArray[np.float32]:
@@ -260,6 +253,10 @@ def _size(told: Any, *, shorter: bool) -> dict[str, int]:
     size = ({"shortest_edge": told} if shorter else {"height": told, "width": told}) if isinstance(told, int) else told
     if not isinstance(size, dict):
         _damaged("size")
+    if size.keys() not in ({"shortest_edge"}, {"height", "width"}):
+        raise unsupported(
+            f"a size of {', '.join(map(str, size))[:100] or 'nothing'}", "use shortest_edge, or both sides"
+        )
     for side in size.values():
         if type(side) is not int or not 1 <= side <= _LARGEST_SIDE:
             _damaged("size")
@@ -267,9 +264,9 @@ def _size(told: Any, *, shorter: bool) -> dict[str, int]:
 
 
 def _choice(told: Any) -> int:
-    if type(told) is not int or not 0 <= told <= 5:
+    if not isinstance(told, int) or isinstance(told, bool) or not 0 <= told <= 5:
         _damaged("resample")
-    return told
+    return int(told)
 
 
 def _number(told: Any) -> float:
@@ -278,20 +275,11 @@ def _number(told: Any) -> float:
     return float(told)
 
 
-def _colours(told: Any, without: float) -> tuple[float, ...]:
-    values = [without] * 3 if told is None else told
-    fits = isinstance(values, list) and len(values) == 3 and all(type(one) in (int, float) for one in values)
-    if not fits or (without == 1.0 and min(values) <= 0):
+def _colours(told: Any, *, divides: bool = False) -> tuple[float, ...]:
+    fits = isinstance(told, list) and len(told) == 3 and all(type(one) in (int, float) for one in told)
+    if not fits or (divides and min(told) <= 0):
         _damaged("image_mean or image_std")
-    return tuple(map(float, values))
-
-
-def _unsupported(seen: str, advice: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"an image classifier with {seen}: {advice}",
-        seen=f"an image classifier with {seen}",
-        supported="preprocessor_config.json with a size",
-    )
+    return tuple(map(float, told))
 
 
 def _damaged(name: str) -> NoReturn:
