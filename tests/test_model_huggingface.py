@@ -101,6 +101,34 @@ def test_a_long_text_is_cut_at_the_model_s_limit(classifier: LoadedModel) -> Non
     assert answer(classifier, {"text": thirty}) != answer(classifier, {"text": "very"})
 
 
+@pytest.mark.parametrize("in_tokenizer", ["left", "right", None])
+@pytest.mark.parametrize("in_config", ["left", "right", None])
+def test_a_long_text_is_cut_at_the_end_that_the_library_cuts(
+    in_tokenizer: str | None, in_config: str | None, classifier_files: Content, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 32, "pad_token": "[PAD]"}
+    told |= {} if in_config is None else {"truncation_side": in_config}
+    files = classifier_files | {"tokenizer_config.json": as_json(told)}
+    if in_tokenizer is not None:
+        cut = {"max_length": 9, "direction": in_tokenizer.capitalize(), "stride": 0, "strategy": "LongestFirst"}
+        files = changed(files, "tokenizer.json", truncation=cut)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    text = "good " * 40 + "bad " * 40
+    tokens = AutoTokenizer.from_pretrained(tmp_path)(text, truncation=True, return_tensors="pt")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = model(tokens.input_ids, tokens.attention_mask).logits.softmax(-1)
+
+    assert np.abs(scores(answer(load(HuggingFace(), files), {"text": text})) - expected.numpy()).max() < 1e-6
+
+
+def test_a_text_has_two_ends(classifier_files: Content) -> None:
+    refusal(changed(classifier_files, "tokenizer_config.json", truncation_side="middle"), SealedFileDamaged)
+
+
 ONE_LABEL = {"id2label": {0: "rude"}, "label2id": {"rude": 0}}
 HEADS: list[dict[str, Any]] = [
     {}, {"problem_type": "single_label_classification"}, {"problem_type": "multi_label_classification"}, ONE_LABEL,

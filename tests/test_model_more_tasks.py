@@ -247,6 +247,13 @@ def test_masks_are_filled_as_the_library_does(mask_files: Content, tmp_path: Pat
     assert len(said(model, {"text": texts[0]})["fills"][0]) == 5
 
 
+def test_a_mask_token_that_an_older_file_names_is_found(mask_files: Content) -> None:
+    files = mask_files | {"special_tokens_map.json": as_json({"mask_token": {"content": "book"}})}
+    model = load(HuggingFace(), files)
+
+    assert model.description.example == {"text": "The film was book."}
+
+
 @pytest.mark.parametrize(
     ("data", "parameters"),
     [

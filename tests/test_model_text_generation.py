@@ -12,11 +12,12 @@ import torch
 from divault.errors import DivaultError, InputInvalid, SealedFileDamaged, UnsupportedModel
 from divault.models.base import Answer, Inputs, LoadedModel, Piece
 from divault.models.chat_template import ChatTemplate
+from divault.models.files import Folder
 from divault.models.huggingface import HuggingFace
 from divault.models.huggingface_files import DECODERS
 from divault.models.text_generation import LoadedGenerator, Sampling, _Writer
 from divault.workers.pool import WorkerPool
-from tests.memory_models import as_json, json_of, load, tiny_language_model
+from tests.memory_models import as_json, json_of, load, memory_files, tiny_language_model
 from tests.worker_models import call, hold, opened
 
 Content = dict[str, bytes]
@@ -203,6 +204,38 @@ HI = [{"role": "user", "content": "<Hi> & 'you'"}]
 )
 def test_templates_find_what_transformers_gives_them(template: str, expected: str) -> None:
     assert ChatTemplate(template, {}).rendered(HI) == expected
+
+
+NAMES = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token foo_token image_token"
+SPOKEN = "".join(f"{{{{ {name} if {name} is defined else '-' }}}}|" for name in NAMES.split())
+OLDER = {"bos_token": "<end>", "eos_token": {"content": "<end>", "lstrip": False}, "foo_token": "<foo>"}
+
+
+@pytest.mark.parametrize(
+    ("told", "older"),
+    [
+        ({}, OLDER), ({"bos_token": "<s>", "sep_token": None}, OLDER), ({"bos_token": "<s>"}, {"bos_token": None}),
+        ({"cls_token": "<cls>", "mask_token": "<m>", "foo_token": "<foo>"}, None), ({}, None),
+        ({"bos_token": "<s>", "added_tokens_decoder": {"0": {"content": "<end>", "special": True}}}, OLDER),
+        ({"extra_special_tokens": {"image_token": "<i>"}, "unk_token": "<u>"}, None),
+        ({"add_bos_token": True, "pad_token": {"content": "<end>", "__type": "AddedToken"}}, None),
+    ],
+)  # fmt: skip
+def test_a_template_finds_every_special_token(
+    content: Content, tmp_path: Path, told: dict[str, Any], older: dict[str, Any] | None
+) -> None:
+    from transformers import AutoTokenizer
+
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": SPOKEN}
+    files = content | {"tokenizer_config.json": as_json(kind | told)}
+    files |= {} if older is None else {"special_tokens_map.json": as_json(older)}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with memory_files(files) as opened_files:
+        template = ChatTemplate.of(Folder(opened_files))
+
+    assert template is not None
+    assert template.rendered(HI) == AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(HI, tokenize=False)
 
 
 def test_blocks_that_nest_too_deep_are_no_template() -> None:

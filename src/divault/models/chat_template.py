@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from divault.errors import InputInvalid, SealedFileDamaged
 from divault.models.files import Folder
+from divault.models.huggingface_files import special_tokens
 from divault.models.rows import MAX_TEXT_CHARS
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ MAX_MESSAGES = 256
 _no_day = datetime(2024, 7, 26)  # noqa: DTZ001 - no moment: where a template writes the date, it is always this one
 """The same messages make the same prompt on every day: an answer has to be found again."""
 _FILE = "chat_template.jinja"
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _ROLES = frozenset({"system", "user", "assistant"})
 
 
@@ -56,7 +56,7 @@ class ChatTemplate:
             source = named.get("default")
         if not isinstance(source, str) or len(source) > MAX_TEMPLATE_BYTES:
             return None
-        return cls(source, {name: _token(told.get(name)) for name in _SPECIAL})
+        return cls(source, special_tokens(folder))
 
     def rendered(self, messages: Any) -> str:
         """The prompt for the next answer. Raises InputInvalid."""
@@ -65,7 +65,7 @@ class ChatTemplate:
         _check(messages)
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=True, tools=None, documents=None, **self._special
+                self._special, messages=messages, add_generation_prompt=True, tools=None, documents=None
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as err:
             raise _invalid(f"the model's chat template does not take these: {str(err)[:200]}") from None
@@ -123,8 +123,3 @@ def _as_json(
 ) -> str:
     """As transformers has it; jinja2's own writes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _token(told: Any) -> str:
-    text = told.get("content") if isinstance(told, dict) else told
-    return text[:100] if isinstance(text, str) else ""

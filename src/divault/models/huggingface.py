@@ -29,6 +29,7 @@ from divault.models.huggingface_files import (
     model_type_of,
     padding_of,
     raw_config,
+    special_tokens,
     tokenizer_of,
     weights_of,
 )
@@ -52,7 +53,6 @@ from divault.values import MemoryFile
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_LONGEST_TOKEN = 100
 _CLASSES = {
     "": "AutoModel",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -104,10 +104,9 @@ def _text_head(
 
 
 def _mask_token(folder: Folder, encoder: TextEncoder) -> str:
-    told = folder.json_object("tokenizer_config.json").get("mask_token")
-    text = told.get("content") if isinstance(told, dict) else told
-    if isinstance(text, str) and len(text) <= _LONGEST_TOKEN:
-        return text
+    told = special_tokens(folder).get("mask_token")
+    if told is not None:
+        return told
     return next((name for name in ("[MASK]", "<mask>") if encoder.tokenizer.token_to_id(name) is not None), "[MASK]")
 
 

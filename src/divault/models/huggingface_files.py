@@ -82,6 +82,7 @@ MAX_LAYERS = 256
 MAX_LABELS = 32_768
 """Of a classifier; ImageNet-22k has 21,841."""
 MAX_TOKENIZER_BYTES = 64 << 20
+_LONGEST_TOKEN = 100
 _MAX_TOKENS = 8192
 _DEFAULT_TOKENS = 512
 _WITHOUT_TABLE = {"bloom": 2048}
@@ -208,6 +209,21 @@ def _check_numbers(value: Any) -> None:
         raise ValueError(f"a number over {MAX_NUMBER}")
 
 
+def special_tokens(folder: Folder) -> dict[str, str]:
+    """Texts of the special tokens that the tokenizer's files name, by their names: `bos_token`, `mask_token`, ...
+
+    Folders that older libraries wrote have them in a file of their own.
+    """
+    told = folder.json_object("tokenizer_config.json")
+    more = told.get("extra_special_tokens")
+    named = {name: value for name, value in told.items() if name.endswith("_token")}
+    named |= more if isinstance(more, dict) else {}
+    if "added_tokens_decoder" not in told:
+        named |= folder.json_object("special_tokens_map.json")
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str) and len(text) <= _LONGEST_TOKEN}
+
+
 def padding_of(config: PretrainedConfig) -> int | None:
     """The token that fills up a text; None where texts of several lengths can't share a pass."""
     if config.model_type in _MIXED_WITH_PADDING:
@@ -244,7 +260,9 @@ def tokenizer_of(folder: Folder, config: PretrainedConfig) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(text.decode())
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_tokens(folder, config))
+        side = folder.json_object("tokenizer_config.json").get("truncation_side")
+        side = (tokenizer.truncation or {}).get("direction", "right") if side is None else side
+        tokenizer.enable_truncation(max_tokens(folder, config), direction=side)
         highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     except Exception as err:  # noqa: BLE001 - the library raises bare Exception for every broken file
         raise SealedFileDamaged(f"tokenizer.json doesn't hold: {str(err)[:200]}", stage="payload") from None
