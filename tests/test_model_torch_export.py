@@ -12,11 +12,12 @@ from divault import models
 from divault.errors import InputInvalid, SealedFileDamaged, UnsupportedModel
 from divault.models.base import Inputs
 from divault.models.torch_export import TORCH_EXPORT
-from tests.memory_models import as_json, load, memory_files
+from tests.memory_models import answer, as_json, load, memory_files
 from tests.test_model_torch_worker import opened
 from tests.worker_calls import MakePool, confined_pool, run
 
 __all__ = ["confined_pool"]  # a fixture
+Content = dict[str, bytes]
 TOLD = as_json({"input_shape": [3], "labels": ["no", "yes"], "task": "classification"})
 
 
@@ -35,6 +36,66 @@ def exported(*, any_batch: bool) -> bytes:
     out = io.BytesIO()
     torch.export.save(program, out)
     return out.getvalue()
+
+
+class Both(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x, x
+
+
+def exported_for(module: torch.nn.Module, items: int, dim: Any) -> Content:
+    """Of three numbers an item: so many at once, unless `dim` says otherwise."""
+    shapes = None if dim is None else {"x": {0: dim}}
+    out = io.BytesIO()
+    torch.export.save(torch.export.export(module.eval(), (torch.zeros(items, 3),), dynamic_shapes=shapes), out)
+    return {"model.pt2": out.getvalue(), "divault.json": as_json({"input_shape": [3]})}
+
+
+Dim = torch.export.Dim
+ROWS = torch.arange(21.0).reshape(7, 3)
+
+
+@pytest.mark.parametrize(
+    ("items", "dim"),
+    [(1, None), (3, Dim("b", max=4)), (3, Dim("b", min=2, max=5)), (3, Dim("b")), (3, Dim.AUTO), (4, 2 * Dim("b"))],
+)
+@pytest.mark.parametrize("count", [1, 4, 5, 7])
+def test_items_beyond_the_graph_s_bound_go_in_parts(items: int, dim: Any, count: int) -> None:
+    module = Sums()
+    model = load(TORCH_EXPORT, exported_for(module, items, dim))
+
+    assert answer(model, {"tensor": ROWS[:count].tolist()})["predictions"] == module(ROWS[:count]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("module", "items", "dim", "words"),
+    [
+        (Sums(), 4, None, "exactly 4 items"),
+        (Sums(), 5, Dim("b", min=3), "size that the graph does not take"),
+        (Both(), 1, None, "one row of numbers for each item"),
+    ],
+)
+def test_a_graph_that_takes_no_single_item_or_gives_no_rows_is_refused(
+    module: torch.nn.Module, items: int, dim: Any, words: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=words):
+        load(TORCH_EXPORT, exported_for(module, items, dim))
+
+
+def test_a_size_that_the_graph_does_not_take_is_the_caller_s_to_mend() -> None:
+    out = io.BytesIO()
+    shapes = {"x": {0: Dim("b"), 1: Dim("n", max=9)}}
+    torch.export.save(torch.export.export(Totals().eval(), (torch.zeros(3, 4),), dynamic_shapes=shapes), out)
+    model = load(TORCH_EXPORT, {"model.pt2": out.getvalue(), "divault.json": as_json({"input_shape": [None]})})
+
+    assert answer(model, {"tensor": [[1.0] * 9]})["predictions"] == [9.0]
+    with pytest.raises(InputInvalid, match="a size that the graph does not take"):
+        answer(model, {"tensor": [[1.0] * 10]})
+
+
+class Totals(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum(1)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["any batch", "one item"])

@@ -97,6 +97,58 @@ def test_a_program_without_an_answer_for_zeros_loads() -> None:
         model.predict([Inputs({"tensor": [0.0, 0.0]}, {})])
 
 
+class In(torch.nn.Module):
+    """Computes in numbers of its own."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2).to(dtype)
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.to(self.dtype))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_of_any_length_are_written_out_exactly(dtype: torch.dtype) -> None:
+    module, row = In(dtype).eval(), [0.1, 0.2, 0.3]
+    with memory_files({"model.pt": script(module), "divault.json": as_json({"input_shape": [3]})}) as found:
+        model = models.load(found, allow_code=True)
+
+    assert model.predict([Inputs({"tensor": row}, {})])[0].result["predictions"] == module(torch.tensor([row])).tolist()
+
+
+class Pair(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x
+
+
+class Named(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"x": x}
+
+
+class Whole(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum()
+
+
+class Complex(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.complex64)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", [Pair, Named, Whole, Complex])
+def test_what_is_no_row_of_numbers_for_each_item_is_refused_when_it_is_loaded(kind: type[torch.nn.Module]) -> None:
+    with (
+        memory_files({"model.pt": script(kind()), "divault.json": as_json({"input_shape": [3]})}) as found,
+        pytest.raises(UnsupportedModel, match="one row of numbers for each item"),
+    ):
+        models.load(found, allow_code=True)
+
+
 async def test_it_needs_to_be_told_what_goes_in(confined_pool: MakePool, scorer: bytes) -> None:
     pool = confined_pool(True)
     await pool.prove_sandbox()

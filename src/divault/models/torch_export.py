@@ -1,6 +1,6 @@
 """torch.export archives (.pt2): a graph with its weights. Reading one runs code: it loads only where that is allowed.
 
-A graph that was exported for one size of batch alone gets its items one by one.
+A graph that was exported for one item, or for so many at most, gets no more at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from divault.errors import InputInvalid, UnsupportedModel
 from divault.models.containers import Container
 from divault.models.files import Folder, path_of
 from divault.models.torch_programs import Program, broken
@@ -19,6 +20,7 @@ from divault.values import MemoryFile
 
 if TYPE_CHECKING:
     import torch
+    from torch.export import ExportedProgram
 
 _WORDS = "a torch.export archive (.pt2)"
 _DAMAGE = (
@@ -35,37 +37,50 @@ def _graph(file: MemoryFile, device: torch.device, _: Folder) -> torch.nn.Module
     try:
         with Path(path_of(file)).open("rb") as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found: torch.nn.Module = torch.export.load(archive).module()
+            program = torch.export.load(archive)
+            graph, most = program.module(), _most_items(program)
     except (*_DAMAGE, SpecViolationError) as err:
         raise broken(_WORDS, err) from None
-    return found.to(device)
+    return _in_parts(graph.to(device), most)
 
 
-def _any_batch(graph: torch.nn.Module, shape: tuple[int | None, ...], device: torch.device) -> torch.nn.Module:
-    """The graph itself where it takes two items at once, else one that gives it each alone."""
+def _most_items(program: ExportedProgram) -> int | None:
+    """How many items the graph takes at once, None without a bound. Raises UnsupportedModel where it needs several."""
+    from torch.utils._sympy.numbers import int_oo
+
+    inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    shape = getattr(inputs[0].meta.get("val"), "shape", ()) if inputs else ()
+    if not shape or (isinstance(shape[0], int) and shape[0] != 1):
+        takes = f"exactly {shape[0]} items at once" if shape else "no tensor of items"
+        raise UnsupportedModel(
+            f"{_WORDS} that takes {takes}: export it with a dynamic batch, or for one item",
+            seen=f"{_WORDS} that takes {takes}",
+            supported="torch.export with dynamic_shapes={...: {0: Dim(...)}}, or of one item",
+        )
+    if isinstance(shape[0], int):
+        return 1
+    bounds = program.range_constraints.get(shape[0].node.expr)
+    return None if bounds is None or bounds.upper == int_oo else max(1, int(bounds.upper))
+
+
+def _in_parts(graph: Any, most: int | None) -> torch.nn.Module:
     import torch
 
-    two = torch.zeros((2, *(size or 1 for size in shape)), device=device)
-    try:
-        with torch.inference_mode():
-            graph(two)
-    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError):
-        return _one_by_one(graph)
-    return graph
+    class InParts(torch.nn.Module):
+        """As many items at once as the graph takes."""
+
+        def forward(self, items: torch.Tensor) -> Any:
+            """One row for each item. Raises InputInvalid for sizes that the graph was not exported for."""
+            try:
+                if most is None or len(items) <= most:
+                    return graph(items)
+                return torch.cat([graph(part) for part in torch.split(items, most)])
+            except AssertionError as err:
+                told = str(err)[:200]
+                raise InputInvalid(f"tensor: a size that the graph does not take ({told})", field="tensor") from None
+
+    return InParts()
 
 
-def _one_by_one(graph: torch.nn.Module) -> torch.nn.Module:
-    import torch
-
-    class OneByOne(torch.nn.Module):
-        """Items one after the other."""
-
-        def forward(self, items: Any) -> torch.Tensor:
-            """One row for each item."""
-            return torch.cat([graph(item[None]) for item in items])
-
-    return OneByOne()
-
-
-TORCH_EXPORT = Program("torch-export", Container.TORCH_EXPORT, _WORDS, _graph, _any_batch)
+TORCH_EXPORT = Program("torch-export", Container.TORCH_EXPORT, _WORDS, _graph)
 """The format: one archive, and `divault.json`."""

@@ -23,12 +23,10 @@ from divault.values import MemoryFile
 if TYPE_CHECKING:
     import torch
 
-    Shape = tuple[int | None, ...]
-
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A format whose files are programs. `read` and `fitted` are what one has of its own."""
+    """A format whose files are programs. `read` is what one has of its own."""
 
     adapter: str
     """Its name in the runtime object of receipts."""
@@ -37,8 +35,6 @@ class Program:
     """What the file is, for people."""
     read: Callable[[MemoryFile, torch.device, Folder], torch.nn.Module]
     """The program on the device, out of its file among others. Raises SealedFileDamaged, UnsupportedModel."""
-    fitted: Callable[[torch.nn.Module, Shape, torch.device], torch.nn.Module] = lambda module, _shape, _device: module
-    """One that takes any number of items of the shape."""
     template: str = ""
 
     def recognises(self, files: Sequence[MemoryFile]) -> bool:
@@ -61,7 +57,7 @@ class Program:
             )
         hardware = prepare(replace(place, dtype="float32"))  # a program computes in the numbers that it was made for
         shape = input_shape_of(told["input_shape"])
-        module = self.fitted(self.read(programs[0], hardware.device, folder), shape, hardware.device)
+        module = self.read(programs[0], hardware.device, folder)
         network = Network(module, shape, adapter=self.adapter, code=True)
         return LoadedNetwork(network, labels_of(told), hardware, str(told.get("task") or "prediction"))
 

@@ -28,6 +28,12 @@ from divault.values import MemoryFile
 if TYPE_CHECKING:
     import torch
 
+_MISFITS = (
+    *(RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError, NotImplementedError),
+    InputInvalid,
+)
+"""What networks and programs raise for an input of a shape that isn't theirs."""
+
 
 class TorchState:
     """The format: weights with an architecture by name."""
@@ -114,19 +120,26 @@ class LoadedNetwork:
         with torch.inference_mode():
             item = torch.from_numpy(array).to(self._hardware.device)
             output = self._network.module(item.to(self._hardware.dtype) if item.is_floating_point() else item)
-        if not isinstance(output, torch.Tensor) or output.ndim == 0 or output.shape[0] != len(array):
-            raise ModelFailed("the network didn't give one row for each item", kind="output_shape")
+        if not isinstance(output, torch.Tensor) or output.shape[:1] != (len(array),) or output.is_complex():
+            raise ModelFailed("the network didn't give one row of numbers for each item", kind="output_shape")
         if output.numel() > MAX_ANSWER_NUMBERS:
             raise ModelFailed(f"the answer has {output.numel()} numbers: send fewer items", kind="output_size")
         if not probing and not torch.isfinite(output).all():  # of zeros a network may make anything
             raise ModelFailed("the network gave a number that is not finite", kind="not_finite")
-        return (output.float() if output.is_floating_point() else output).cpu()
+        short = output.is_floating_point() and output.dtype != torch.float64  # halves have no exact words of their own
+        return (output.float() if short else output).cpu()
 
     def _probed(self, zeros: NDArray[Any]) -> tuple[int, ...]:
         """Shape of one row of output, seen by running zeros. Raises UnsupportedModel where they don't run."""
         try:
             output = self._run(zeros, probing=True)
-        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as err:
+        except ModelFailed as err:
+            raise UnsupportedModel(
+                f"given one item of the stated shape, {err.detail}",
+                seen="a network whose output is no tensor with a row for each item",
+                supported="one tensor of numbers, with a row for each item",
+            ) from None
+        except _MISFITS as err:
             raise UnsupportedModel(
                 f"the layers don't fit together: {str(err)[:200]}",
                 seen="layers that don't run on an input of the stated shape",
