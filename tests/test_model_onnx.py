@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -197,6 +198,62 @@ def test_inputs_with_axes_of_other_names_may_differ_in_size() -> None:
 
     found = answer(model, {"x": [[1, 2], [3, 4]], "i": [1, 0, 1]})
     assert found["outputs"]["y"] == [[3, 4], [1, 2], [3, 4]]
+
+
+def of_two(node: str, first: list[Any], second: list[Any]) -> bytes:
+    """One operator over `a` and `b`."""
+    ports = ([("a", FLOAT, first), ("b", FLOAT, second)], [("y", FLOAT, None)])
+    return model_file([helper.make_node(node, ["a", "b"], ["y"])], ports, {})
+
+
+@pytest.mark.parametrize("nobody", [None, "?", "None"])
+def test_inputs_whose_axes_have_no_name_may_differ_in_size(nobody: str | None) -> None:
+    data = of_two("MatMul", [nobody, 3], [nobody, 2])
+    a, b = np.ones((2, 3), np.float32), np.ones((3, 2), np.float32)
+    found = answer(load(Onnx(), {"m": data}), {"a": a.tolist(), "b": b.tolist()})["outputs"]["y"]
+
+    assert found == ort.InferenceSession(data).run(None, {"a": a, "b": b})[0].tolist()
+
+
+@pytest.mark.parametrize("other", [[[1, 2, 3]], [[1]], [[1, 2], [3, 4]]])
+def test_axes_of_one_name_have_one_size(other: list[list[int]]) -> None:
+    model = load(Onnx(), {"m": of_two("Add", ["n", "s"], ["n", "s"])})
+    with pytest.raises(InputInvalid, match=r"the axis '[ns]' has the sizes"):
+        answer(model, {"a": [[1, 2]], "b": other})
+
+    assert answer(model, {"a": [[1, 2]], "b": [[3, 4]]})["outputs"]["y"] == [[4, 6]]
+
+
+def test_axes_of_one_name_have_one_size_in_the_example_too() -> None:
+    model = load(Onnx(), {"m": of_two("MatMul", ["n", "s"], ["s", "n"])})
+
+    assert answer(model, model.description.example)["outputs"]["y"] == [[0.0]]
+    assert answer(model, {"a": [[1, 2], [3, 4], [5, 6]], "b": [[1, 0, 0], [0, 1, 0]]})["outputs"]["y"][2] == [5, 6, 0]
+
+
+@pytest.mark.parametrize("kind", ["BFLOAT16", "FLOAT8E4M3FN"])
+def test_an_output_that_no_answer_could_hold_is_refused_when_the_model_is_loaded(kind: str) -> None:
+    to = getattr(onnx.TensorProto, kind)
+    graph = helper.make_graph(
+        [helper.make_node("Cast", ["x"], ["y"], to=to)],
+        "g",
+        [helper.make_tensor_value_info("x", FLOAT, ["n", 2])],
+        [helper.make_tensor_value_info("y", to, ["n", 2])],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9).SerializeToString()
+    with pytest.raises(UnsupportedModel, match=f"output 'y' is made of {kind.lower()}"):
+        load(Onnx(), {"m": bytes(made)})
+
+
+def test_a_sequence_of_maps_is_answered() -> None:
+    nodes = [helper.make_node("ZipMap", ["x"], ["y"], domain="ai.onnx.ml", classlabels_int64s=[0, 1])]
+    value = helper.make_sequence_type_proto(helper.make_map_type_proto(INT64, helper.make_tensor_type_proto(FLOAT, [])))
+    data = onnx.load_from_string(model_file(nodes, ([("x", FLOAT, ["n", 2])], []), {}))
+    data.graph.output.append(helper.make_value_info("y", value))
+
+    assert answer(load(Onnx(), {"m": bytes(data.SerializeToString())}), {"x": [[0.25, 0.75]]})["outputs"] == {
+        "y": [{"0": 0.25, "1": 0.75}]
+    }
 
 
 def test_labels_of_one_name_are_no_labels() -> None:

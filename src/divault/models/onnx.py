@@ -9,6 +9,7 @@ Callers never share a pass: what a graph does with its first axis is its own aff
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -36,6 +37,9 @@ _DTYPES = {
     "bool": "bool",
     "string": "str",
 } | {f"{sign}int{width}": f"{sign}int{width}" for sign in ("", "u") for width in (8, 16, 32, 64)}
+_TENSOR = re.compile(r"tensor\((\w+)\)")
+_NO_NAMES = frozenset({"?", "None", "-1"})
+"""What exporters write for every axis that may have any size."""
 _MAX_PORTS = 256
 _TOLERANCE = 1e-5
 """Rows of one call share a pass; kernels for one row and for many add in another order."""
@@ -95,8 +99,8 @@ class _Port:
     name: str
     dtype: str | None
     shape: tuple[int | None, ...]
-    first: str | None
-    """What the model calls its first axis, where that may have any size."""
+    axes: tuple[str | None, ...] = ()
+    """What the model calls its axes, where they may have any size: those of one name have one size."""
 
     @property
     def batched(self) -> bool:
@@ -111,13 +115,22 @@ def _port(node: Any) -> _Port:
         raise SealedFileDamaged("a name in the ONNX file is no text", stage="payload") from None
 
 
+def _output(node: Any) -> _Port:
+    """Raises UnsupportedModel for numbers that no answer could hold, also within sequences and maps."""
+    port = _port(node)
+    odd = [kind for kind in _TENSOR.findall(node.type) if kind not in _DTYPES]
+    if odd:
+        raise _refused(f"an ONNX model whose output {port.name[:80]!a} is made of {odd[0]} (cast it to float)")
+    return port
+
+
 def _told(node: Any) -> _Port:
     dtype = _DTYPES.get(node.type.removeprefix("tensor(").removesuffix(")")) if "tensor(" in node.type else None
     if not node.type.startswith("tensor("):
         dtype = None
     shape = tuple(size if isinstance(size, int) and size >= 0 else None for size in node.shape or ())
-    first = node.shape[0] if node.shape and isinstance(node.shape[0], str) else None
-    return _Port(node.name, dtype, shape, first)
+    axes = tuple(size if isinstance(size, str) and size not in _NO_NAMES else None for size in node.shape or ())
+    return _Port(node.name, dtype, shape, axes)
 
 
 class LoadedOnnx:
@@ -131,9 +144,9 @@ class LoadedOnnx:
         self._shapeless = shapeless
         self._labels = labels
         self._task = task
-        self._outputs = [_port(node) for node in session.get_outputs()]
+        self._outputs = [_output(node) for node in session.get_outputs()]
         inputs = [_port(node) for node in session.get_inputs()]
-        self._first = {port.name: port.first for port in inputs}
+        self._axes = {port.name: port.axes for port in inputs}
         self._specs = self._input_specs(inputs)
         if labels and (len(self._outputs) != 1 or self._outputs[0].shape[1:] not in {(None,), (len(labels),)}):
             raise UnsupportedModel(
@@ -154,8 +167,8 @@ class LoadedOnnx:
                     f"an ONNX model that does not say how many axes its input {port.name[:80]!r} has (export it with "
                     "the shape of each input; sizes may stay open)"
                 )
-        bare = {port.name: _spec(port, {}) for port in ports}
-        example = {name: written(spec.zeros()) for name, spec in bare.items()}
+        alone = {axis for port in ports if port.batched and (axis := port.axes[0]) is not None}
+        example = {port.name: written(_zeros(port, alone)) for port in ports}
         return {port.name: _spec(port, example) for port in ports}
 
     @property
@@ -203,13 +216,15 @@ class LoadedOnnx:
             odd = min(data.keys() ^ self._specs.keys())
             self._refuse(odd[:80], "this model has no such input" if odd in data else "missing")
         arrays = {name: spec.parse(data[name], name) for name, spec in self._specs.items()}
-        rows: dict[str | None, set[int]] = {}
+        found: dict[str, set[int]] = {}
         for name, array in arrays.items():
-            if self._specs[name].batched:
-                rows.setdefault(self._first[name], set()).add(len(array))
-        for sizes in rows.values():
-            if len(sizes) > 1:  # one axis, by its name
-                self._refuse(next(iter(self._specs)), f"inputs with {sorted(sizes)[:4]} items in one call")
+            for axis, size in zip(self._axes[name], array.shape, strict=True):
+                if axis is not None:
+                    found.setdefault(axis, set()).add(size)
+        for axis, sizes in found.items():
+            if len(sizes) > 1:
+                field = next(name for name, axes in self._axes.items() if axis in axes)
+                self._refuse(field, f"the axis {axis[:80]!a} has the sizes {sorted(sizes)[:4]} in one call")
         return arrays, names
 
     def _wanted(self, parameters: Mapping[str, Any]) -> list[str]:
@@ -243,6 +258,13 @@ class LoadedOnnx:
             result["predictions"] = [labelled(self._labels, row) for row in outputs[names[0]]]
         batched = [len(array) for name, array in arrays.items() if self._specs[name].batched]
         return Answer(result, batched[0] if batched else 1)
+
+
+def _zeros(port: _Port, alone: Container[str]) -> NDArray[Any]:
+    """One item of a batch, or a whole tensor; axes of one name have one size, and that of a batch is 1."""
+    spec = _spec(port, {})
+    shape = tuple(1 if axis in alone else size for axis, size in zip(port.axes, spec.zeros().shape, strict=True))
+    return TensorSpec(shape, None, {}, spec.dtype, batched=False).zeros()
 
 
 def _spec(port: _Port, example: Mapping[str, Any]) -> TensorSpec:
