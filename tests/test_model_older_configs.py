@@ -101,7 +101,13 @@ def test_a_member_that_would_be_lost_is_no_silent_default(monkeypatch: pytest.Mo
         read({"model_type": "qwen2", "num_hidden_layers": 2, "rope_theta": 1000000.0})
 
 
-@pytest.mark.parametrize("name", ["to_dict", "__class__", "from_dict", "_attn_implementation", "a b", "name_or_path"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "to_dict", "__class__", "from_dict", "_attn_implementation", "a b", "name_or_path", "base_model_tp_plan",
+        "extra_files", "use_kernels", "sub_configs_defaults",
+    ],
+)  # fmt: skip
 def test_a_member_that_stands_for_something_the_class_does_is_left_out(name: str) -> None:
     told = {"model_type": "llama", "num_hidden_layers": 2, name: "x"}
 
@@ -203,6 +209,12 @@ def test_a_configuration_of_another_network_is_refused_by_name(members: dict[str
         load(HuggingFace(), files | {"config.json": as_json(told)})
     plain = json.loads(files["config.json"]) | {"is_decoder": False, "per_layer_config": None}
     load(HuggingFace(), files | {"config.json": as_json(plain)})
+
+
+def test_a_member_that_a_class_works_out_itself_is_left_out() -> None:
+    assert read({"model_type": "falcon", "num_hidden_layers": 2, "head_dim": 7}) == read(
+        {"model_type": "falcon", "num_hidden_layers": 2}
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(TYPES))
