@@ -143,13 +143,17 @@ def test_a_forged_stream_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("side", "value"), [("left_child", 999), ("right_child", -2), ("left_child", 2**40), ("feature", 7)]
-)
-def test_a_tree_that_points_outside_itself_is_refused(side: str, value: int) -> None:
+    ("node", "side", "value"),
+    [
+        (0, "left_child", 999), (0, "right_child", -2), (0, "left_child", 2**40), (0, "feature", 7),
+        (1, "left_child", -5),  # a leaf has -1 there, and nothing else
+    ],
+)  # fmt: skip
+def test_a_tree_that_points_outside_itself_is_refused(node: int, side: str, value: int) -> None:
     """The library's compiled code would read there."""
     forged = pickle.loads(pickle.dumps(TREE))
     state = forged.tree_.__getstate__()
-    state["nodes"][side][0] = value
+    state["nodes"][side][node] = value
     forged.tree_.__setstate__(state)
 
     assert "outside" in seen(pickle.dumps(forged))

@@ -14,6 +14,7 @@ _TREES = {
     ("sklearn.tree._tree", "Tree"),
     ("sklearn.ensemble._hist_gradient_boosting.predictor", "TreePredictor"),
 }
+_LEAF = -1
 _MAX_OBJECTS = 2_000_000
 """Objects of one model; a forest of 10,000 trees has some 100,000."""
 
@@ -44,11 +45,11 @@ def check(value: Any) -> None:
 
 
 def check_nodes(left: Any, right: Any, feature: Any, features: int) -> None:
-    """The nodes of a tree as arrays; a leaf has no children. Raises UnsupportedModel.
+    """The nodes of a tree as arrays; a leaf has -1 on its left. Raises UnsupportedModel.
 
     A node may be its own ancestor: that tree never ends, which the deadline of its worker is for.
     """
-    inner = left >= 0
+    inner = left != _LEAF
     inside = all(((side >= 0) & (side < len(left)))[inner].all() for side in (left, right))
     if not inside or (right >= 0)[~inner].any() or (feature[inner] < 0).any() or (feature[inner] >= features).any():
         rebuilding.damaged("a tree whose nodes point outside it")
