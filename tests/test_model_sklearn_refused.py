@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 from sklearn.cluster import DBSCAN
+from sklearn.ensemble import GradientBoostingRegressor
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -209,6 +210,19 @@ def test_a_vectorizer_that_reads_files_reads_none(setting: str, tmp_path: Path) 
 
     with pytest.raises((ValueError, AttributeError)):
         model.predict([Inputs({"text": str(secret)}, {})])
+
+
+def test_losses_load_by_the_name_that_older_versions_gave_their_module() -> None:
+    rows, targets = [[0.0], [1.0], [2.0]], [1.0, 2.0, 3.0]
+    ours = GradientBoostingRegressor(n_estimators=2).fit(rows, targets)
+    data = pickle.dumps(ours, protocol=2)
+    old = data.replace(b"csklearn._loss._loss\n", b"c_loss\n")
+    assert old != data
+
+    model = load(SklearnPickle(), {"model": old})
+
+    assert model.predict([Inputs({"features": rows}, {})])[0].result["predictions"] == ours.predict(rows).tolist()
+    assert seen(b"\x80\x02c_loss\nnp\n.") == "a pickle that needs sklearn._loss._loss.np"
 
 
 def zipped(*names: str) -> bytes:

@@ -121,9 +121,11 @@ def resolve(module: str, name: str) -> Any:
 
 
 def _modern(module: str) -> str:
-    """Names that older versions of numpy and Python 2 wrote."""
+    """Names that older versions of numpy and scikit-learn, and Python 2, wrote."""
     if module == "__builtin__":
         return "builtins"
+    if module == "_loss":
+        return "sklearn._loss._loss"
     return "numpy._core" + module.removeprefix("numpy.core") if module.startswith("numpy.core.") else module
 
 
