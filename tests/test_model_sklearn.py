@@ -193,6 +193,20 @@ def test_null_is_a_missing_value_where_the_model_takes_them() -> None:
         answer(loaded(joblib_file(fitted("logistic"))), {"features": [None, 1.0, 2.0, 3.0]})
 
 
+@pytest.mark.parametrize(("scalar", "plain"), [(np.float64(2.5), 2.5), (np.bool_(True), True), (np.int64(3), 3)])
+def test_classes_that_are_scalars_of_numpy_are_answered_as_plain_values(scalar: Any, plain: Any) -> None:
+    """Lists of `np.str_`, as the names of a data set are, become arrays of objects with those in them."""
+    ours = LogisticRegression().fit(X, Y)
+    ours.classes_ = np.array([np.str_("a"), scalar], dtype=object)
+    model = loaded(joblib_file(ours))
+
+    result = answer(model, {"features": X[:9].tolist()})
+
+    assert result["classes"] == ["a", plain]
+    assert ours.predict(X[:9]).tolist() == result["predictions"]
+    assert {type(value) for value in [*result["classes"], *result["predictions"]]} == {str, type(plain)}
+
+
 def test_a_description_says_what_goes_in_and_comes_out() -> None:
     found = loaded(joblib_file(fitted("logistic of names"))).description
 

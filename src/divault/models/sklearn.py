@@ -235,4 +235,6 @@ def _listed(found: Any) -> Any:
         return [_listed(part) for part in found]
     if hasattr(found, "toarray"):
         found = found.toarray()
-    return found.tolist() if hasattr(found, "tolist") else found
+    plain = found.tolist() if hasattr(found, "tolist") else found
+    # An array of objects may hold scalars of numpy.
+    return _listed(plain) if getattr(getattr(found, "dtype", None), "kind", "") == "O" else plain
