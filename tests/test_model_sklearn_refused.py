@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import copy
 import functools
 import gzip
 import io
@@ -22,13 +23,16 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
+import sklearn
+import skops.io
 from scipy import sparse
 from sklearn.cluster import DBSCAN
 from sklearn.ensemble import GradientBoostingRegressor
 from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
 from divault import models
@@ -200,16 +204,82 @@ def test_an_object_without_predict_is_named() -> None:
 
 
 @pytest.mark.parametrize("setting", ["filename", "file"])
-def test_a_vectorizer_that_reads_files_reads_none(setting: str, tmp_path: Path) -> None:
+def test_a_vectorizer_that_reads_files_is_refused(setting: str) -> None:
     """Its text would be a path of the node, chosen by a caller."""
+    ours = make_pipeline(CountVectorizer(), DecisionTreeClassifier()).fit(["good", "bad"], [0, 1])
+    ours.steps[0][1].input = setting
+
+    assert seen(pickle.dumps(ours)) == "a vectorizer that reads files"
+
+
+def test_a_vectorizer_opens_no_file_even_if_it_is_told_to_later(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("good good good")
     ours = make_pipeline(CountVectorizer(), DecisionTreeClassifier()).fit(["good", "bad"], [0, 1])
-    ours.steps[0][1].input = setting
-    model = load(SklearnPickle(), {"model": pickle.dumps(ours)})
+    load(SklearnPickle(), {"model": pickle.dumps(ours)})
+    ours.steps[0][1].input = "filename"
 
-    with pytest.raises((ValueError, AttributeError)):
-        model.predict([Inputs({"text": str(secret)}, {})])
+    with pytest.raises(ValueError, match="no files"):
+        ours.predict([str(secret)])
+
+
+def test_a_model_of_more_columns_than_a_description_can_tell_of_is_refused() -> None:
+    ours = LogisticRegression().fit(np.eye(2, 32_768), [0, 1])
+    assert load(SklearnPickle(), {"model": pickle.dumps(ours)})
+    ours.n_features_in_ = 32_769
+
+    assert seen(pickle.dumps(ours)) == "a model of 32769 features"
+
+
+def packed(estimator: Any) -> bytes:
+    out = io.BytesIO()
+    joblib.dump(estimator, out, compress=3)
+    return out.getvalue()
+
+
+OLD: dict[str, tuple[Any, str]] = {
+    "no dtype of what is filled in": (SimpleImputer().fit([[0.0], [1.0]]), "_fill_dtype"),
+    "no clipping": (MaxAbsScaler().fit([[0.0], [1.0]]), "clip"),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+@pytest.mark.parametrize("written", [pickle.dumps, skops.io.dumps, packed], ids=["pickle", "skops", "compressed"])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.InconsistentVersionWarning")
+def test_a_model_that_another_version_wrote_and_this_one_does_not_run_is_refused_by_its_version(
+    name: str, written: Callable[[Any], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, attribute = OLD[name]
+    ours = make_pipeline(copy.deepcopy(part), LogisticRegression()).fit([[0.0], [1.0]], [0, 1])
+    monkeypatch.setattr("sklearn.base.__version__", "1.6.1")
+    assert models_load(written(ours)), "what runs is taken from any version"
+    del vars(ours[0])[attribute]
+    old = written(ours)
+    monkeypatch.undo()
+
+    assert seen(old) == f"a model of scikit-learn 1.6.1 that {sklearn.__version__} does not run"
+    assert seen(written(ours)) == "a model that does not run (AttributeError)"
+
+
+def models_load(data: bytes) -> Any:
+    with memory_files({"model": data}) as files:
+        return models.load(files)
+
+
+def test_a_tree_of_an_older_layout_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = copy.deepcopy(TREE)
+    state = TREE.tree_.__getstate__()
+    names = [name for name in state["nodes"].dtype.names if name != "missing_go_to_left"]
+    nodes = np.array(state["nodes"][names].tolist(), dtype=[(name, state["nodes"].dtype[name]) for name in names])
+    build, arguments, _ = TREE.tree_.__reduce__()
+    ours.tree_ = Calls(build, *arguments)
+    ours.tree_.call = (build, arguments, {**state, "nodes": nodes})
+    monkeypatch.setattr("sklearn.base.__version__", "1.2.2")
+
+    with memory_files({"model": pickle.dumps(ours)}) as files, pytest.raises(UnsupportedModel) as caught:
+        models.load(files)
+
+    assert "scikit-learn 1.2.2 wrote" in str(caught.value)
 
 
 def test_losses_load_by_the_name_that_older_versions_gave_their_module() -> None:

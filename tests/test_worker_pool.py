@@ -46,10 +46,11 @@ def fitted() -> LogisticRegression:
 
 
 def endless() -> bytes:
-    """A tree whose root is its own child: an ordinary file of data whose predict never ends."""
+    """A tree whose root is its own child for what is over a half: a file of data whose predict never ends for that."""
     tree = DecisionTreeClassifier(max_depth=1).fit([[0.0], [1.0]], [0, 1])
     state = tree.tree_.__getstate__()
-    state["nodes"]["left_child"][0] = state["nodes"]["right_child"][0] = 0
+    state["nodes"]["right_child"][0] = 0
+    state["nodes"]["missing_go_to_left"][0] = 1
     tree.tree_.__setstate__(state)
     return dumped(tree)
 
@@ -169,7 +170,7 @@ async def test_an_endless_model_is_stopped_and_comes_back(make_pool: MakePool) -
     pid = (await pool.load(model)).pid
 
     with pytest.raises(DeadlineExceeded):
-        await answer(pool, model, {"features": [0.0]})
+        await answer(pool, model, {"features": [1.0]})
 
     assert not alive(pid or 0)
     await until(lambda: pool.loaded()[0].state == "ready")
@@ -180,7 +181,7 @@ async def test_two_models_run_side_by_side(make_pool: MakePool, regression: byte
     """One that hangs doesn't keep the other waiting."""
     pool, stuck, model = make_pool(predict_s=3), opened(endless(), "stuck"), opened(regression)
     await asyncio.gather(pool.load(stuck), pool.load(model))
-    hanging = asyncio.create_task(answer(pool, stuck, {"features": [0.0]}))
+    hanging = asyncio.create_task(answer(pool, stuck, {"features": [1.0]}))
     await asyncio.sleep(0.1)
 
     found = await answer(pool, model, ROW)

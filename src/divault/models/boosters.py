@@ -19,12 +19,10 @@ from numpy.typing import NDArray
 
 from divault.errors import ModelFailed, UnsupportedModel
 from divault.models.base import Answer, Description, Inputs
-from divault.models.rows import MAX_ROWS, RowSpec
+from divault.models.rows import MAX_ROWS, Column, RowSpec
 from divault.models.runtimes import runtime_object
 from divault.models.tensors import MAX_ANSWER_NUMBERS, answered
 
-MAX_FEATURES = 32_768
-"""Columns of a row; the example that tells of them has to fit into a description."""
 MAX_OUTPUTS = 10_000
 """Numbers for a row: classes or targets."""
 _TOGETHER = 64
@@ -73,7 +71,7 @@ class Boosted:
             )
         self._model = model
         self._classes: list[Any] = list(labels) or list(range(model.kind.classes))
-        self._spec = RowSpec(model.features, missing=True)
+        self._spec = RowSpec(model.features, each=Column(null=True))
         self._description = self._described()
 
     @property

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from divault.errors import SealedFileDamaged, UnsupportedModel
-from divault.models.boosters import MAX_FEATURES, MAX_OUTPUTS
+from divault.models.boosters import MAX_OUTPUTS
 from divault.models.files import head
+from divault.models.rows import MAX_FEATURES
 from divault.values import MemoryFile
 
 SUPPORTED = "LightGBM 2 or later as the text of save_model: trees with numeric splits"

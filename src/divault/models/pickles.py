@@ -17,10 +17,11 @@ from __future__ import annotations
 import bz2
 import lzma
 import pickle
+import re
 import struct
 import zlib
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NoReturn
 
 from divault.errors import UnsupportedModel
@@ -39,7 +40,11 @@ _BZ2_BLOCK = 1 << 20
 _MAX_NESTING = 3
 """joblib writes arrays of objects as pickles inside the stream; one level is usual."""
 
-_DAMAGE = (
+_VERSION = re.compile(rb"_sklearn_version.{1,12}?(\d+\.\d+[\w.]{0,20})", re.DOTALL)
+"""What an estimator's state says, with the opcodes between."""
+_VERSION_BYTES = 64
+
+DAMAGE = (
     pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError,
     ArithmeticError, RecursionError, AssertionError, NotImplementedError, struct.error, zlib.error, lzma.LZMAError,
     OSError,
@@ -65,15 +70,35 @@ def looks_pickled(file: MemoryFile) -> bool:
 def load(file: MemoryFile) -> Any:
     """The object in the file. Raises UnsupportedModel naming the first global that is not allowed, or the damage."""
     with opened(file) as raw:
-        inflate = _inflater(head(file, 16))
-        source = _Source(raw.read, file.size) if inflate is None else _Inflated(raw.read, inflate, file.size)
         try:
-            return _Loader(source).load_checked()
-        except _DAMAGE as err:
+            return _Loader(_source(file, raw.read)).load_checked()
+        except DAMAGE as err:
             text = str(err).encode("ascii", "backslashreplace").decode()[:120]
+            version = version_of(file)
             raise UnsupportedModel(
-                f"the pickle is damaged: {type(err).__name__} {text}", seen=f"a damaged pickle ({type(err).__name__})"
+                f"the pickle is damaged{version and f', or scikit-learn {version} wrote what is read otherwise here'}: "
+                f"{type(err).__name__} {text}",
+                seen=f"a damaged pickle ({type(err).__name__})",
             ) from err
+
+
+def version_of(file: MemoryFile) -> str:
+    """The version of scikit-learn that a pickle says it is of; empty where it says none."""
+    last = b""
+    with opened(file) as raw:
+        try:
+            for part in _source(file, raw.read).chunks():
+                if told := _VERSION.search(last + part):
+                    return told[1].decode()
+                last = part[-_VERSION_BYTES:]
+        except DAMAGE:
+            pass  # the end of what can be read
+    return ""
+
+
+def _source(file: MemoryFile, read: Callable[[int], bytes]) -> _Source:
+    inflate = _inflater(head(file, 16))
+    return _Source(read, file.size) if inflate is None else _Inflated(read, inflate, file.size)
 
 
 def _starts_pickle(start: bytes) -> bool:
@@ -140,6 +165,11 @@ class _Source:
             line += self.read(1)
         return bytes(line)
 
+    def chunks(self) -> Iterator[bytes]:
+        """What is left, in parts."""
+        while self._left:
+            yield self.read(min(_CHUNK, self._left))
+
 
 class _Inflated(_Source):
     """The same over a compressed stream; raises UnsupportedModel beyond the ratio."""
@@ -163,6 +193,13 @@ class _Inflated(_Source):
         del self._buffer[:count]
         self._left -= count
         return taken
+
+    def chunks(self) -> Iterator[bytes]:
+        """The same as far as it unfolds. Raises EOFError at the end."""
+        while self._left > 0:
+            data = self._inflate(b"", _CHUNK) or self._more()
+            self._left -= len(data)
+            yield data
 
     def _more(self) -> bytes:
         while True:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice, repeat
 from typing import Any, NoReturn
 
 from divault.errors import InputInvalid
 from divault.models.base import Inputs
 
 MAX_ROWS = 65_536
+MAX_FEATURES = 32_768
+"""Columns of a row; the example that tells of them has to fit into a description."""
 MAX_TEXTS = 1024
 MAX_TEXT_CHARS = 100_000
+EXAMPLE_TEXT = "The film was better than the book."
 LARGEST = 3.4e38
 """Largest magnitude of a number: trees and others compute in float32, where more is infinite."""
 
@@ -26,7 +34,7 @@ class TextSpec:
 
     def example(self) -> dict[str, Any]:
         """An input that is taken."""
-        return {"text": "The film was better than the book."}
+        return {"text": EXAMPLE_TEXT}
 
     def schema(self) -> dict[str, Any]:
         """JSON Schema of the input."""
@@ -47,35 +55,132 @@ class TextSpec:
         return texts
 
 
-@dataclass(frozen=True, slots=True)
-class RowSpec:
-    """A row of `count` features (None: any number), or a list of rows."""
+NUMBER: frozenset[str] = frozenset({"number"})
 
-    count: int | None
-    mixed: bool = False
-    """Texts may stand beside numbers: an encoder learned categories that are text."""
-    missing: bool = False
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """What stands at one place of a row."""
+
+    name: str = ""
+    kinds: frozenset[str] = NUMBER
+    """Of `number`, `string` and `boolean`, as JSON Schema has them."""
+    known: Mapping[Any, None] | None = None
+    """The only values that are taken; None: all of these kinds."""
+    first: Any = None
+    """A value for the example; without one any number."""
+    null: bool = False
     """null is taken for a missing value."""
+    missing: float | None = math.nan
+    """What null is to the model."""
+    objects: bool = False
+    """The model learned this column as Python objects, and compares with those."""
 
     @property
     def expected(self) -> str:
         """What is taken, for people."""
-        kinds = "numbers or texts" if self.mixed else "finite numbers"
-        null = " (null: missing)" if self.missing else ""
-        row = f"{self.count or 'n'} {kinds}{null}"
-        return f'{{"features": ...}} with {row} for one row, or a list of 1 to {MAX_ROWS} rows'
+        kinds = [words for kind, words in _WORDS.items() if kind in self.kinds]
+        if self.known is not None:
+            some = [ascii(value)[:_TOLD_CHARS] for value in islice(self.known, _TOLD_VALUES)]
+            more = ", ..." if len(self.known) > _TOLD_VALUES else ""
+            kinds = [f"one of {', '.join(some)}{more}"] if some else []
+        return " or ".join([*kinds, *(["null"] if self.null else [])])
+
+    def schema(self) -> dict[str, Any]:
+        """JSON Schema of a value."""
+        kinds = [kind for kind in (*_WORDS, "null") if kind in self.kinds or (kind == "null" and self.null)]
+        told: dict[str, Any] = {"title": self.name} if self.name else {}
+        told["type"] = kinds if len(kinds) > 1 else kinds[0]
+        if self.known is not None and len(self.known) <= _LISTED_VALUES:
+            told["enum"] = [*self.known, *([None] if self.null else [])]
+        return told
+
+    def wrong(self, value: Any) -> str:
+        """What a value is that is not taken here; empty for one that is."""
+        kind = type(value)
+        if value is None and self.null:
+            return ""
+        if kind in _NUMBERS and not -LARGEST <= value <= LARGEST:
+            return f"a number over {LARGEST:g}"
+        if kind is str and "string" in self.kinds and len(value) > MAX_TEXT_CHARS:
+            return f"a text of {len(value)} characters"
+        if _JSON_KINDS.get(kind) not in self.kinds:
+            return f"{_KINDS[kind]} where {self.expected} is expected"
+        if self.known is not None and value not in self.known:
+            return f"{_KINDS[kind]} unknown to the model where {self.expected} is expected"
+        return ""
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """A row of `count` features (None: any number), or a list of rows."""
+
+    count: int | None
+    columns: tuple[Column, ...] = ()
+    """One for each feature; without any, each is as `each`."""
+    each: Column = Column()
+    sample: Any = None
+    """Features that are known to be taken, for the example."""
+
+    @property
+    def expected(self) -> str:
+        """What is taken, for people."""
+        return f'{{"features": ...}} with {self._row} for one row, or a list of 1 to {MAX_ROWS} rows'
+
+    @property
+    def _row(self) -> str:
+        if self._differ and len(self.columns) <= _TOLD_COLUMNS:
+            told = (f"{column.name or place}: {column.expected}" for place, column in enumerate(self.columns))
+            return f"{self.count} values ({'; '.join(told)})"
+        columns = self.columns or (self.each,)
+        kinds = "finite numbers" if all(column.kinds == NUMBER for column in columns) else "numbers or texts"
+        null = " (null: missing)" if any(column.null for column in columns) else ""
+        return f"{self.count or 'n'} {kinds}{null}"
 
     def example(self) -> dict[str, Any]:
         """An input that is taken."""
-        return {"features": [0.0] * (self.count or 3)}
+        return {"features": self.row() if self.sample is None else self.sample}
+
+    def row(self, number: float = 0.0) -> list[Any]:
+        """A row of values that are taken, with this number wherever any number is."""
+        if not self.columns:
+            return [number] * (self.count or 3)
+        return [number if column.first is None and column.known is None else column.first for column in self.columns]
+
+    def with_null(self, places: Iterable[int]) -> RowSpec:
+        """The same with null in these places, too."""
+        if not self.columns:
+            return replace(self, each=replace(self.each, null=True))
+        some = set(places)
+        columns = [replace(column, null=column.null or place in some) for place, column in enumerate(self.columns)]
+        return replace(self, columns=tuple(columns))
 
     def schema(self) -> dict[str, Any]:
         """JSON Schema of the input."""
-        kinds = ["number", *(["string"] if self.mixed else []), *(["null"] if self.missing else [])]
-        row: dict[str, Any] = {"type": "array", "items": {"type": kinds if len(kinds) > 1 else "number"}, "minItems": 1}
+        columns = self.columns or (self.each,)
+        kinds = [kind for kind in _WORDS if any(kind in column.kinds for column in columns)]
+        kinds += ["null"] if any(column.null for column in columns) else []
+        row: dict[str, Any] = {"type": "array", "items": {"type": kinds if len(kinds) > 1 else kinds[0]}, "minItems": 1}
         if self.count is not None:
             row |= {"minItems": self.count, "maxItems": self.count}
+        if self._differ:
+            told = [column.schema() for column in self.columns]
+            row |= {"prefixItems": told} if len(json.dumps(told)) <= _TOLD_BYTES else {}
         return _one_member("features", {"anyOf": [row, {"type": "array", "items": row, "minItems": 1}]})
+
+    @cached_property
+    def _differ(self) -> bool:
+        """Whether there is more to say of the columns than how many there are."""
+        return any(column.name or column != self.columns[0] or column.known is not None for column in self.columns)
+
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether a row of numbers needs no look at its columns."""
+        return all(column.kinds == NUMBER and column.known is None and not column.objects for column in self.columns)
+
+    @cached_property
+    def _objects(self) -> bool:
+        return any("string" in column.kinds or column.objects for column in self.columns)
 
     def parse(self, inputs: Inputs) -> Any:
         """float64 [rows, count]; object [rows, count] where texts may be among them. Raises InputInvalid."""
@@ -89,25 +194,26 @@ class RowSpec:
         if len(rows) > MAX_ROWS:
             _refuse(self, field, f"{len(rows)} rows")
         width = self.count or (len(rows[0]) if isinstance(rows[0], list) else 0)
-        if width and not self.mixed and (array := _numbers(rows, width)) is not None:
+        if width and self._plain and (array := _numbers(rows, width)) is not None:
             return array
         for place, row in enumerate(rows):
             self._check_row(row, width, field if alone else f"{field}[{place}]")
-        if self.mixed:
-            return np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=object)
-        return np.array(rows, dtype=np.float64)
+        if not self._objects:
+            return np.array(rows, dtype=np.float64)
+        missing = [column.missing for column in self.columns]
+        return np.array(
+            [[gap if value is None else value for gap, value in zip(missing, row, strict=True)] for row in rows],
+            dtype=object,
+        )
 
     def _check_row(self, row: Any, width: int, where: str) -> None:
         if not isinstance(row, list):
             _refuse(self, where, "no list of values")
         if len(row) != width or not row:
             _refuse(self, where, f"{len(row)} values where {width} are expected" if width else "an empty row")
-        for column, value in enumerate(row):
-            if type(value) in (int, float):
-                if not -LARGEST <= value <= LARGEST:
-                    _refuse(self, f"{where}[{column}]", f"a number over {LARGEST:g}")
-            elif not (self.mixed and type(value) is str) and not (self.missing and value is None):
-                _refuse(self, f"{where}[{column}]", f"{_KINDS[type(value)]} where a number is expected")
+        for place, (column, value) in enumerate(zip(self.columns or repeat(self.each), row, strict=False)):
+            if wrong := column.wrong(value):
+                _refuse(self, f"{where}[{place}]", wrong)
 
 
 def _numbers(rows: list[Any], width: int) -> Any:
@@ -124,7 +230,18 @@ def _numbers(rows: list[Any], width: int) -> Any:
 
 
 _NUMBERS = frozenset({int, float})
-_KINDS: dict[type, str] = {str: "a text", bool: "true or false", type(None): "null", list: "a list", dict: "an object"}
+_KINDS: dict[type, str] = {
+    int: "a number", float: "a number", str: "a text", bool: "true or false", type(None): "null", list: "a list",
+    dict: "an object",
+}  # fmt: skip
+_JSON_KINDS: dict[type, str] = {int: "number", float: "number", str: "string", bool: "boolean"}
+_WORDS = {"number": "a number", "string": "a text", "boolean": "true or false"}
+_TOLD_COLUMNS, _TOLD_VALUES, _TOLD_CHARS = 16, 6, 20
+"""Most columns, values of each and characters of a value in a message."""
+_LISTED_VALUES = 64
+"""Most values of a column in a schema."""
+_TOLD_BYTES = 64 << 10
+"""Most JSON about columns in a schema, which has it twice: a description has room for 256 KiB."""
 
 
 def _one_member(name: str, schema: dict[str, Any]) -> dict[str, Any]:

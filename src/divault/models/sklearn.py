@@ -1,22 +1,26 @@
 """scikit-learn estimators and pipelines out of pickle or joblib files, through the allow-list loader of `pickles`.
 
 `{"features"}` takes a row or a list of rows as the estimator was fitted on, `{"text"}` a text or a list of texts where
-the first step is a text vectorizer, `{"inputs"}` either. The answer has `predictions`, one for each row, also for a
+a text vectorizer sees the input first, `{"inputs"}` either. The answer has `predictions`, one for each row, also for a
 single one; classifiers add `probabilities` and `classes`. Numbers equal those of the library's own methods.
 """
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 from divault.errors import UnsupportedModel
 from divault.models import native, pickles
-from divault.models.base import Answer, Description, Inputs, LoadedModel, Place
+from divault.models.base import Answer, Description, Inputs, LoadedModel, Place, words_of
 from divault.models.files import only_file, the_file
 from divault.models.rows import MAX_ROWS, RowSpec, TextSpec
-from divault.models.runtimes import runtime_object, seed
+from divault.models.runtimes import runtime_object, seed, version
+from divault.models.sklearn_columns import by_position, specification
 from divault.values import MemoryFile
 
 _NOT_ROWWISE = frozenset(
@@ -31,6 +35,10 @@ _TOGETHER = 64
 _TOLERANCE = 1e-9
 """Products of matrices of other sizes add in another order."""
 _LIBRARIES = ("scipy", "scikit-learn")
+_MOST_GROUPS = 32
+"""Most tries of where null may stand, a run each."""
+RAISED = (*pickles.DAMAGE, RuntimeError)
+"""What a model raises that was not fitted here, or not fitted at all."""
 
 
 class SklearnPickle:
@@ -47,19 +55,43 @@ class SklearnPickle:
         """The estimator. Raises UnsupportedModel naming the first global that is not allowed."""
         file = the_file(files, "a scikit-learn model")
         configure()
-        return Estimator(fitted(pickles.load(file)))
+        found = fitted(pickles.load(file))
+        try:
+            return Estimator(found)
+        except RAISED as err:
+            raise not_run(err, pickles.version_of(file)) from err
+
+
+def not_run(err: Exception, writer: str) -> UnsupportedModel:
+    """Why a model does not run that this version of the library wrote (empty: nobody knows)."""
+    installed = version("scikit-learn")
+    what = f"{type(err).__name__}: {words_of(err)}"
+    if writer in ("", installed):
+        seen = f"a model that does not run ({type(err).__name__})"
+        return UnsupportedModel(f"the model does not run on its own kind of input: {what}", seen=seen)
+    return UnsupportedModel(
+        f"scikit-learn {writer} wrote the model, and {installed}, which this node has, does not run it ({what}): "
+        f"fit it with {installed}",
+        seen=f"a model of scikit-learn {writer} that {installed} does not run",
+        supported=f"models that scikit-learn {installed} runs",
+    )
 
 
 class Estimator:
     """One fitted estimator."""
 
     def __init__(self, estimator: Any, adapter: str = "sklearn") -> None:
+        from sklearn.base import BaseEstimator
+
         self._estimator = estimator
         self._adapter = adapter
         self._proba = hasattr(estimator, "predict_proba")
         self._classes = _listed(getattr(estimator, "classes_", None))
-        self._spec = _spec(estimator)
-        self._rowwise = not any(type(part).__name__ in _NOT_ROWWISE for part in native.reachable(estimator))
+        parts = [part for part in native.reachable(estimator) if isinstance(part, BaseEstimator)]
+        self._rowwise = not any(type(part).__name__ in _NOT_ROWWISE for part in parts)
+        self._spec, groups = specification(estimator)
+        by_position(parts)
+        self._spec = self._tried(groups)
         self._description = self._described()
 
     @property
@@ -95,6 +127,56 @@ class Estimator:
         else:
             parts = [self._run(part) for part in rows]
         return [self._answer(found, len(part)) for found, part in zip(parts, rows, strict=True)]
+
+    def _tried(self, groups: Sequence[Sequence[int]]) -> RowSpec | TextSpec:
+        """What it takes, seen by running it: a row for the example, and where null may stand.
+
+        Raises what the library raises for a model that runs on nothing.
+        """
+        spec = self._spec
+        if isinstance(spec, TextSpec):
+            self._answers(spec, spec.example())
+            return spec
+        row = next((row for row in (spec.row(0.0), spec.row(1.0)) if self._answers(spec, {"features": row})), None)
+        if row is None:  # its numbers lie elsewhere, or it takes no single row
+            return spec
+        spec = replace(spec, sample=row)
+        everywhere = range(len(row))
+        if self._takes_null(spec, everywhere):
+            return spec.with_null(everywhere)
+        for places in groups if 1 < len(groups) <= _MOST_GROUPS else ():
+            if self._takes_null(spec, places):
+                spec = spec.with_null(places)
+        return spec
+
+    def _answers(self, spec: RowSpec | TextSpec, data: Any) -> bool:
+        """Whether such an input gets an answer; False where its values are the reason. Raises any other."""
+        try:
+            self._try(spec, data)
+        # The library's word for what was never fitted is a ValueError, too.
+        except AttributeError:
+            raise
+        except (ValueError, ArithmeticError):
+            return False
+        return True
+
+    def _takes_null(self, spec: RowSpec, places: Sequence[int]) -> bool:
+        """Whether the sample gets an answer with null in these places."""
+        gaps = set(places)
+        row = [None if place in gaps else value for place, value in enumerate(spec.sample)]
+        try:
+            self._try(spec.with_null(places), {"features": row})
+        except RAISED:
+            return False
+        return True
+
+    def _try(self, spec: RowSpec | TextSpec, data: Any) -> None:
+        """Raises what the library raises, and ValueError or TypeError for an answer that JSON doesn't have."""
+        rows = spec.parse(Inputs(data, {}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = self._run(rows)
+        json.dumps(_listed(list(found.values())), allow_nan=False)
 
     def _run(self, rows: Any) -> dict[str, Any]:
         if not self._rowwise:
@@ -179,54 +261,6 @@ def fitted(found: Any) -> Any:
         )
     native.check_all(found)
     return found
-
-
-def _spec(estimator: Any) -> RowSpec | TextSpec:
-    from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer
-
-    parts = _parts(estimator)
-    if any(isinstance(part, CountVectorizer | HashingVectorizer) for part in parts[:1]):
-        return TextSpec()
-    count = getattr(estimator, "n_features_in_", None)
-    mixed = any(_has_text_categories(part) for part in parts)
-    width = count if isinstance(count, int) and count > 0 else None
-    return RowSpec(width, mixed=mixed, missing=_takes_nan(estimator, parts))
-
-
-def _parts(estimator: Any, levels: int = 8) -> list[Any]:
-    """What sees the input first: the estimator itself, or the first steps inside pipelines, searches and unions."""
-    from sklearn.compose import ColumnTransformer
-    from sklearn.pipeline import FeatureUnion, Pipeline
-
-    if levels == 0:
-        return []
-    if isinstance(estimator, Pipeline):
-        inner = [step for _, step in estimator.steps][:1]
-    elif isinstance(estimator, FeatureUnion):
-        inner = [step for _, step in estimator.transformer_list]
-    elif isinstance(estimator, ColumnTransformer):
-        inner = [step for _, step, _ in getattr(estimator, "transformers_", [])]
-    elif hasattr(estimator, "best_estimator_"):
-        inner = [estimator.best_estimator_]
-    else:
-        return [estimator]
-    return [part for step in inner for part in _parts(step, levels - 1)]
-
-
-def _has_text_categories(part: Any) -> bool:
-    kinds = (getattr(getattr(column, "dtype", None), "kind", "f") for column in getattr(part, "categories_", []))
-    return any(kind in "OUS" for kind in kinds)
-
-
-def _takes_nan(estimator: Any, parts: list[Any]) -> bool:
-    """Whether null may stand for a missing value: by the model's own word, or since an imputer comes first."""
-    from sklearn.impute import KNNImputer, SimpleImputer
-    from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder
-    from sklearn.utils import get_tags
-
-    if any(isinstance(part, SimpleImputer | KNNImputer) for part in parts):
-        return all(isinstance(part, SimpleImputer | KNNImputer | OneHotEncoder | OrdinalEncoder) for part in parts)
-    return bool(get_tags(estimator).input_tags.allow_nan)
 
 
 def _listed(found: Any) -> Any:

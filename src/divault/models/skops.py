@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 import warnings
 import zipfile
 import zlib
@@ -21,7 +22,7 @@ from divault.models.base import LoadedModel, Place
 from divault.models.containers import MAX_ENTRIES
 from divault.models.files import head, only_file, path_of, the_file
 from divault.models.pickles import FREE_BYTES, RATIO
-from divault.models.sklearn import Estimator, configure, fitted
+from divault.models.sklearn import RAISED, Estimator, configure, fitted, not_run
 from divault.values import MemoryFile
 
 _REPLACED_IN_PICKLES = frozenset(
@@ -37,6 +38,8 @@ _DAMAGE = (
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError),
 )
 """What a malformed file makes zipfile, skops, numpy or an estimator raise."""
+_VERSION = re.compile(rb'"_sklearn_version":[^}]{1,200}?"\\"(\d+\.\d+[\w.]{0,20})')
+"""What the first estimator's state says."""
 
 
 class SkopsFile:
@@ -61,13 +64,24 @@ class SkopsFile:
         configure()
         try:
             _check_sizes(file)
-            return Estimator(fitted(_loaded(path_of(file))), "skops")
+            found = fitted(_loaded(path_of(file)))
         except _DAMAGE as err:
             text = str(err).encode("ascii", "backslashreplace").decode()[:120]
             raise UnsupportedModel(
                 f"the skops file is damaged: {type(err).__name__} {text}",
                 seen=f"a damaged skops file ({type(err).__name__})",
             ) from err
+        try:
+            return Estimator(found, "skops")
+        except RAISED as err:
+            raise not_run(err, _version_of(path_of(file))) from err
+
+
+def _version_of(path: str) -> str:
+    """The version of scikit-learn that a file says it is of; empty where it says none."""
+    with zipfile.ZipFile(path) as archive:
+        told = _VERSION.search(archive.read("schema.json"))
+    return told[1].decode() if told else ""
 
 
 def _check_sizes(file: MemoryFile) -> None:

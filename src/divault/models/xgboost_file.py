@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from divault.errors import SealedFileDamaged, UnsupportedModel
 from divault.models import ubjson
-from divault.models.boosters import MAX_FEATURES, MAX_OUTPUTS
+from divault.models.boosters import MAX_OUTPUTS
 from divault.models.files import head
+from divault.models.rows import MAX_FEATURES
 from divault.values import MemoryFile
 
 SUPPORTED = "XGBoost 1.0 or later as .ubj or .json: trees with numeric splits, dart or gblinear"
