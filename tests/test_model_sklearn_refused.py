@@ -27,7 +27,7 @@ import sklearn
 import skops.io
 from scipy import sparse
 from sklearn.cluster import DBSCAN
-from sklearn.ensemble import GradientBoostingRegressor
+from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor, RandomForestClassifier
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
@@ -162,6 +162,28 @@ def test_a_tree_that_points_outside_itself_is_refused(node: int, side: str, valu
     forged.tree_.__setstate__(state)
 
     assert "outside" in seen(pickle.dumps(forged))
+
+
+WIDE: dict[str, Callable[[], Any]] = {
+    "a tree": DecisionTreeClassifier,
+    "a forest": lambda: RandomForestClassifier(2),
+    "boosting": lambda: GradientBoostingClassifier(n_estimators=2),
+    "boosting in a pipeline": lambda: make_pipeline(StandardScaler(), GradientBoostingClassifier(n_estimators=2)),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("told", [2, None], ids=["fewer", "unsaid"])
+def test_a_tree_that_reads_more_features_than_its_estimator_takes_is_refused(name: str, told: int | None) -> None:
+    ours = WIDE[name]().fit(np.eye(8), [0, 1] * 4)
+    assert load(SklearnPickle(), {"model": pickle.dumps(ours)})
+    inner = ours[-1] if name.endswith("pipeline") else ours
+    for part in [inner, *np.ravel(getattr(inner, "estimators_", []))]:
+        if name == "a forest" or part is inner:
+            del part.n_features_in_
+            vars(part).update({} if told is None else {"n_features_in_": told})
+
+    assert "a feature which isn't there" in seen(pickle.dumps(ours))
 
 
 def test_a_sparse_matrix_that_points_outside_itself_is_refused() -> None:

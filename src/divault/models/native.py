@@ -84,9 +84,26 @@ def check_all(root: Any) -> None:
                 check(value)
             elif "_predictors" in getattr(value, "__dict__", {}):
                 _check_predictors(value)
+            else:
+                _check_width(value)
     # What arrays of another kind than expected, and scipy's own check, raise.
     except (ValueError, TypeError, AttributeError, IndexError, KeyError) as err:
         rebuilding.damaged(f"a tree or matrix that is none: {type(err).__name__}")
+
+
+def _check_width(model: Any) -> None:
+    """An estimator looks at how many features a row has, its tree doesn't; boosting runs the trees themselves."""
+    import numpy as np
+
+    held = getattr(model, "__dict__", {})
+    stages = held.get("estimators_")
+    members = stages.ravel().tolist() if isinstance(stages, np.ndarray) else []
+    trees = [
+        tree for tree in [held.get("tree_"), *(member.tree_ for member in members)] if type(tree).__name__ == "Tree"
+    ]
+    features = held.get("n_features_in_")
+    if trees and not (isinstance(features, int) and max(tree.n_features for tree in trees) <= features):
+        rebuilding.damaged("a tree that reads a feature which isn't there")
 
 
 def _check_predictors(model: Any) -> None:
