@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import skops.io
 from sklearn.calibration import CalibratedClassifierCV
-from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
+from sklearn.compose import ColumnTransformer, TransformedTargetRegressor, make_column_selector
 from sklearn.ensemble import (
     BaggingClassifier,
     HistGradientBoostingClassifier,
@@ -23,6 +23,7 @@ from sklearn.feature_extraction import DictVectorizer
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.frozen import FrozenEstimator
 from sklearn.impute import KNNImputer, MissingIndicator, SimpleImputer
+from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, TunedThresholdClassifierCV
 from sklearn.multiclass import OneVsRestClassifier
@@ -432,6 +433,25 @@ def test_an_answer_that_json_does_not_have_is_refused_when_the_model_is_loaded()
 
     with pytest.raises(UnsupportedModel, match="bytes is not JSON"):
         loaded(ours)
+
+
+def test_isotonic_regression_takes_one_number() -> None:
+    ours = IsotonicRegression(out_of_bounds="clip").fit(NUMBERS[:, 0], NUMBERS[:, 1])
+    model = loaded(ours)
+
+    same_as_the_library(ours, NUMBERS[:5, :1], model=model)
+    assert answer(model, model.description.example)["predictions"]
+    assert refused(model, {"features": [1.0, 2.0]})[0] == "features"
+
+
+def test_columns_that_were_chosen_by_their_kind_load() -> None:
+    chosen = make_column_selector(dtype_include=np.number), make_column_selector(dtype_exclude=np.number)
+    columns_of_kinds = columns()
+    ours = make_pipeline(columns_of_kinds, LogisticRegression()).fit(ROWS, KINDS)
+    columns_of_kinds.transformers = [("c", one_hot(), chosen[1]), ("n", StandardScaler(), chosen[0])]
+    as_of_a_frame(columns_of_kinds, ["colour", "width", "height"])
+
+    assert answer(loaded(ours), {"features": ROWS[:4].tolist()})["predictions"] == KINDS[:4].tolist()
 
 
 def test_an_example_is_found_where_zeros_are_none() -> None:

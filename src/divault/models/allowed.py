@@ -29,8 +29,8 @@ _UFUNCS = (
     "tanh",
 )  # fmt: skip
 _SCALARS = (
-    "bool", "bool_", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "str_", "uint16", "uint32",
-    "uint64", "uint8",
+    "bool", "bool_", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "number", "str_",
+    "uint16", "uint32", "uint64", "uint8",
 )  # fmt: skip
 _METRICS = (
     "accuracy_score", "average_precision_score", "balanced_accuracy_score", "brier_score_loss", "f1_score", "log_loss",

@@ -64,7 +64,10 @@ def specification(estimator: Any) -> tuple[RowSpec | TextSpec, list[list[int]]]:
 
     To be asked before `by_position`, which forgets the names.
     """
-    count = _first(estimator, "n_features_in_")
+    from sklearn.utils import get_tags
+
+    # Isotonic regression has one feature, and no word for it.
+    count = 1 if get_tags(estimator).input_tags.one_d_array else _first(estimator, "n_features_in_")
     width = int(count) if isinstance(count, int) and count > 0 else None
     if width is not None and width > MAX_FEATURES:
         raise UnsupportedModel(
