@@ -47,6 +47,7 @@ from divault.errors import InputInvalid
 from divault.models.base import Answer, Inputs, LoadedModel
 from divault.models.sklearn import SklearnPickle
 from tests.memory_models import answer, as_json, load
+from tests.schemas import mismatch
 
 RANDOM = np.random.default_rng(20)
 X = RANDOM.normal(size=(80, 4))
@@ -216,6 +217,38 @@ def test_a_description_says_what_goes_in_and_comes_out() -> None:
     assert found.output_schema["properties"]["classes"]["const"] == ["bad", "good"]
     assert set(found.runtime) == {"adapter", "arch", "determinism", "device", "dtype", "libraries", "threads"}
     assert set(found.runtime["libraries"]) == {"divault", "python", "numpy", "scipy", "scikit-learn"}
+
+
+@pytest.mark.parametrize("name", NUMERIC | TEXTUAL)
+def test_an_answer_is_what_the_description_says(name: str) -> None:
+    model = loaded(joblib_file(fitted(name)))
+    data = {"features": X[:7].tolist()} if name in NUMERIC else {"text": TEXTS}
+
+    assert mismatch(answer(model, data), model.description.output_schema) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("logistic", {"predictions": "integer", "probabilities": "array", "classes": "integer"}),
+        ("logistic of names", {"predictions": "string", "probabilities": "array", "classes": "string"}),
+        ("linear", {"predictions": "number"}),
+        ("linear of two", {"predictions": "array"}),
+    ],
+)
+def test_a_description_says_of_what_kind_the_answers_are(name: str, kinds: dict[str, str]) -> None:
+    told = loaded(joblib_file(fitted(name))).description.output_schema["properties"]
+
+    assert {part: schema["items"]["type"] for part, schema in told.items()} == kinds
+
+
+def test_labels_of_several_kinds_are_promised_nothing() -> None:
+    ours = LogisticRegression().fit(X, Y)
+    ours.classes_ = np.array(["a", 3], dtype=object)
+    model = loaded(joblib_file(ours))
+
+    assert model.description.output_schema["properties"]["predictions"] == {"type": "array"}
+    assert mismatch(answer(model, {"features": X[:9].tolist()}), model.description.output_schema) == ""
 
 
 def test_a_manifest_and_a_readme_may_lie_beside_the_model() -> None:

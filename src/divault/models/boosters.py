@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from divault.errors import ModelFailed, UnsupportedModel
 from divault.models.base import Answer, Description, Inputs
-from divault.models.rows import MAX_ROWS, Column, RowSpec
+from divault.models.rows import MAX_ROWS, Column, RowSpec, rows_of, schema_of
 from divault.models.runtimes import runtime_object
 from divault.models.tensors import MAX_ANSWER_NUMBERS, answered
 
@@ -93,12 +93,13 @@ class Boosted:
         )
 
     def _output_schema(self) -> dict[str, Any]:
-        properties: dict[str, Any] = {"predictions": {"type": "array"}}
+        classes, outputs = self._classes, self._model.outputs
+        single = classes[0] if classes else 0.0 if outputs == 1 else [0.0] * outputs
+        properties: dict[str, Any] = {"predictions": rows_of(single)}
         if self._model.kind.probabilities:
-            numbers = {"type": "array", "items": {"type": "number"}}
-            properties["probabilities"] = {"type": "array", "items": numbers}
-        if self._classes:
-            properties["classes"] = {"type": "array", "const": self._classes}
+            properties["probabilities"] = rows_of([0.0] * len(classes))
+        if classes:
+            properties["classes"] = schema_of(classes) | {"const": classes}
         return {"type": "object", "properties": properties, "required": list(properties)}
 
     def predict(self, batch: Sequence[Inputs]) -> list[Answer]:

@@ -235,6 +235,7 @@ _KINDS: dict[type, str] = {
     dict: "an object",
 }  # fmt: skip
 _JSON_KINDS: dict[type, str] = {int: "number", float: "number", str: "string", bool: "boolean"}
+_ANSWERED: dict[type, str] = {int: "integer", float: "number", str: "string", bool: "boolean"}
 _WORDS = {"number": "a number", "string": "a text", "boolean": "true or false"}
 _TOLD_COLUMNS, _TOLD_VALUES, _TOLD_CHARS = 16, 6, 20
 """Most columns, values of each and characters of a value in a message."""
@@ -242,6 +243,21 @@ _LISTED_VALUES = 64
 """Most values of a column in a schema."""
 _TOLD_BYTES = 64 << 10
 """Most JSON about columns in a schema, which has it twice: a description has room for 256 KiB."""
+
+
+def schema_of(value: Any) -> dict[str, Any]:
+    """JSON Schema of values like this one: lists of its length, of what the first one in it is if all are."""
+    if not isinstance(value, list):
+        return {"type": _ANSWERED[type(value)]} if type(value) in _ANSWERED else {}
+    told: dict[str, Any] = {"type": "array", "minItems": len(value), "maxItems": len(value)}
+    if value and len({type(one) for one in value}) == 1:
+        told["items"] = schema_of(value[0])
+    return told
+
+
+def rows_of(row: Any) -> dict[str, Any]:
+    """JSON Schema of a list with a value like this one for each row."""
+    return {"type": "array", "items": schema_of(row)}
 
 
 def _one_member(name: str, schema: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from divault.errors import UnsupportedModel
 from divault.models import native, pickles
 from divault.models.base import Answer, Description, Inputs, LoadedModel, Place, words_of
 from divault.models.files import only_file, the_file
-from divault.models.rows import MAX_ROWS, RowSpec, TextSpec
+from divault.models.rows import MAX_ROWS, RowSpec, TextSpec, rows_of, schema_of
 from divault.models.runtimes import runtime_object, seed, version
 from divault.models.sklearn_columns import by_position, specification
 from divault.values import MemoryFile
@@ -89,6 +89,8 @@ class Estimator:
         self._classes = _listed(getattr(estimator, "classes_", None))
         parts = [part for part in native.reachable(estimator) if isinstance(part, BaseEstimator)]
         self._rowwise = not any(type(part).__name__ in _NOT_ROWWISE for part in parts)
+        self._sample: dict[str, Any] = {}
+        """What it answered to a single row, if it did."""
         self._spec, groups = specification(estimator)
         by_position(parts)
         self._spec = self._tried(groups)
@@ -177,6 +179,8 @@ class Estimator:
             warnings.simplefilter("ignore")
             found = self._run(rows)
         json.dumps(_listed(list(found.values())), allow_nan=False)
+        # A list has the answers of each output, with a row in each.
+        self._sample = {name: _listed(values)[0] for name, values in found.items() if not isinstance(values, list)}
 
     def _run(self, rows: Any) -> dict[str, Any]:
         if not self._rowwise:
@@ -204,11 +208,14 @@ class Estimator:
         return next((task for task, holds in kinds.items() if holds(self._estimator)), "prediction")
 
     def _output_schema(self) -> dict[str, Any]:
-        properties: dict[str, Any] = {"predictions": {"type": "array"}}
-        if self._proba:
-            properties["probabilities"] = {"type": "array"}
+        names = ["predictions", *(["probabilities"] if self._proba else [])]
+        properties: dict[str, Any] = {
+            name: rows_of(self._sample[name]) if name in self._sample else {"type": "array"} for name in names
+        }
         if self._classes is not None:
-            properties["classes"] = {"type": "array", "const": self._classes}
+            properties["classes"] = schema_of(self._classes) | {"const": self._classes}
+            if properties["classes"].get("items") is None:  # labels of several kinds: another row may have another
+                properties["predictions"] = {"type": "array"}
         return {"type": "object", "properties": properties, "required": list(properties)}
 
 
