@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import platform
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +25,10 @@ from sklearn.neighbors import KNeighborsRegressor
 
 from divault import models
 from divault.errors import InputInvalid
-from divault.models.base import Inputs, LoadedModel, Place
+from divault.models.base import CPU, Inputs, LoadedModel, Place
 from divault.models.huggingface_files import ENCODERS
+from divault.models.runtimes import blas, instructions
+from divault.models.torch_runtime import prepare, runtime
 from divault.workers.pool import WorkerPool
 from tests import onnx_models
 from tests.memory_models import (
@@ -177,6 +183,47 @@ async def test_two_workers_give_the_same_bytes_and_name_the_same_runtime(name: s
     assert runtime["determinism"]["seed"] == 0
     assert {"divault", "python", "numpy"} <= runtime["libraries"].keys()
     json.dumps(runtime)
+
+
+OF_SKLEARN = "import sklearn.linear_model; from divault.models.runtimes import blas; print(blas())"
+OF_TORCH = """
+from divault.models.base import CPU
+from divault.models.torch_runtime import prepare, runtime
+print(runtime("x", prepare(CPU), ())["determinism"])
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the variables name processors of this kind")
+@pytest.mark.parametrize(
+    ("program", "variable", "value"),
+    [(OF_SKLEARN, "OPENBLAS_CORETYPE", "Nehalem"), (OF_TORCH, "ATEN_CPU_CAPABILITY", "default")],
+    ids=["scikit-learn", "torch"],
+)
+def test_a_library_that_computes_as_on_another_processor_is_another_runtime(
+    program: str, variable: str, value: str
+) -> None:
+    def told(**more: str) -> str:
+        environment = {"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(sys.path)} | more
+        command = (sys.executable, "-c", program)
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    assert told() == told() != told(**{variable: value})
+
+
+def test_what_a_model_computes_with_is_told(tmp_path: Path) -> None:
+    make, _, _ = FORMATS["scikit-learn, trees"]
+    with memory_files(make(tmp_path)) as files:
+        told = models.load(files, CPU).description.runtime["determinism"]
+
+    assert told == {"seed": 0, "instructions": instructions(), "blas": blas()}
+    assert "SSE2" in instructions() or platform.machine() != "x86_64"
+
+
+def test_switches_that_let_numbers_be_rounded_are_off() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    told = runtime("x", prepare(CPU), ())["determinism"]
+
+    assert told["tf32"] is torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is False
 
 
 def test_the_formats_of_this_page_are_all_there_are() -> None:

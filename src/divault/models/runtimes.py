@@ -49,6 +49,21 @@ def version(name: str) -> str:
     return metadata.version(name)
 
 
+@cache
+def instructions() -> list[str]:
+    """What this processor has for numbers, as numpy sees it: libraries choose by it how they compute."""
+    from numpy._core import _multiarray_umath  # type: ignore[attr-defined]  # what `numpy.show_runtime` shows
+
+    return sorted(name for name, has in _multiarray_umath.__cpu_features__.items() if has)
+
+
+def blas() -> list[str]:
+    """The processors that the BLAS libraries of this process compute as for; scikit-learn's own tool tells."""
+    from threadpoolctl import threadpool_info
+
+    return sorted({str(one["architecture"]) for one in threadpool_info() if "architecture" in one})
+
+
 def runtime_object(
     adapter: str, device: str, dtype: str, libraries: Sequence[str], determinism: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -57,7 +72,7 @@ def runtime_object(
     return {
         "adapter": adapter,
         "arch": platform.machine(),
-        "determinism": {"seed": SEED, **determinism},
+        "determinism": {"seed": SEED, "instructions": instructions(), **determinism},
         "device": device,
         "dtype": dtype,
         "libraries": {"python": platform.python_version()} | {name: version(name) for name in names},

@@ -19,7 +19,7 @@ from divault.models import native, pickles
 from divault.models.base import Answer, Description, Inputs, LoadedModel, Place, words_of
 from divault.models.files import only_file, the_file
 from divault.models.rows import MAX_ROWS, RowSpec, TextSpec, rows_of, schema_of
-from divault.models.runtimes import runtime_object, seed, version
+from divault.models.runtimes import blas, runtime_object, seed, version
 from divault.models.sklearn_columns import by_position, specification
 from divault.values import MemoryFile
 
@@ -110,7 +110,7 @@ class Estimator:
             input_schema=self._spec.schema(),
             output_schema=self._output_schema(),
             example=self._spec.example(),
-            runtime=runtime_object(self._adapter, "cpu", "float64", libraries, {}),
+            runtime=runtime_object(self._adapter, "cpu", "float64", libraries, {"blas": blas()}),
             together=_TOGETHER if self._rowwise else 1,
             tolerance=_TOLERANCE,
         )

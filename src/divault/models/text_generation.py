@@ -29,6 +29,7 @@ MAX_NEW_TOKENS = 4096
 _DEFAULT_NEW_TOKENS = 64
 _MAX_STOPS, _MAX_STOP_CHARS = 4, 100
 _HALF_CHARACTER = "\ufffd"
+_LIBRARIES = ("transformers", "tokenizers", "safetensors")
 _EXAMPLE = {"prompt": "Once upon a time"}
 
 
@@ -71,7 +72,7 @@ class LoadedGenerator:
             input_schema=_input_schema(chat=language.template is not None),
             output_schema=_OUTPUT_SCHEMA,
             example=_EXAMPLE,
-            runtime=runtime("huggingface", hardware, ("transformers", "tokenizers", "safetensors")),
+            runtime=runtime("huggingface", hardware, (*_LIBRARIES, *(["jinja2"] if language.template else []))),
         )
         self.predict([Inputs(_EXAMPLE, {"max_tokens": 1})])
 

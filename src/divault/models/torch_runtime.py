@@ -52,6 +52,7 @@ def prepare(place: Place) -> Hardware:
     seed()
     torch.use_deterministic_algorithms(mode=True)
     torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         found = torch.device(device)
         torch.empty(1, device=found)
@@ -97,7 +98,8 @@ def runtime(adapter: str, hardware: Hardware, libraries: Sequence[str]) -> dict[
     flags = {
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+        "torch_instructions": torch.backends.cpu.get_cpu_capability(),
     }
     dtype = str(hardware.dtype).removeprefix("torch.")
     told = runtime_object(adapter, hardware.name, dtype, ("torch", *libraries), flags)
