@@ -23,6 +23,11 @@ DESCRIPTION = {
     "example": {"features": [1]},
     "runtime": {"adapter": "hostile", "threads": 1},
 }
+CHECKS = (
+    "fs_read", "fs_write", "net_tcp", "net_udp", "unix", "spawn", "signal", "ptrace", "proc", "mem_limit",
+    "descriptors", "environment", "no_core_dump", "no_file_growth", "no_new_privs", "not_dumpable", "no_capability",
+    "pid_ns", "net_ns", "proc_limit", "own_user",
+)  # fmt: skip
 
 
 class Hostile:
@@ -62,6 +67,16 @@ class Hostile:
     def problem(self, code: str, detail: str = "", data: bytes = b"{}") -> dict[str, Any]:
         return {"kind": "problem", "code": code, "detail": detail, "data": data}
 
+    def confine(self, asked: dict[str, Any]) -> None:
+        checks = dict.fromkeys(CHECKS, "unknown") | {"mem_limit": "enforced"}
+        if self.behaviour == "confined_more":
+            checks["<b>safe</b>"] = "enforced"
+        if self.behaviour == "confined_less":
+            checks = {"mem_limit": "enforced"}
+        if self.behaviour == "confined_late":
+            return
+        self.send({"kind": "confined", "id": asked["id"], "v": 1, "checks": checks})
+
     def load(self, asked: dict[str, Any]) -> None:
         described: Any = json.dumps(DESCRIPTION | {"together": 16 if self.behaviour == "tagged" else 1}).encode()
         if self.behaviour == "load_undescribed":
@@ -81,8 +96,7 @@ class Hostile:
         if self.behaviour == "load_forbidden":
             self.send({"kind": "failed", "id": asked["id"], "v": 1, "problem": self.problem("access_denied")})
             time.sleep(600)
-        checks = {"mem_limit": "enforced"}
-        self.send({"kind": "ready", "id": asked["id"], "v": 1, "description": described, "checks": checks})
+        self.send({"kind": "ready", "id": asked["id"], "v": 1, "description": described})
         if self.behaviour == "unasked":
             time.sleep(0.1)
             self.send(self.answers(asked, self.success()))
@@ -90,7 +104,9 @@ class Hostile:
             os._exit(1)
 
     def serve(self) -> None:
-        self.load(self.frame())
+        asked = self.frame()
+        self.confine(asked)
+        self.load(asked if self.behaviour == "confined_late" else self.frame())
         while True:
             asked = self.frame()
             if asked["kind"] == "ping":

@@ -152,8 +152,8 @@ def test_code_that_is_not_there_is_asked_for(here: Any, changed: dict[str, bytes
 @pytest.mark.parametrize("proven", [False, True])
 async def test_it_is_refused_by_its_class_where_code_is_not_allowed(confined_pool: MakePool, proven: bool) -> None:
     pool = confined_pool(not proven)
-    if proven:
-        await pool.prove_sandbox()
+    if not proven:
+        pool._confinement._canary = Path("/nowhere/at/all")
     files = {"model.pt": net(), "net.py": NET.encode(), **OWN, "divault.json": as_json(TOLD)}
     with pytest.raises(UnsupportedModel) as caught:
         await pool.load(opened("refused", files))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,10 +72,10 @@ async def test_it_answers_where_code_is_allowed(confined_pool: MakePool, scorer:
 async def test_it_is_refused_by_name_where_code_is_not_allowed(
     confined_pool: MakePool, scorer: bytes, proven: bool
 ) -> None:
-    """Also where it is allowed and no worker has proven its confinement yet."""
+    """Also where it is allowed and its process can't prove its confinement."""
     pool = confined_pool(not proven)
-    if proven:
-        await pool.prove_sandbox()
+    if not proven:
+        pool._confinement._canary = Path("/nowhere/at/all")
     with pytest.raises(UnsupportedModel, match="TorchScript"):
         await pool.load(opened("scorer", {"model.pt": scorer, "divault.json": as_json(TOLD)}))
 

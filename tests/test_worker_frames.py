@@ -20,12 +20,14 @@ ID = bytes(range(16))
 REPLIES: list[wire.Reply] = [
     wire.Pong(id=ID),
     wire.Answers(id=ID, items=[wire.Success(b"[1]", 1), wire.Problem("model_failed", "x", b'{"kind":"raised"}')]),
-    wire.Ready(id=ID, description=b"{}", checks={"mem_limit": "enforced"}),
+    wire.Confined(id=ID, checks={"mem_limit": "enforced"}),
+    wire.Ready(id=ID, description=b"{}"),
     wire.Failed(id=ID, problem=wire.Problem("unsupported_model", "x")),
 ]
 REQUESTS: list[wire.Request] = [
     wire.Ping(id=ID),
-    wire.Load(id=ID, files=[wire.File("model", 4, 10)], device="cpu", dtype="float32", memory_bytes=1),
+    wire.Confine(id=ID, keep=[4], memory_bytes=1),
+    wire.Load(id=ID, files=[wire.File("model", 4, 10)], device="cpu", dtype="float32"),
     wire.Run(id=ID, items=[wire.Item(b"{}", None), wire.Item(b"{}", b"{}")]),
 ]
 
@@ -97,7 +99,8 @@ def test_a_changed_reply_is_a_reply_or_a_broken_rule(
         msgspec.msgpack.encode({"kind": "pong", "id": ID + b"x", "v": 1}),
         msgspec.msgpack.encode({"kind": "pong", "id": ID, "v": 1, "more": 1}),
         msgspec.msgpack.encode({"kind": "run", "id": ID, "v": 1, "items": []}),
-        msgspec.msgpack.encode({"kind": "ready", "id": ID, "v": 1, "description": b"", "checks": {"a": "perhaps"}}),
+        msgspec.msgpack.encode({"kind": "confined", "id": ID, "v": 1, "checks": {"a": "perhaps"}}),
+        msgspec.msgpack.encode({"kind": "ready", "id": ID, "v": 1, "description": b"", "checks": {}}),
         msgspec.msgpack.encode({"kind": "answers", "id": ID, "items": [{"kind": "success", "result": "x", "rows": 1}]}),
         body_of(REPLIES[0]) + b"\0", body_of(REPLIES[0])[:-1],
     ],

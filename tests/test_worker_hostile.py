@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from divault.errors import DeadlineExceeded, ModelFailed, NotReady
+from divault.workers import sandbox
 from divault.workers.pool import WorkerPool
 from tests.worker_models import alive, answer, children, hostile, opened, output
 
@@ -131,6 +132,9 @@ async def test_five_deaths_fail_the_model_and_it_is_tried_again_later(make_pool:
 @pytest.mark.parametrize(
     ("behaviour", "error"),
     [
+        ("confined_more", ModelFailed),
+        ("confined_less", ModelFailed),
+        ("confined_late", ModelFailed),
         ("load_undescribed", ModelFailed),
         ("load_uncanonical", ModelFailed),
         ("load_forbidden", ModelFailed),
@@ -216,6 +220,7 @@ async def until(holds: Callable[[], bool], limit_s: float = 20) -> None:
 
 def test_the_hostile_worker_describes_itself_well() -> None:
     """Otherwise every test above would fail at its load and prove nothing."""
-    from tests.hostile_worker import DESCRIPTION
+    from tests.hostile_worker import CHECKS, DESCRIPTION
 
     assert json.loads(json.dumps(DESCRIPTION)) == DESCRIPTION
+    assert sandbox.CHECKS == CHECKS

@@ -127,12 +127,14 @@ async def recognise(
 async def _loaded(files: Sequence[MemoryFile], what: tuple[Digest, int], command: Sequence[str]) -> Recognised:
     process = await Process.start(command, files, _THREADS, lambda: None)
     try:
+        memory = 3 * sum(file.size for file in files)  # as a node gives it
+        limits = wire.Confine(id=wire.new_id(), keep=[file.fd for file in files], memory_bytes=memory)
+        wire.expect(await process.ask(limits), wire.Confined)
         order = wire.Load(
             id=wire.new_id(),
             files=[wire.File(file.name, file.fd, file.size) for file in files],
             device=CPU.device,
             dtype=CPU.dtype,
-            memory_bytes=3 * sum(file.size for file in files),  # as a node gives it
             threads=_THREADS,
         )
         reply = await process.ask(order)

@@ -2,9 +2,9 @@
 
 Steps:
 
-1. Read one frame that says which inherited descriptors are the model's files, and how much memory it may take.
-2. `confine`: nothing of the model is read before that.
-3. Recognise and load the model; the libraries of its format alone are imported.
+1. Read one frame that says which inherited descriptors are kept, and how much memory it may take.
+2. `confine`, and say what was seen to hold: nothing of the model is read before that.
+3. Read which files are the model's, recognise and load it; the libraries of its format alone are imported.
 4. Answer frames, one at a time. Inputs are strict JSON; what a model gives is checked and copied before it is sent.
 
 Whatever a model raises becomes a typed problem with its type's name and at most 200 escaped characters of its text.
@@ -28,7 +28,6 @@ from divault.models.runtimes import pin_threads
 from divault.values import MemoryFile
 from divault.workers import strict_json, wire
 from divault.workers.sandbox import Policy, confine
-from divault.workers.selfcheck import Verdict
 
 IDLE_ADDRESS_SPACE = 6 << 30
 """Libraries alone map up to 3 GiB (PyTorch with its threads' stacks and arenas); the rest is for working memory."""
@@ -51,8 +50,6 @@ ENVIRONMENT = frozenset(
 )
 _ERROR_TEXT, _NAME = 200, 80
 T = TypeVar("T")
-NOTHING = b"{}"
-"""Description of a worker that was started without files, to prove that workers can be started and confined."""
 
 
 def main() -> None:
@@ -63,33 +60,29 @@ def main() -> None:
 def work(channel: int) -> None:
     """Serve the gateway on this socket, and end the process."""
     with socket.socket(fileno=channel) as connection:
-        order = wire.receive(connection)
-        if isinstance(order, wire.Load):
-            checks = confine(_policy(order, connection.fileno()))
-            model, reply = _load(order, checks)
-            wire.send(connection, reply)
-            # After a failure too: who ends at once might be seen to end before the answer is read.
-            _serve(connection, model)
+        limits = wire.receive(connection)
+        if isinstance(limits, wire.Confine):
+            checks = confine(_policy(limits, connection.fileno()))
+            wire.send(connection, wire.Confined(id=limits.id, checks=checks))
+            _serve(connection)
     # Teardown of the interpreter is of use to nobody, and libraries may hang in it.
     os._exit(0)
 
 
-def _policy(order: wire.Load, channel: int) -> Policy:
+def _policy(order: wire.Confine, channel: int) -> Policy:
     return Policy(
         level=order.level,
         canary=order.canary,
         namespaces=order.namespaces,
         own_user=order.own_user,
-        keep=(channel, *(file.fd for file in order.files)),
+        keep=(channel, *order.keep),
         environment=ENVIRONMENT,
         address_space=IDLE_ADDRESS_SPACE + order.memory_bytes,
         data=IDLE_DATA + order.memory_bytes,
     )
 
 
-def _load(order: wire.Load, checks: dict[str, Verdict]) -> tuple[LoadedModel | None, wire.Reply]:
-    if not order.files:
-        return None, wire.Ready(id=order.id, description=NOTHING, checks=checks)
+def _load(order: wire.Load) -> tuple[LoadedModel | None, wire.Reply]:
     files = [MemoryFile(file.name, file.fd, file.size) for file in order.files]
     if order.recognise:
         found = _attempt("recognising the model", lambda: models.recognise(files, allow_code=order.allow_code).template)
@@ -106,10 +99,16 @@ def _load(order: wire.Load, checks: dict[str, Verdict]) -> tuple[LoadedModel | N
     if isinstance(loaded, wire.Problem):
         return None, wire.Failed(id=order.id, problem=loaded)
     model, description = loaded
-    return model, wire.Ready(id=order.id, description=description, checks=checks)
+    return model, wire.Ready(id=order.id, description=description)
 
 
-def _serve(connection: socket.socket, model: LoadedModel | None) -> None:
+def _serve(connection: socket.socket) -> None:
+    order = wire.receive(connection)
+    if not isinstance(order, wire.Load):
+        return
+    model, reply = _load(order)
+    wire.send(connection, reply)
+    # After a failure too: who ends at once might be seen to end before the answer is read.
     while (request := wire.receive(connection)) is not None:
         if isinstance(request, wire.Ping):
             wire.send(connection, wire.Pong(id=request.id))

@@ -1,7 +1,8 @@
 """How far the workers of a node are confined: what was asked for, and what a real worker saw to hold.
 
 A level is never taken from a kernel's version or a setting: at the start a worker without a model is confined and tries
-what is forbidden. `auto` takes the best level that is proven so.
+what is forbidden. `auto` takes the best level that is proven so. Every later worker proves it again, before it is told
+of its model; nothing that a process says after that is taken for a proof.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from divault.models.base import Place
 from divault.values import MemoryFile
 from divault.workers import landlock, seccomp, wire
+from divault.workers.process import Process
 from divault.workers.sandbox import CHECKS, Level, level_of, missing_for
 from divault.workers.selfcheck import namespaces_here
 from divault.workers.users import Shared, why_shared
@@ -73,22 +75,37 @@ class Confinement:
         """What keeps this level from being reached, by the names of the checks."""
         return missing_for(level, self.checks)
 
+    async def confine(self, process: Process, memory_bytes: int) -> Mapping[str, str]:
+        """Have a new process confine itself, and give what it saw to hold. Raises ModelFailed.
+
+        `memory_bytes`: what it may map beyond what an idle one needs.
+        """
+        order = wire.Confine(
+            id=wire.new_id(),
+            keep=[file.fd for file in process.files],
+            memory_bytes=memory_bytes,
+            level=self.level,
+            canary=str(self._canary),
+            namespaces=self._namespaces,
+            own_user=self.why_shared is None,
+        )
+        checks = wire.expect(await process.ask(order), wire.Confined).checks
+        if checks.keys() != set(CHECKS):
+            raise wire.broken("it tells of other checks than there are")
+        self.checks = checks
+        return checks
+
     def order(
-        self, files: Sequence[MemoryFile], place: Place, memory_bytes: int, threads: int, *, recognise: bool = False
+        self, files: Sequence[MemoryFile], place: Place, threads: int, checks: Mapping[str, str], *, recognise: bool
     ) -> wire.Load:
-        """What a worker is told first. `recognise`: it is to load nothing, but to say what these files are."""
+        """What a worker that proved these `checks` is told to load. `recognise`: only to say what these files are."""
         return wire.Load(
             id=wire.new_id(),
             files=[wire.File(file.name, file.fd, file.size) for file in files],
             device=place.device,
             dtype=place.dtype,
-            memory_bytes=memory_bytes,
             threads=threads,
-            level=self.level,
-            canary=str(self._canary),
-            namespaces=self._namespaces,
-            allow_code=self.allow_code and self.effective in ("standard", "strict"),
-            own_user=self.why_shared is None,
+            allow_code=self.allow_code and level_of(checks, self.level) in ("standard", "strict"),
             recognise=recognise,
         )
 

@@ -177,7 +177,6 @@ class WorkerPool:
                 raise NotReady("the device of this node is not there: its operator has to set DIVAULT_DEVICE") from err
         if self._closed:
             raise NotReady("the node is stopping", retry_after=5)
-        self._confinement.checks = dict(worker.checks)
         replaced = self._entries.get(opened.model.key)
         entry = _Entry(worker, int(time.time()), round(time.monotonic() - began, 3))
         self._entries[opened.model.key] = entry
@@ -358,13 +357,11 @@ class WorkerPool:
         process = await Process.start(tuning.command, (), 1, lambda: None, separate=separate)
         try:
             async with asyncio.timeout(limit_s):
-                order = self._confinement.order((), self._place, 0, 1)
-                ready = wire.expect(await process.ask(order), wire.Ready)
+                await self._confinement.confine(process, 0)
         except TimeoutError:
             raise DeadlineExceeded(f"no worker started within {limit_s:g} s", limit_s=f"{limit_s:g}") from None
         finally:
             await process.kill()
-        self._confinement.checks = dict(ready.checks)
         return "no model is loaded; a worker starts and answers"
 
 

@@ -7,8 +7,9 @@ Rules:
 2. Every request carries 16 random bytes; the answer must carry the same.
 3. One request at a time; whatever a worker sends unasked breaks the rules. Only a run that asks for pieces is answered
    by any number of them before its answer, and only such a run can be told to stop.
-4. The gateway takes every byte of a worker as hostile: typed decode, bounded texts, JSON checked again.
-5. Who breaks a rule is killed with its process group, by the gateway; the callers get `ModelFailed`.
+4. A worker says how it is confined in a frame of its own, before it is told to load: what comes later may be forged.
+5. The gateway takes every byte of a worker as hostile: typed decode, bounded texts, JSON checked again.
+6. Who breaks a rule is killed with its process group, by the gateway; the callers get `ModelFailed`.
 """
 
 from __future__ import annotations
@@ -63,26 +64,33 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: int
 
 
-class Load(Frame, frozen=True, tag="load"):
-    """Confine yourself, then load the model of these files. Answered by Ready or Failed."""
+class Confine(Frame, frozen=True, tag="confine"):
+    """Give up all that a worker doesn't need, before you are told of a model. Answered by Confined."""
 
-    files: list[File]
-    device: str
-    dtype: str
+    keep: list[int]
+    """Descriptors of the files that you inherited."""
     memory_bytes: int
     """How much memory the worker may map beyond what an idle one needs."""
-    threads: int = 1
-    """Of its numerical libraries."""
     level: Literal["strict", "standard", "off"] = "standard"
     """How far to confine yourself."""
     canary: str = ""
     """A file that everybody may read, to try whether you can."""
     namespaces: dict[str, str] = {}
     """Of the node, to compare yours with."""
-    allow_code: bool = False
-    """Formats that carry code may run."""
     own_user: bool = False
     """Leave the node's user for one of your own."""
+
+
+class Load(Frame, frozen=True, tag="load"):
+    """Load the model of these files. Answered by Ready or Failed."""
+
+    files: list[File]
+    device: str
+    dtype: str
+    threads: int = 1
+    """Of its numerical libraries."""
+    allow_code: bool = False
+    """Formats that carry code may run."""
     recognise: bool = False
     """Load nothing: say which template loads these files. Answered by Known or Failed."""
 
@@ -130,13 +138,18 @@ class Success(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
     rows: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 
 
+class Confined(Frame, frozen=True, tag="confined"):
+    """The worker is confined, and has not read a byte of a model."""
+
+    checks: dict[Annotated[str, msgspec.Meta(max_length=40)], Literal["enforced", "not_enforced", "unknown"]]
+    """What its confinement holds, by name."""
+
+
 class Ready(Frame, frozen=True, tag="ready"):
     """The model is loaded."""
 
     description: Annotated[bytes, msgspec.Meta(max_length=MAX_DESCRIPTION_BYTES)]
     """`models.base.Description` as JSON."""
-    checks: dict[Annotated[str, msgspec.Meta(max_length=40)], Literal["enforced", "not_enforced", "unknown"]]
-    """What the worker's confinement holds, by name."""
 
 
 class Known(Frame, frozen=True, tag="known"):
@@ -169,9 +182,9 @@ class Pong(Frame, frozen=True, tag="pong"):
     """Here."""
 
 
-Request = Load | Run | Stop | Ping
-Reply = Ready | Known | Failed | Answers | Part | Pong
-R = TypeVar("R", Ready, Known, Failed, Answers, Pong)
+Request = Confine | Load | Run | Stop | Ping
+Reply = Confined | Ready | Known | Failed | Answers | Part | Pong
+R = TypeVar("R", Confined, Ready, Known, Failed, Answers, Pong)
 
 _requests = msgspec.msgpack.Decoder(Request)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
@@ -247,7 +260,7 @@ def stop_comes(connection: socket.socket) -> bool:
     """Whether the gateway has told the run under way to stop, or hung up; reads that order. At the worker's end."""
     if not select.select([connection], [], [], 0)[0]:
         return False
-    return not isinstance(receive(connection), Run | Load | Ping)
+    return not isinstance(receive(connection), Run | Confine | Load | Ping)
 
 
 def receive(connection: socket.socket) -> Request | None:

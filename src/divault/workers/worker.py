@@ -28,7 +28,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -136,7 +136,8 @@ class Worker:
         self._tuning = surroundings.tuning
         self._template: str | None = None if self._tuning.templates else ""
         """What its process is forked from; empty: nothing; None: not known yet."""
-        self.checks: dict[str, str] = {}
+        self.checks: Mapping[str, str] = {}
+        """What its process saw to hold, before it was told of the model."""
         self.threads = surroundings.tuning.threads or 1
         """Of its libraries, for as long as it lives: another number may give other last digits. Set before `start`."""
         self._place = place
@@ -513,7 +514,6 @@ class Worker:
             limit = f"{limit_s:g}"
             raise DeadlineExceeded(f"loading the model took longer than {limit} s", limit_s=limit) from None
         ready = wire.expect(reply, wire.Ready)
-        self.checks = dict(ready.checks)
         self._start_s = time.monotonic() - began
         return _described(ready.description)
 
@@ -537,8 +537,8 @@ class Worker:
             process = await Process.start(command, self.opened.files, self.threads, self._lost, separate=separate)
         self._process = process
         # The mapped file, the model made of it, and as much again while it is made and at work.
-        memory = 3 * self.opened.size
-        order = self._confinement.order(process.files, self._place, memory, self.threads, recognise=recognise)
+        self.checks = await self._confinement.confine(process, 3 * self.opened.size)
+        order = self._confinement.order(process.files, self._place, self.threads, self.checks, recognise=recognise)
         reply = await process.ask(order)
         if isinstance(reply, wire.Failed):
             raise wire.reported(reply.problem, wire.LOAD_ERRORS)
