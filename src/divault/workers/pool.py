@@ -29,10 +29,11 @@ from divault.telemetry import log
 from divault.values import Cid, Digest, Hold, ModelId, OpenedModel, Output, SignedCall
 from divault.workers import wire
 from divault.workers.confinement import Confinement
+from divault.workers.figures import SIZES
 from divault.workers.process import Process
 from divault.workers.template import Templates
 from divault.workers.users import Shared
-from divault.workers.worker import SIZES, Deadlines, Surroundings, Tuning, Worker
+from divault.workers.worker import Deadlines, Surroundings, Tuning, Worker
 
 _log = log("workers")
 _MOST_THREADS = 4

@@ -29,19 +29,18 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-import msgspec
-
-from divault.errors import BadRequest, DeadlineExceeded, DivaultError, ModelFailed, NotReady, Overloaded
-from divault.messages import canonical
+from divault.errors import DeadlineExceeded, DivaultError, ModelFailed, NotReady, Overloaded
 from divault.models.base import Description, Piece, Place
 from divault.models.libraries import LIBRARIES
 from divault.telemetry import log
 from divault.values import OpenedModel
 from divault.workers import wire
+from divault.workers.answers import answers_of, described, request_for
 from divault.workers.confinement import Confinement
+from divault.workers.figures import Figures
 from divault.workers.memory import memory_of
 from divault.workers.process import COMMAND, Process
 from divault.workers.queue import Job, Queue
@@ -96,34 +95,11 @@ class Surroundings:
     templates: Templates
 
 
-SIZES = (1, 2, 4, 8, 16, 32, 64)
-"""Upper bounds of the sizes of passes that are counted."""
 _HOLD_SHARE, _SHORTEST_HOLD_S, _LONGEST_HOLD_S = 1 / 6, 0.001, 0.01
 """Of a pass' time, that the next waits for the callers of the last: a loop's timers know no less than a millisecond."""
 _MOST_NOT_HELD = 32
 _FEWEST_PLACES, _PASSES_WAITING = 8, 8
 _NOBODY = b""
-
-
-@dataclass(slots=True)
-class Figures:
-    """What a model's worker did, and how fast it is."""
-
-    passes: list[int] = field(default_factory=lambda: [0] * (len(SIZES) + 1))
-    """How many passes had at most so many callers as `SIZES` says; the last: more."""
-    callers: int = 0
-    busy_s: float = 0.0
-    restarts: int = 0
-    mean_s: float = 0.0
-    """Recent mean of what a caller costs."""
-
-    def count(self, callers: int, seconds: float) -> None:
-        """Note a pass."""
-        self.passes[sum(callers > bound for bound in SIZES)] += 1
-        self.callers += callers
-        self.busy_s += seconds
-        share = min(1.0, 0.1 * callers) if self.mean_s else 1.0
-        self.mean_s += share * (seconds / callers - self.mean_s)
 
 
 class Worker:
@@ -409,7 +385,7 @@ class Worker:
             self._set_expiry(job, job.deadline if job.deadline < end else None, self._give_up)
         self._overrun = loop.call_at(end, self._overran)
         try:
-            self._process.post(_request(jobs), self._replied, self._on_part(jobs[0]))
+            self._process.post(request_for(jobs), self._replied, self._on_part(jobs[0]))
         except ModelFailed as err:
             self._went_wrong(err)
 
@@ -461,7 +437,7 @@ class Worker:
         try:
             if isinstance(reply, ModelFailed):
                 raise reply
-            answers = _answers(reply, self._flight)
+            answers = answers_of(reply, self._flight)
         except ModelFailed as err:
             self._went_wrong(err)
             return
@@ -515,7 +491,7 @@ class Worker:
             raise DeadlineExceeded(f"loading the model took longer than {limit} s", limit_s=limit) from None
         ready = wire.expect(reply, wire.Ready)
         self._start_s = time.monotonic() - began
-        return _described(ready.description)
+        return described(ready.description)
 
     async def _recognised(self) -> str:
         """The template that has the libraries for these files, by a process that is confined and has none of them."""
@@ -611,38 +587,3 @@ class Worker:
         elif self._deaths:
             pause = self._tuning.first_pause_s * 2 ** (len(self._deaths) - 1)
             await asyncio.sleep(min(pause, self._tuning.longest_pause_s))
-
-
-def _request(jobs: Sequence[Job]) -> wire.Request:
-    items = [job.item for job in jobs if job.item is not None]
-    if not items:
-        return wire.Ping(id=wire.new_id())
-    return wire.Run(id=wire.new_id(), items=items, pieces=jobs[0].on_piece is not None)
-
-
-def _answers(reply: wire.Reply, jobs: Sequence[Job]) -> list[wire.Success | DivaultError]:
-    """What the worker said to each of these callers. Raises ModelFailed."""
-    if jobs[0].item is None:
-        wire.expect(reply, wire.Pong)
-        return [wire.Success(b"null", 0)]
-    items = wire.expect(reply, wire.Answers).items
-    if len(items) != len(jobs):
-        raise wire.broken("it answered another number of callers than it was asked for")
-    return [_outcome(item) for item in items]
-
-
-def _outcome(item: wire.Success | wire.Problem) -> wire.Success | DivaultError:
-    if isinstance(item, wire.Problem):
-        return wire.reported(item, wire.RUN_ERRORS)
-    wire.check_json(item.result)
-    return item
-
-
-def _described(raw: bytes) -> Description:
-    """What the worker says of its model, typed, and with a runtime that has a canonical form. Raises ModelFailed."""
-    try:
-        description = msgspec.json.decode(raw, type=Description)
-        canonical(dict(description.runtime))
-    except (msgspec.MsgspecError, RecursionError, BadRequest):
-        raise wire.broken("what it says of its model is malformed") from None
-    return description
