@@ -53,7 +53,7 @@ from divault.vault.keys import KeySearch, KeySource, SealFormat, costs_a_derivat
 from divault.vault.sealed import Preamble, Spelling, payload_key, plain_size, read_preamble
 from divault.workers.opening_child import MAX_MESSAGE_BYTES, PLACE_BYTES, VERIFIED
 from divault.workers.opening_folder import Budget, OpenedFile, merged, model_names
-from divault.workers.process import command_of
+from divault.workers.process import command_of, no_room_is_not_ready
 
 T = TypeVar("T")
 
@@ -234,7 +234,9 @@ async def _first_opened(
 
 
 async def _in_thread(threads: ThreadPoolExecutor | None, work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(threads, work)
+    with no_room_is_not_ready():
+        done = asyncio.get_running_loop().run_in_executor(threads, work)
+    return await done
 
 
 def _plain_size(preamble: Preamble, size: int) -> int:
@@ -362,20 +364,25 @@ async def _clock(arriving: Arriving, limit: asyncio.Timeout, seconds: float) -> 
 
 
 async def _run_process(order: _Order, key: Secret, arriving: Arriving) -> tuple[_Opened, list[int]]:
-    """Start the process, send key and order, and wait for its one answer; it is gone when this returns or raises."""
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    """Start the process, send key and order, and wait for its one answer; it is gone when this returns or raises.
+
+    Raises NotReady where there is no room for a process, what the arrival raises, and what the process reports.
+    """
+    with no_room_is_not_ready():
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near, far:
         near.setblocking(False)  # noqa: FBT003  # the standard library's signature
-        process = await asyncio.create_subprocess_exec(
-            *(*_COMMAND, str(far.fileno()), str(arriving.fd)),
-            pass_fds=(far.fileno(), arriving.fd),
-            env=_ENVIRONMENT,
-            cwd="/",
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with no_room_is_not_ready():
+            process = await asyncio.create_subprocess_exec(
+                *(*_COMMAND, str(far.fileno()), str(arriving.fd)),
+                pass_fds=(far.fileno(), arriving.fd),
+                env=_ENVIRONMENT,
+                cwd="/",
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
         far.close()
         try:
             near.send(key.reveal() + msgspec.json.encode(order))

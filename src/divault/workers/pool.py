@@ -30,7 +30,7 @@ from divault.values import Cid, Digest, Hold, ModelId, OpenedModel, Output, Sign
 from divault.workers import wire
 from divault.workers.confinement import Confinement
 from divault.workers.figures import SIZES
-from divault.workers.process import Process
+from divault.workers.process import Process, no_room_is_not_ready
 from divault.workers.template import Templates
 from divault.workers.users import Shared
 from divault.workers.worker import Deadlines, Surroundings, Tuning, Worker
@@ -263,11 +263,14 @@ class WorkerPool:
     async def probe(self) -> str:
         """Have every idle worker answer, or start a worker without a model where there is none; a sentence about it.
 
-        Raises NotReady naming the model whose worker does not answer or was given up.
+        Raises NotReady naming the model whose worker was given up, ModelFailed where one does not answer.
         """
         if not self._entries:
             return await self._trial()
         workers = [entry.worker for entry in self._entries.values()]
+        for worker in workers:
+            if worker.abandoned:
+                raise NotReady(f"{worker.opened.model} has no process, and none is being started", retry_after=5)
         await asyncio.gather(*(self._ping(worker) for worker in workers if worker.idle or worker.state == "failed"))
         restarting = sum(worker.state == "restarting" for worker in workers)
         models = "1 model is" if len(workers) == 1 else f"{len(workers)} models are"
@@ -297,7 +300,7 @@ class WorkerPool:
     async def _measured(self) -> tuple[dict[Worker, int], int]:
         """What each loaded model takes, and what templates take beside them; measured in a thread.
 
-        A model's memory files count apart from its process: they may not be mapped there.
+        A model's memory files count apart from its process: they may not be mapped there. Raises NotReady.
         """
         if self._memory_bytes is None:
             return {}, 0
@@ -307,7 +310,9 @@ class WorkerPool:
             taken = {one: one.memory_bytes + one.opened.size for one in workers}
             return taken, sum(template.memory_bytes for template in there)
 
-        return await asyncio.to_thread(measure)
+        with no_room_is_not_ready():
+            measuring = asyncio.get_running_loop().run_in_executor(None, measure)
+        return await measuring
 
     def _choose(self, taken: Mapping[Worker, int], templates: int, size: int, but: Digest) -> tuple[list[Digest], bool]:
         """Idle models to unload for `size` bytes more, the least recently used first, and whether that is enough.

@@ -11,11 +11,12 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from signal import SIGKILL
 from typing import Protocol
@@ -130,7 +131,7 @@ class Process:
 
         `separate`: the path of bubblewrap, for namespaces of its own as the level `strict` has them.
 
-        Raises NotReady when the system has no room for another process.
+        Raises NotReady when the system has no room for another process or its descriptors.
         """
         whole = command if separate is None else (separate, *bubblewrap(threads), *command)
 
@@ -148,20 +149,16 @@ class Process:
         on_loss: Callable[[], None],
     ) -> Process:
         """The same of a process that `make` makes, given its socket and its stderr."""
-        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        near.setblocking(False)  # noqa: FBT003 - the standard library's signature
-        reading, writing = os.pipe()
-        try:
-            with far:
-                body = await make(far.fileno(), writing)
-        except BaseException:
-            near.close()
-            os.close(reading)
-            raise
-        finally:
-            os.close(writing)
-        line = Line(on_loss)
-        process = cls(body, line, Tail(reading), files, on_loss)
+        with no_room_is_not_ready(), contextlib.ExitStack() as ours:
+            near, far, reading, writing = channels(socket.SOCK_STREAM, ours)
+            try:
+                with far:
+                    body = await make(far.fileno(), writing)
+            finally:
+                os.close(writing)
+            line = Line(on_loss)
+            process = cls(body, line, Tail(reading), files, on_loss)
+            ours.pop_all()
         connected = False
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: line, sock=near)
@@ -230,7 +227,7 @@ class _Started:
 
     def __init__(self, popen: subprocess.Popen[bytes]) -> None:
         self.pid = popen.pid
-        self.pidfd = os.pidfd_open(popen.pid)
+        self.pidfd = pidfd_of(popen)
         self._popen = popen
 
     def kill(self) -> None:
@@ -245,21 +242,58 @@ class _Started:
 def spawn(command: Sequence[str], inherited: Sequence[int], threads: int, stderr: int) -> subprocess.Popen[bytes]:
     """A process with nothing but these descriptors and `environment`. Returns as soon as the program is loaded.
 
-    Raises NotReady when the system has no room for another process.
+    Raises OSError when the system has no room for another process.
     """
+    return subprocess.Popen(
+        command,
+        pass_fds=inherited,
+        env=environment(threads),
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        start_new_session=True,
+    )
+
+
+@contextlib.contextmanager
+def no_room_is_not_ready() -> Iterator[None]:
+    """For what needs a process, a thread or a descriptor. Raises NotReady where the system has none left."""
     try:
-        return subprocess.Popen(
-            command,
-            pass_fds=inherited,
-            env=environment(threads),
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            start_new_session=True,
-        )
+        yield
     except OSError as err:
         raise NotReady(f"can't start a worker process: {err.strerror}", retry_after=5) from None
+    except RuntimeError as err:
+        if str(err) != "can't start new thread":  # what Python says of a thread has no type of its own
+            raise
+        raise NotReady("can't start a thread: too many run already", retry_after=5) from None
+
+
+def channels(kind: socket.SocketKind, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket, int, int]:
+    """A pair of sockets, and both ends of a pipe for what the process writes to stderr.
+
+    The first socket and the pipe's first end are this process', and closed with `ours`. Raises OSError.
+    """
+    near, far = socket.socketpair(socket.AF_UNIX, kind)
+    ours.enter_context(near)
+    near.setblocking(False)  # noqa: FBT003 - the standard library's signature
+    try:
+        reading, writing = os.pipe()
+    except OSError:
+        far.close()
+        raise
+    ours.callback(os.close, reading)
+    return near, far, reading, writing
+
+
+def pidfd_of(popen: subprocess.Popen[bytes]) -> int:
+    """A descriptor of the process, readable when it ended. Raises OSError; then the process is gone."""
+    try:
+        return os.pidfd_open(popen.pid)
+    except OSError:
+        kill_group(popen.pid)
+        popen.wait()
+        raise
 
 
 def kill_group(pid: int) -> None:

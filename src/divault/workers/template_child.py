@@ -4,8 +4,9 @@ It is started clean, holds no key and no model, and reads no byte of one: what i
 of them is a child that has nothing else. The child confines itself as every worker does (`child`). Steps:
 
 1. Import the libraries of the template, and say `ready`.
-2. For each message with descriptors, fork; answer with a descriptor of the child. A child that ended is killed as a
-   group before it is reaped, so that nothing of it is left and no number is mistaken.
+2. For each message with descriptors, fork; answer with a descriptor of the child, or `busy` where there is no room for
+   one. A child that ended is killed as a group before it is reaped, so that nothing of it is left and no number is
+   mistaken.
 3. End when the gateway hangs up or is gone; the children's death signals then end them.
 
 In a child the socket is descriptor 3, the pipe of its stderr 2, and the model's files are 4 and on, in their order.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import gc
 import os
@@ -31,7 +33,7 @@ from divault.workers import child
 
 MAX_MESSAGE, MAX_DESCRIPTORS = 1 << 16, 253
 """Descriptors that the kernel takes in one message (SCM_MAX_FD)."""
-READY, UNFIT, FORKED = b"ready", b"unfit", b"forked"
+READY, UNFIT, FORKED, BUSY = b"ready", b"unfit", b"forked", b"busy"
 CHANNEL, FIRST_FILE = 3, 4
 _PR_SET_PDEATHSIG, _CLONE_NEWUSER = 1, 0x10000000
 _NOBODY = 65534
@@ -69,14 +71,27 @@ def _serve(control: socket.socket, *, own: bool) -> None:
                 poller.unregister(fd)
                 _reap(fd, children.pop(fd))
                 continue
-            message, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE, MAX_DESCRIPTORS)
+            message, descriptors, flags, _ = socket.recv_fds(control, MAX_MESSAGE, MAX_DESCRIPTORS)
             if not message:
                 return
-            pid = _forked(descriptors, own=own)
-            pidfd = os.pidfd_open(pid)
+            try:
+                _require_all(flags)
+                pid, pidfd = _forked(descriptors, own=own)
+            except OSError:
+                control.send(BUSY)
+                continue
+            finally:
+                for held in descriptors:
+                    os.close(held)
             children[pidfd] = pid
             poller.register(pidfd, select.POLLIN)
             socket.send_fds(control, [FORKED], [pidfd])
+
+
+def _require_all(flags: int) -> None:
+    """Raises OSError when descriptors of a message were lost, for want of room for them."""
+    if flags & socket.MSG_CTRUNC:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def _reap(pidfd: int, pid: int) -> None:
@@ -86,8 +101,11 @@ def _reap(pidfd: int, pid: int) -> None:
     os.close(pidfd)
 
 
-def _forked(descriptors: Sequence[int], *, own: bool) -> int:
-    """Id of a new child, which never comes back from here."""
+def _forked(descriptors: Sequence[int], *, own: bool) -> tuple[int, int]:
+    """Id of a new child, which never comes back from here, and a descriptor of it.
+
+    Raises OSError when there is no room for one; then there is no child.
+    """
     pid = os.fork()
     if not pid:
         try:
@@ -101,9 +119,12 @@ def _forked(descriptors: Sequence[int], *, own: bool) -> int:
             traceback.print_exc()
         finally:
             os._exit(1)
-    for fd in descriptors:
-        os.close(fd)
-    return pid
+    try:
+        return pid, os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 def _renumber(numbers: Mapping[int, int]) -> None:

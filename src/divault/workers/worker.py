@@ -170,6 +170,11 @@ class Worker:
         return self._state == "ready" and not self._queue and not self._flight
 
     @property
+    def abandoned(self) -> bool:
+        """True when it has no process and nobody works on one: a fault of this program, and no state of a model."""
+        return self._state == "restarting" and (self._reviving is None or self._reviving.done())
+
+    @property
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._queue)
@@ -552,9 +557,10 @@ class Worker:
             await self._pause()
             try:
                 await self._load()
-            except DivaultError as err:
+            except Exception as err:  # noqa: BLE001 - whatever it is, there is a next attempt: nobody else makes one
                 self._count_death()
-                _log.warning("worker could not be restarted", model_id=self.opened.model.text, code=err.code)
+                code = err.code if isinstance(err, DivaultError) else type(err).__name__
+                _log.warning("worker could not be restarted", model_id=self.opened.model.text, code=code)
                 if self._process is not None:
                     await self._process.kill()
             else:
