@@ -222,6 +222,10 @@ class Hostile:
     def deep(self, asked: dict[str, Any]) -> None:
         self.send(self.answers(asked, self.success(b"[" * 100_000 + b"]" * 100_000)))
 
+    def many(self, asked: dict[str, Any]) -> None:
+        """Nearly as long as an answer may be, and a gigabyte of objects to whoever parses it."""
+        self.send(self.answers(asked, self.success(b"[" + (b"[" * 20 + b"]" * 20 + b",") * 400_000 + b"1]")))
+
     def negative_rows(self, asked: dict[str, Any]) -> None:
         self.send(self.answers(asked, self.success(rows=-1)))
 

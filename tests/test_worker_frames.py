@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from divault.errors import DivaultError, ModelFailed
-from divault.workers import wire
+from divault.workers import strict_json, wire
 from divault.workers.line import Line
 
 ID = bytes(range(16))
@@ -132,6 +133,57 @@ def test_escaped_text_is_short_printable_ascii(text: str, limit: int) -> None:
     assert len(shown) <= limit
     assert shown.isascii()
     assert shown.isprintable()
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+TEXTS = st.text(st.sampled_from('[]{},"\\\\\\x1f:1é') | st.characters(exclude_categories=("Cs",)), max_size=12)
+NUMBERS = st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=9) | st.dictionaries(TEXTS, inner, max_size=9),
+    max_leaves=60,
+)
+
+
+def nested(levels: int, pair: str = "[]", within: str = "") -> bytes:
+    before, after = ('{"a":', "}") if pair == "{}" else pair
+    return (before * levels + (within or "1") + after * levels).encode()
+
+
+@given(st.lists(VALUES, max_size=12))
+@settings(max_examples=150, deadline=None)
+def test_whatever_a_worker_may_send_is_taken(value: object) -> None:
+    wire.check_json(strict_json.dump(value, wire.MAX_RESULT_BYTES))
+
+
+@pytest.mark.parametrize("within", ["1", '"]]]"', '"\\\\\\"[{"', '"\\\\\\\\"', "[]", '{"[":"]"}'])
+@pytest.mark.parametrize("pair", ["[]", "{}"])
+def test_as_many_levels_are_taken_as_may_be_sent(pair: str, within: str) -> None:
+    inside = within[0] in "[{"
+    wire.check_json(nested(strict_json.MAX_DEPTH - inside, pair, within))
+    wire.check_json(b'["' + b"[" * 10_000 + b'"]')
+
+    for levels in (1, 2, 300, 5000):
+        with pytest.raises(ModelFailed, match="32 levels"):
+            wire.check_json(nested(strict_json.MAX_DEPTH - inside + levels, pair, within))
+
+
+def test_as_many_values_are_taken_as_may_be_sent() -> None:
+    most = strict_json.MAX_VALUES
+    wire.check_json(strict_json.dump([0.5] * (most - 1), wire.MAX_RESULT_BYTES))
+    wire.check_json(strict_json.dump({"text": ',"' * 4_000_000}, wire.MAX_RESULT_BYTES))
+    wire.check_json(strict_json.dump([",[" * 20_000, *[[]] * 40], wire.MAX_RESULT_BYTES))
+
+
+@pytest.mark.parametrize("value", [b"1", b"[]", b"{}", b'","', b'"\\\\"', b'{"a":[[]]}', b'"' + b"," * 6 + b'"'])
+def test_more_values_are_refused_and_never_made(value: bytes) -> None:
+    raw = b"[" + (value + b",") * (strict_json.MAX_VALUES + 1) + b"1]"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelFailed, match="800000 values"):
+        wire.check_json(raw)
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
 
 
 # --- the gateway's end of a real socket -----------------------------------------------------------------------------

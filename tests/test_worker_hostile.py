@@ -38,7 +38,7 @@ async def make_pool() -> AsyncIterator[MakePool]:
 
 PROTOCOL = [
     "giant", "large", "forged", "short_id", "garbage", "trailing", "twice", "wrong_kind", "nobody", "two", "nan",
-    "not_json", "deep", "negative_rows", "forbidden", "problem_data", "unwanted_piece",
+    "not_json", "deep", "many", "negative_rows", "forbidden", "problem_data", "unwanted_piece",
 ]  # fmt: skip
 
 

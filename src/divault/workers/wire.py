@@ -17,6 +17,7 @@ from __future__ import annotations
 import secrets
 import select
 import socket
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -31,6 +32,7 @@ from divault.errors import (
     UnsupportedModel,
     from_code,
 )
+from divault.workers.strict_json import MAX_DEPTH, MAX_VALUES
 
 HEAD = 4
 MAX_ANSWER_BYTES = 16 << 20
@@ -41,9 +43,14 @@ MAX_REQUEST_BYTES = 64 << 20
 MAX_ITEM_BYTES = MAX_REQUEST_BYTES - (64 << 10)
 """Of one caller, input and parameters: leaves room for what stands around them in the frame."""
 MAX_DESCRIPTION_BYTES = 256 << 10
+MAX_TOGETHER = 1024
+"""Callers of one pass."""
 MAX_TEXT = 1000
 MAX_PIECE = 1 << 16
 """Characters of a piece of an answer."""
+
+_ONE_KIND, _NO_SHAPE = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b'[]{},"'))
+_PIECE_BYTES = 1 << 16
 
 Id = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
@@ -141,7 +148,10 @@ class Success(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 class Confined(Frame, frozen=True, tag="confined"):
     """The worker is confined, and has not read a byte of a model."""
 
-    checks: dict[Annotated[str, msgspec.Meta(max_length=40)], Literal["enforced", "not_enforced", "unknown"]]
+    checks: Annotated[
+        dict[Annotated[str, msgspec.Meta(max_length=40)], Literal["enforced", "not_enforced", "unknown"]],
+        msgspec.Meta(max_length=100),
+    ]
     """What its confinement holds, by name."""
 
 
@@ -168,7 +178,7 @@ class Failed(Frame, frozen=True, tag="failed"):
 class Answers(Frame, frozen=True, tag="answers"):
     """What came out, in the order of the items."""
 
-    items: list[Success | Problem]
+    items: Annotated[list[Success | Problem], msgspec.Meta(max_length=MAX_TOGETHER)]
 
 
 class Part(Frame, frozen=True, tag="part"):
@@ -244,11 +254,46 @@ def reported(problem: Problem, allowed: tuple[type[DivaultError], ...]) -> Divau
 
 
 def check_json(raw: bytes) -> None:
-    """Return only if the bytes are one JSON value with finite numbers. Raises ModelFailed."""
+    """Return only if the bytes are one JSON value with finite numbers, within the bounds of `strict_json`.
+
+    Raises ModelFailed.
+    """
+    # Cheap first: as many brackets as levels are no more than that many levels, and each value but the first of its
+    # list or object has a comma. What a worker sends is parsed only when both are known to be within bounds.
+    levels = raw.count(b"[") + raw.count(b"{")
+    if levels > MAX_DEPTH or raw.count(b",") > MAX_VALUES:
+        _check_shape(raw)
     try:
         orjson.loads(raw)
     except orjson.JSONDecodeError:
         raise broken("its answer is not JSON") from None
+
+
+def _check_shape(raw: bytes) -> None:
+    """The same bounds for what stands outside of texts. Raises ModelFailed.
+
+    Bytes alone are counted and replaced: objects of all that a hostile worker sends would take a second and a gigabyte.
+    """
+    if b"\\" in raw:
+        raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # now each quotation mark begins or ends a text
+    shape = b"".join(_outside_texts(raw))
+    if max(shape.count(b","), shape.count(b"[")) > MAX_VALUES:
+        raise broken(f"its answer has more than {MAX_VALUES} values")
+    shape = shape.translate(None, b",")
+    for _ in range(MAX_DEPTH):
+        shape = shape.replace(b"[]", b"")  # the innermost level
+        if not shape:
+            return
+    raise broken(f"its answer has more than {MAX_DEPTH} levels, or no end")
+
+
+def _outside_texts(raw: bytes) -> Iterator[bytes]:
+    """Commas and brackets, all of one kind, outside of texts; in pieces, so that little memory is taken at once."""
+    inside = False
+    for start in range(0, len(raw), _PIECE_BYTES):
+        parts = raw[start : start + _PIECE_BYTES].translate(_ONE_KIND, _NO_SHAPE).split(b'"')
+        yield b"".join(parts[inside::2])
+        inside ^= len(parts) % 2 == 0
 
 
 def send(connection: socket.socket, reply: Reply) -> None:
