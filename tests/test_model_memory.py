@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import torch
 
-from divault.errors import NotReady, SettingsInvalid
+from divault.errors import ModelFailed, NotReady, SettingsInvalid
 from divault.models import torch_runtime
 from divault.models.base import CPU, Place
 from divault.settings import Settings
@@ -81,6 +81,51 @@ async def test_who_is_at_work_never_makes_room(make_pool: MakePool) -> None:
     assert await running
     await pool.load(opened(bytes(100 * MB), "other"))
     assert names(pool) == {"other"}
+
+
+@pytest.mark.parametrize(("state", "pause_s"), [("failed", 0.01), ("restarting", 30.0)])
+async def test_who_has_no_process_makes_room(make_pool: MakePool, state: str, pause_s: float) -> None:
+    """It would keep its memory for as long as its process dies, and that may be for ever."""
+    pool = make_pool(320, hostile("unasked", first_pause_s=pause_s, longest_pause_s=pause_s))
+    await pool.load(opened(bytes(100 * MB), "dying"))
+    async with asyncio.timeout(20):
+        while pool.loaded()[0].state != state:
+            await asyncio.sleep(0.01)
+    await pool.load(opened(bytes(100 * MB), "other"))
+
+    assert names(pool) == {"other"}
+
+
+async def test_who_failed_makes_room_before_who_works(make_pool: MakePool) -> None:
+    pool = make_pool(360, hostile("exit", window_s=60.0))
+    await pool.load(opened(bytes(60 * MB), "first"))
+    second = opened(bytes(60 * MB), "second")
+    await pool.load(second)
+    for _ in range(5):
+        with pytest.raises(ModelFailed):
+            await answer(pool, second, {})
+    async with asyncio.timeout(20):
+        while pool.loaded()[1].state != "failed":
+            await asyncio.sleep(0.01)
+    await pool.load(opened(bytes(90 * MB), "third"))
+
+    assert names(pool) == {"first", "third"}, "though the first was used longer ago"
+
+
+async def test_who_is_waited_for_while_it_comes_back_keeps_its_room(make_pool: MakePool) -> None:
+    pool = make_pool(320, hostile("unasked", first_pause_s=1.0, longest_pause_s=1.0))
+    dying = opened(bytes(100 * MB), "dying")
+    await pool.load(dying)
+    async with asyncio.timeout(20):
+        while pool.loaded()[0].state != "restarting":
+            await asyncio.sleep(0.01)
+    waiting = asyncio.create_task(answer(pool, dying, {}))
+    await asyncio.sleep(0)
+    with pytest.raises(NotReady, match="no memory"):
+        await pool.load(opened(bytes(100 * MB), "other"))
+
+    assert names(pool) == {"dying"}
+    waiting.cancel()
 
 
 async def test_what_never_fits_is_refused_and_nobody_is_unloaded_for_less(make_pool: MakePool) -> None:

@@ -315,17 +315,17 @@ class WorkerPool:
         return await measuring
 
     def _choose(self, taken: Mapping[Worker, int], templates: int, size: int, but: Digest) -> tuple[list[Digest], bool]:
-        """Idle models to unload for `size` bytes more, the least recently used first, and whether that is enough.
+        """Idle models to unload for `size` bytes more, and whether that is enough: first those that failed.
 
-        Never one that has a queue, nor the model `but`, which is replaced.
+        Then the least recently used. Never one that has a queue, nor the model `but`, which is replaced.
         """
         if self._memory_bytes is None:
             return [], True
         sizes = {key: taken.get(one.worker, one.worker.opened.size) for key, one in self._entries.items()}
         free = self._memory_bytes - sum(sizes.values()) - sum(self._coming.values()) - templates
-        idle = [key for key, entry in self._entries.items() if entry.worker.idle and key != but]
+        idle = [(key, entry.worker) for key, entry in self._entries.items() if entry.worker.unused and key != but]
         going: list[Digest] = []
-        for key in sorted(idle, key=lambda one: self._entries[one].worker.used_at):
+        for key, _ in sorted(idle, key=lambda one: (one[1].state != "failed", one[1].used_at)):
             if free >= size:
                 break
             going.append(key)

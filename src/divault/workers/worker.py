@@ -167,7 +167,12 @@ class Worker:
     @property
     def idle(self) -> bool:
         """True when it is ready and nothing waits or runs."""
-        return self._state == "ready" and not self._queue and not self._flight
+        return self._state == "ready" and self.unused
+
+    @property
+    def unused(self) -> bool:
+        """True when nothing waits or runs, whatever its state: what it takes may be given to another model."""
+        return not self._queue and not self._flight
 
     @property
     def abandoned(self) -> bool:
