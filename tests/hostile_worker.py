@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
@@ -28,6 +29,23 @@ CHECKS = (
     "descriptors", "environment", "no_core_dump", "no_file_growth", "no_new_privs", "not_dumpable", "no_capability",
     "pid_ns", "net_ns", "proc_limit", "own_user",
 )  # fmt: skip
+DEEP = functools.reduce(lambda inner, _: [inner], range(300), 1)
+MISDESCRIBED: dict[str, dict[str, Any]] = {
+    "load_uncanonical": {"runtime": {"threads": 2**60}},
+    "load_long_number": {"example": {"features": [2**70]}},
+    "load_deep_example": {"example": {"features": DEEP}},
+    "load_deep_schema": {"input_schema": {"items": DEEP}},
+    "load_for_nobody": {"together": 0},
+    "load_for_everybody": {"together": 2**62},
+    "load_escape": {"task": "\x1b[31m"},
+    "load_long_name": {"device": "x" * 10_000},
+}
+PROBLEMS: dict[str, dict[str, Any]] = {
+    "problem_number": {"field": 2**70},
+    "problem_object": {"expected": {"a": 1}},
+    "problem_deep": {"example": {"a": DEEP}},
+    "problem_no_example": {"example": [1]},
+}
 
 
 class Hostile:
@@ -81,8 +99,8 @@ class Hostile:
         described: Any = json.dumps(DESCRIPTION | {"together": 16 if self.behaviour == "tagged" else 1}).encode()
         if self.behaviour == "load_undescribed":
             described = b'{"format": "x"}'
-        if self.behaviour == "load_uncanonical":
-            described = json.dumps(DESCRIPTION | {"runtime": {"threads": 2**60}}).encode()
+        if self.behaviour in MISDESCRIBED:
+            described = json.dumps(DESCRIPTION | MISDESCRIBED[self.behaviour]).encode()
         if self.behaviour.startswith("load_known="):
             name = self.behaviour.partition("=")[2]
             self.send({"kind": "known", "id": asked["id"], "v": 1, "template": name})
@@ -234,6 +252,14 @@ class Hostile:
 
     def problem_data(self, asked: dict[str, Any]) -> None:
         self.send(self.answers(asked, self.problem("model_failed", "x", b"[1]")))
+
+    def refuse(self, asked: dict[str, Any]) -> None:
+        """As the behaviour says, or with texts that would take a terminal over."""
+        loud = {"field": "\x1b[31m\u202e" * 10_000, "example": {"gr\u00f6\u00dfe\u202e": ["\x1b[31m", 2**70, 1]}}
+        data = json.dumps(PROBLEMS.get(self.behaviour, loud)).encode()
+        self.send(self.answers(asked, self.problem("input_invalid", "no", data)))
+
+    problem_number = problem_object = problem_deep = problem_no_example = refuse
 
     def terminal(self, asked: dict[str, Any]) -> None:
         self.send(self.answers(asked, self.problem("model_failed", "\x1b[31mred\u202e\n" + "x" * 900)))

@@ -9,11 +9,13 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import orjson
 import pytest
 
-from divault.errors import DeadlineExceeded, ModelFailed, NotReady
+from divault.errors import DeadlineExceeded, InputInvalid, ModelFailed, NotReady
 from divault.workers import sandbox
 from divault.workers.pool import WorkerPool
+from tests.hostile_worker import CHECKS, DESCRIPTION, MISDESCRIBED, PROBLEMS
 from tests.worker_models import alive, answer, children, hostile, opened, output
 
 MakePool = Callable[..., WorkerPool]
@@ -38,7 +40,7 @@ async def make_pool() -> AsyncIterator[MakePool]:
 
 PROTOCOL = [
     "giant", "large", "forged", "short_id", "garbage", "trailing", "twice", "wrong_kind", "nobody", "two", "nan",
-    "not_json", "deep", "many", "negative_rows", "forbidden", "problem_data", "unwanted_piece",
+    "not_json", "deep", "many", "negative_rows", "forbidden", "problem_data", "unwanted_piece", *PROBLEMS,
 ]  # fmt: skip
 
 
@@ -136,7 +138,7 @@ async def test_five_deaths_fail_the_model_and_it_is_tried_again_later(make_pool:
         ("confined_less", ModelFailed),
         ("confined_late", ModelFailed),
         ("load_undescribed", ModelFailed),
-        ("load_uncanonical", ModelFailed),
+        *((behaviour, ModelFailed) for behaviour in MISDESCRIBED),
         ("load_forbidden", ModelFailed),
         ("load_exit", ModelFailed),
         ("load_hang", DeadlineExceeded),
@@ -183,6 +185,20 @@ async def test_its_words_are_made_printable_and_short(make_pool: MakePool) -> No
     assert caught.value.detail.isprintable()
 
 
+async def test_the_data_of_its_refusal_is_made_printable_and_short(make_pool: MakePool) -> None:
+    pool = make_pool("refuse")
+    model = opened(b"any")
+    await pool.load(model)
+
+    with pytest.raises(InputInvalid) as caught:
+        await answer(pool, model, {})
+
+    assert caught.value.data["field"].startswith("\\x1b[31m\\u202e\\x1b")
+    assert len(caught.value.data["field"]) <= 1000
+    assert caught.value.data["example"] == {"größe\\u202e": ["\\x1b[31m", float(2**70), 1]}
+    assert orjson.dumps(caught.value.data)
+
+
 async def test_a_flood_on_stderr_costs_no_memory_and_no_answer(make_pool: MakePool) -> None:
     pool = make_pool("flood")
     model = opened(b"any")
@@ -220,7 +236,5 @@ async def until(holds: Callable[[], bool], limit_s: float = 20) -> None:
 
 def test_the_hostile_worker_describes_itself_well() -> None:
     """Otherwise every test above would fail at its load and prove nothing."""
-    from tests.hostile_worker import CHECKS, DESCRIPTION
-
     assert json.loads(json.dumps(DESCRIPTION)) == DESCRIPTION
     assert sandbox.CHECKS == CHECKS

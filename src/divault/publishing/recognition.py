@@ -35,6 +35,7 @@ from divault.models.unsupported import SUPPORTED_TEXT
 from divault.publishing.sealing import copy_plaintext
 from divault.values import Digest, MemoryFile
 from divault.workers import opening_child, wire
+from divault.workers.answers import described
 from divault.workers.process import COMMAND, Process
 
 _CODE = re.compile(r"TorchScript|torch\.export|a pickled model \(")
@@ -140,7 +141,7 @@ async def _loaded(files: Sequence[MemoryFile], what: tuple[Digest, int], command
         reply = await process.ask(order)
         if isinstance(reply, wire.Failed):
             raise wire.reported(reply.problem, wire.LOAD_ERRORS)
-        description = _described(wire.expect(reply, wire.Ready).description)
+        description = described(wire.expect(reply, wire.Ready).description)
         warnings = [*_warnings(description), *await _example_warnings(process, description)]
     finally:
         await process.kill()
@@ -203,13 +204,6 @@ def _read(path: Path, files: list[MemoryFile]) -> tuple[Digest, int]:
         for part in opened:
             os.close(part.fd)
     return Digest(digest.digest()), size
-
-
-def _described(raw: bytes) -> Description:
-    try:
-        return msgspec.json.decode(raw, type=Description)
-    except (msgspec.MsgspecError, RecursionError):
-        raise wire.broken("what it says of its model is malformed") from None
 
 
 def safe_formats(seen: str) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+import orjson
 
 from divault.errors import BadRequest, DivaultError
 from divault.messages import canonical
 from divault.models.base import Description
 from divault.workers import wire
 from divault.workers.queue import Job
+
+_LONGEST_NAME = 200
 
 
 def request_for(jobs: Sequence[Job]) -> wire.Request:
@@ -40,10 +43,17 @@ def _outcome(item: wire.Success | wire.Problem) -> wire.Success | DivaultError:
 
 
 def described(raw: bytes) -> Description:
-    """What the worker says of its model, typed, and with a runtime that has a canonical form. Raises ModelFailed."""
+    """What the worker says of its model, typed, and such that it can be shown and hashed. Raises ModelFailed."""
+    wire.check_json(raw)
     try:
         description = msgspec.json.decode(raw, type=Description)
         canonical(dict(description.runtime))
-    except (msgspec.MsgspecError, RecursionError, BadRequest):
+        orjson.dumps(description)
+    except (msgspec.MsgspecError, orjson.JSONEncodeError, BadRequest):
         raise wire.broken("what it says of its model is malformed") from None
+    names = (description.format, description.task, description.device)
+    if not all(name.isprintable() and len(name) <= _LONGEST_NAME for name in names):
+        raise wire.broken("what it says of its model is too long, or can't be printed")
+    if not 1 <= description.together <= wire.MAX_TOGETHER:
+        raise wire.broken("it takes another number of callers together than there may be")
     return description

@@ -242,15 +242,39 @@ def expect(reply: Reply, kind: type[R]) -> R:
 
 
 def reported(problem: Problem, allowed: tuple[type[DivaultError], ...]) -> DivaultError:
-    """The error that a worker reported, if it may report it; its text is made printable. Raises ModelFailed."""
-    try:
-        data = msgspec.json.decode(problem.data, type=dict[str, Any])
-    except (msgspec.MsgspecError, RecursionError):
-        raise broken("its answer holds malformed JSON") from None
-    error = from_code(problem.code, escaped(problem.detail, MAX_TEXT), data)
+    """The error that a worker reported, if it may report it; its texts are made printable. Raises ModelFailed."""
+    error = from_code(problem.code, escaped(problem.detail, MAX_TEXT), _facts(problem.data))
     if type(error) not in allowed:
         raise broken("it reported an error that it can't have")
     return error
+
+
+def _facts(raw: bytes) -> dict[str, Any]:
+    """The data of an error: texts, and an example of what a model takes. Raises ModelFailed."""
+    check_json(raw)
+    data = orjson.loads(raw)
+    if not isinstance(data, dict):
+        raise broken("the data of an error is no object")
+    found: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, str):
+            found[name] = escaped(value, MAX_TEXT)
+        elif name == "example" and isinstance(value, dict):
+            found[name] = _printable(value)
+        else:
+            raise broken("the data of an error is no text")
+    return found
+
+
+def _printable(value: Any) -> Any:
+    """The same value with all that is not printable in its texts escaped; letters of any language stay."""
+    if isinstance(value, str):
+        return value if value.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
+    if isinstance(value, list):
+        return [_printable(inner) for inner in value]
+    if isinstance(value, dict):
+        return {_printable(key): _printable(inner) for key, inner in value.items()}
+    return value
 
 
 def check_json(raw: bytes) -> None:
