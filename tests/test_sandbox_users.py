@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sysconfig
@@ -163,6 +164,32 @@ async def test_where_others_cannot_read_python_workers_keep_the_nodes_user_and_s
     assert report["effective"] == "standard", "no level needs it"
     assert report["shared_user"] == ("python_unreadable" if ROOT else "not_root")
     assert (report["checks"]["own_user"], report["checks"]["proc_limit"]) == ("not_enforced", "not_enforced")
+
+
+COUNT = """
+import os, sys
+from divault.workers.process import bubblewrap
+confined = (
+    "import os; from divault.workers.sandbox import Policy, confine; "
+    "print(confine(Policy('strict', (), frozenset(os.environ), 4 << 30, 1 << 30))['proc_limit'])"
+)
+os.execvp("bwrap", ["bwrap", *bubblewrap(1), sys.executable, "-I", "-B", "-c", confined])
+"""
+
+
+def test_threads_in_namespaces_are_counted_where_the_node_is_not_root(public: Path) -> None:
+    """The limit is set for root as well, and the kernel holds root to none: a thread too many has to be refused."""
+    trial = [shutil.which("bwrap") or "/bin/false", "--unshare-all", "--ro-bind", "/", "/", "/bin/true"]
+    if subprocess.run(trial, capture_output=True, check=False).returncode != 0:
+        return  # there is no level with namespaces then
+    command = [public, "-I", "-B", "-c", COUNT]
+    nobody: dict[str, Any] = {"user": 54321, "group": 54321, "extra_groups": []} if ROOT else {}
+    counted = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True, **nobody).stdout
+
+    assert counted == "enforced\n"
+    if ROOT and Path("/proc/self/uid_map").read_text().split() == ["0", "0", str(2**32 - 1)]:
+        counted = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True).stdout
+        assert counted == "not_enforced\n"
 
 
 READ = """

@@ -18,6 +18,7 @@ siblings of one user from reading this memory, and it gives /proc/self to root, 
 
 from __future__ import annotations
 
+import _thread
 import errno
 import mmap
 import os
@@ -41,10 +42,11 @@ OWN = ("descriptors", "environment", "no_core_dump", "no_file_growth", "no_new_p
 """What a worker sees of itself, beside what it was refused."""
 STANDARD = (*FORBIDDEN, "mem_limit", *OWN)
 """Checks of the level `standard`."""
-STRICT = (*SEPARATE, "proc_limit")
+STRICT = SEPARATE
 """Checks that `strict` needs beside them."""
-CHECKS = (*STANDARD, *STRICT, "own_user")
-"""All that is told. No level needs a user of its own: who does not run as root can't give one."""
+CHECKS = (*STANDARD, *STRICT, "proc_limit", "own_user")
+"""All that is told. No level needs a user of its own, which only root can give; nor a limit on threads, to which the
+kernel doesn't hold root: at `strict` a worker of a node of root is root outside of its namespaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ def _report(policy: Policy) -> dict[str, Verdict]:
         "not_dumpable": privileges.hidden(),
         "no_capability": int(_field("CapEff"), 16) == int(_field("CapPrm"), 16) == 0,
         "own_user": policy.own_user and privileges.is_own_user(),
-        "proc_limit": _counted_alone(policy) and resource.getrlimit(resource.RLIMIT_NPROC)[0] == policy.processes,
+        "proc_limit": _counted_alone(policy) and _thread_is_refused(),
     }
     for name, holds in own.items():
         found[name] = "enforced" if holds else "not_enforced"
@@ -199,6 +201,23 @@ def _memory_is_refused(limit: int) -> bool:
     except OSError as err:
         return err.errno == errno.ENOMEM
     return False
+
+
+def _thread_is_refused() -> bool:
+    """Start a thread where it is one too many, and one where it is not: other reasons than the limit prove nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
+    refused = not _thread_starts()
+    resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
+    return refused and _thread_starts()
+
+
+def _thread_starts() -> bool:
+    try:
+        _thread.start_new_thread(int, ())
+    except RuntimeError:
+        return False
+    return True
 
 
 def _descriptors() -> set[int]:
