@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import os
 import random
@@ -15,7 +16,8 @@ import pytest
 from divault.devnet.content import ContentStore
 from divault.errors import StorageFailed
 from divault.ipfs.importer import Profile
-from divault.storage.cache import CiphertextCache
+from divault.ipfs.verifier import Limits
+from divault.storage.cache import CiphertextCache, OnDisk
 from divault.storage.fetcher import Fetcher
 from divault.storage.gateway import GatewayStorage
 from divault.storage.inventory import inventory, verify
@@ -44,7 +46,8 @@ _CHILD = """
 import asyncio, hashlib, random, sys
 from pathlib import Path
 from divault.ipfs.cid import parse_cid
-from divault.storage.cache import CiphertextCache
+from divault.ipfs.verifier import Limits
+from divault.storage.cache import CiphertextCache, OnDisk
 from divault.storage.fetcher import Fetcher
 from divault.storage.gateway import GatewayStorage
 url, folder, bound, seed, *wanted = sys.argv[1:]
@@ -109,6 +112,27 @@ async def test_a_damaged_entry_is_found_when_read_and_fetched_anew(tmp_path: Pat
         assert len(gateway.asks) == asked
 
 
+async def test_a_damaged_entry_keeps_its_descriptor_while_somebody_may_read_it(tmp_path: Path) -> None:
+    """Else its number is soon another file's, and that one would be read for a model."""
+    store, cache = LocalStore(tmp_path / "store"), CiphertextCache(tmp_path / "cache", 10_000_000)
+    cid, _ = put(store, tmp_path, 1, 4_000_000)
+    async with FaultGateway(store) as gateway:
+        path = (await fetcher(cache, gateway).fetch(cid)).path
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    told: list[OnDisk] = []
+    inode = path.stat().st_ino
+
+    assert cache.open(cid, Limits(), told.append) is None
+    descriptor = told[0].fd
+    assert os.fstat(descriptor).st_ino == inode
+    told.clear()
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
 @pytest.mark.parametrize("lost", ["content", "nodes", "all nodes"])
 async def test_what_a_crash_of_the_machine_leaves_under_the_final_name_is_fetched_anew(
     tmp_path: Path, lost: str
@@ -137,7 +161,8 @@ import asyncio, resource, signal, sys
 from pathlib import Path
 from divault.errors import StorageFailed
 from divault.ipfs.cid import parse_cid
-from divault.storage.cache import CiphertextCache
+from divault.ipfs.verifier import Limits
+from divault.storage.cache import CiphertextCache, OnDisk
 from divault.storage.fetcher import Fetcher
 from divault.storage.gateway import GatewayStorage
 url, folder, large, small = sys.argv[1:]

@@ -145,18 +145,20 @@ class CiphertextCache:
         fd = _lock_shared(path)
         if fd is None:
             return None
+        checked = _Checked(fd, os.fstat(fd).st_size)
+        # Who was told of it may copy its descriptor at any moment: that of a damaged file is closed when nobody has it.
+        unlock = weakref.finalize(checked, os.close, fd)
         try:
-            checked = _Checked(fd, os.fstat(fd).st_size)
             verifier = Verifier(cid, checked, limits)
             restore(verifier, checked, _read_nodes(path)[0], moved)
         except (ContentInvalid, OSError):
             verifier = None
         if verifier is None or not verifier.complete or verifier.size != checked.size:
             self._discard(path)
-            os.close(fd)
             return None
         if touch:
             os.utime(fd)
+        unlock.detach()
         return Entry(path, checked.size, fd)
 
     def begin(self, cid: Cid) -> Part:
