@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import divault.storage.cache
 from divault.devnet.content import ContentStore
 from divault.errors import StorageFailed
 from divault.ipfs.importer import Profile
@@ -112,10 +113,13 @@ async def test_a_damaged_entry_is_found_when_read_and_fetched_anew(tmp_path: Pat
         assert len(gateway.asks) == asked
 
 
-async def test_a_damaged_entry_keeps_its_descriptor_while_somebody_may_read_it(tmp_path: Path) -> None:
+async def test_a_damaged_entry_keeps_its_descriptor_while_somebody_may_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else its number is soon another file's, and that one would be read for a model."""
+    monkeypatch.setattr(divault.storage.cache, "_TELL_BYTES", 50_000)
     store, cache = LocalStore(tmp_path / "store"), CiphertextCache(tmp_path / "cache", 10_000_000)
-    cid, _ = put(store, tmp_path, 1, 4_000_000)
+    cid, _ = put(store, tmp_path, 1)
     async with FaultGateway(store) as gateway:
         path = (await fetcher(cache, gateway).fetch(cid)).path
     with path.open("r+b") as file:

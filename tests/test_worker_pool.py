@@ -46,11 +46,10 @@ def fitted() -> LogisticRegression:
 
 
 def endless() -> bytes:
-    """A tree whose root is its own child for what is over a half: a file of data whose predict never ends for that."""
+    """A tree whose root is its own child: an ordinary file of data whose predict never ends."""
     tree = DecisionTreeClassifier(max_depth=1).fit([[0.0], [1.0]], [0, 1])
     state = tree.tree_.__getstate__()
-    state["nodes"]["right_child"][0] = 0
-    state["nodes"]["missing_go_to_left"][0] = 1
+    state["nodes"]["left_child"][0] = state["nodes"]["right_child"][0] = 0
     tree.tree_.__setstate__(state)
     return dumped(tree)
 

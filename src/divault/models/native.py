@@ -91,6 +91,20 @@ def check_all(root: Any) -> None:
         rebuilding.damaged(f"a tree or matrix that is none: {type(err).__name__}")
 
 
+def may_never_end(value: Any) -> bool:
+    """Whether this is a tree with a node that does not stand before its children: the library grows none."""
+    import numpy as np
+
+    kind = type(value)
+    if (kind.__module__, kind.__name__) not in _TREES:
+        return False
+    if kind.__name__ == "Tree":
+        sides, inner = (value.children_left, value.children_right), value.children_left != _LEAF
+    else:
+        sides, inner = (value.nodes["left"], value.nodes["right"]), value.nodes["is_leaf"] == 0
+    return any(bool((side.astype(np.int64) <= np.arange(len(side)))[inner].any()) for side in sides)
+
+
 def _check_width(model: Any) -> None:
     """An estimator looks at how many features a row has, its tree doesn't; boosting runs the trees themselves."""
     import numpy as np

@@ -87,13 +87,15 @@ class Estimator:
         self._adapter = adapter
         self._proba = hasattr(estimator, "predict_proba")
         self._classes = _listed(getattr(estimator, "classes_", None))
-        parts = [part for part in native.reachable(estimator) if isinstance(part, BaseEstimator)]
+        reached = list(native.reachable(estimator))
+        parts = [part for part in reached if isinstance(part, BaseEstimator)]
         self._rowwise = not any(type(part).__name__ in _NOT_ROWWISE for part in parts)
         self._sample: dict[str, Any] = {}
         """What it answered to a single row, if it did."""
         self._spec, groups = specification(estimator)
         by_position(parts)
-        self._spec = self._tried(groups)
+        if not any(map(native.may_never_end, reached)):  # the deadline of its runs is for those
+            self._spec = self._tried(groups)
         self._description = self._described()
 
     @property
