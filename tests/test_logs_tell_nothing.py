@@ -171,11 +171,14 @@ async def nothing(*_: Any) -> None:
 
 async def test_a_fault_amid_the_answer_leaves_it_unfinished(capsys: pytest.CaptureFixture[str]) -> None:
     begin()
-    sent = await ask(Faulty(begun=True), Metrics())
-    fault = lines(capsys)[0]
+    metrics = Metrics()
+    sent = await ask(Faulty(begun=True), metrics)
+    fault, request = lines(capsys)
 
     assert len(sent) == 1
     assert fault["event"] == "the answer broke off"
+    assert (request["status"], request["code"]) == (200, "internal")
+    assert b'divault_refusals_total{code="internal"} 1.0' in metrics.text()
     assert fault["request_id"] == dict(sent[0]["headers"])[b"x-request-id"].decode()
     assert "zq-secret" not in json.dumps(fault)
 

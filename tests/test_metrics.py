@@ -8,20 +8,25 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 
+from divault.api import ApiLimits, create_api
 from divault.api.measured import Measured, Routes
 from divault.api.metrics_route import _is_local
 from divault.api.openai import Asked
 from divault.api.openai_routes import _Stream
+from divault.api.problems import STATUS
 from divault.app import _usage_of, receipts_into
-from divault.errors import ModelFailed, NotReady, Overloaded
-from divault.metrics import Histogram, Metrics, ModelFigures, Sources
+from divault.errors import DivaultError, ModelFailed, NotReady, Overloaded, error_classes
+from divault.limits import PeerLimits
+from divault.metrics import SECONDS, STEPS, Histogram, Metrics, ModelFigures, Sources
 from divault.models.base import Piece
+from divault.settings import Settings
 from divault.storage.cache import CiphertextCache
 from divault.telemetry import configure_logs
 from divault.values import Hold, Usdc
@@ -55,7 +60,8 @@ def read(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], floa
 
 
 def labelled(metrics: Metrics, name: str) -> dict[tuple[tuple[str, str], ...], float]:
-    return {tags: value for (found, tags), value in read(metrics).items() if found == name}
+    """Those that were counted."""
+    return {tags: value for (found, tags), value in read(metrics).items() if found == name and value}
 
 
 def test_what_was_counted_is_read() -> None:
@@ -98,7 +104,106 @@ def test_a_load_is_counted_by_how_it_ends(error: BaseException | None, outcome: 
 def test_before_anything_happened_nothing_is_invented() -> None:
     found = read(Metrics())
 
-    assert {name for name, _ in found if not name.startswith("divault_process")} == set()
+    assert {value for (name, _), value in found.items() if not name.startswith("divault_process")} == {0}
+
+
+def of_a_node() -> Metrics:
+    """The figures of a node that nobody has asked anything."""
+    limits = ApiLimits(PeerLimits(100, 1 << 20), 1 << 20)
+    create_api(cast("Any", SimpleNamespace(version="1")), limits)
+    return limits.metrics
+
+
+def fails(metrics: Metrics, outcome: str) -> None:
+    with contextlib.suppress(DivaultError), metrics.load():
+        raise next(cls for cls in error_classes() if cls.code == outcome)("it failed")
+
+
+def alerts() -> dict[str, str]:
+    """From the page: the labels that each counter of an alert is asked for, by its name."""
+    page = (ROOT / "docs/how-to/watch-a-node.md").read_text()
+    found = re.findall(r"^\| `(?:rate|increase)\((divault_\w+)\{(\w+)=~?\"([^\"]+)\"", page, re.MULTILINE)
+    return {f"{name} {label}": values.replace("\\", "") for name, label, values in found}
+
+
+def test_the_first_failure_is_growth_for_every_alert_of_the_page() -> None:
+    metrics = of_a_node()
+    before = read(metrics)
+    for outcome in alerts()["divault_load_seconds_count outcome"].split("|"):
+        fails(metrics, outcome)
+    for code in ("overloaded", "internal"):
+        metrics.request("/api/v1/inference", "POST", 500, 0.1, code)
+    after = read(metrics)
+
+    asked = [(name.split(), value) for name, values in alerts().items() for value in values.split("|")]
+    assert len(asked) >= 6
+    for (name, label), value in asked:
+        series = [key for key in after if key[0] == name and (label, value) in key[1] and after[key]]
+        assert series, (name, value)
+        assert {before[key] for key in series} == {0}, (name, value)
+
+
+def test_a_load_for_want_of_memory_or_a_device_wakes_somebody_and_one_that_was_left_does_not() -> None:
+    told = alerts()["divault_load_seconds_count outcome"].split("|")
+
+    assert {"not_ready", "overloaded", "storage_failed", "model_failed", "deadline_exceeded"} == {*told}
+    assert not {"ok", "abandoned", "wrong_key"} & {*told}
+
+
+def test_a_node_begins_at_0_with_each_code_and_fault() -> None:
+    found = read(of_a_node())
+
+    codes = {dict(tags)["code"] for name, tags in found if name == "divault_refusals_total"}
+    assert codes == {*STATUS}
+    faults = [dict(tags) for name, tags in found if name == "divault_requests_total"]
+    assert {fault["status"] for fault in faults} == {"500"}
+    assert {"/api/v1/inference", "/api/v1/models/{model_id}"} < {fault["route"] for fault in faults}
+    statuses = {dict(tags)["status"] for name, tags in found if name == "divault_receipts_total"}
+    assert statuses == {"ok", "partial", "refused", "failed", "timed_out"}
+    assert len(found) < 800, "no series for what is not worth one"
+
+
+def test_zeros_take_nothing_back() -> None:
+    metrics = full()
+    before = {key: value for key, value in read(metrics).items() if not key[0].startswith("divault_process")}
+    metrics.expect(codes=["overloaded"], faults=[("/api/v1/inference", "POST")], tokens=["0x00"])
+    after = read(metrics)
+
+    assert {key: after[key] for key in before if key[0] != "divault_chain_head_age_seconds"} == {
+        key: value for key, value in before.items() if key[0] != "divault_chain_head_age_seconds"
+    }
+
+
+@pytest.mark.parametrize(("steps", "failed"), [(1, "known"), (5, "run"), (6, "charge"), (7, None)])
+@pytest.mark.parametrize("error", [ModelFailed("it failed"), TimeoutError(), asyncio.CancelledError()])
+def test_the_step_in_which_a_call_fails_counts(steps: int, failed: str | None, error: BaseException) -> None:
+    metrics = Metrics()
+    lap = metrics.lap()
+    lap("authenticate")
+    with contextlib.suppress(type(error)), lap:
+        for step in STEPS[1:steps]:
+            lap(step)
+        raise error
+    counted = {*STEPS[:steps]} | ({failed} if failed else set())
+
+    assert labelled(metrics, "divault_step_seconds_count") == {(("step", step),): 1 for step in counted}
+
+
+def test_a_call_that_ends_well_before_its_last_step_counts_no_more() -> None:
+    metrics = Metrics()
+    lap = metrics.lap()
+    lap("authenticate")
+    with lap:
+        """A kept answer is given again."""
+
+    assert labelled(metrics, "divault_step_seconds_count") == {(("step", "authenticate"),): 1}
+
+
+def test_no_time_that_the_node_allows_by_default_is_beyond_the_bounds() -> None:
+    waited = Settings.model_fields["divault_load_timeout_seconds"].default
+
+    assert max(SECONDS) > 2 * waited, "opened, and loaded by a worker"
+    assert any(Settings.model_fields["inference_timeout_seconds"].default < bound for bound in SECONDS)
 
 
 def test_a_value_on_a_bound_belongs_to_it() -> None:

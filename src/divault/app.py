@@ -269,6 +269,7 @@ async def _node(
     kavach, wrong_keys = Kavach(settings.divault_lighthouse_encryption_url), WrongKeys()
     stack.push_async_callback(kavach.close)
     tokens = frozenset({contracts.token, *settings.divault_payment_tokens})
+    metrics.expect(tokens=map(str, tokens))
     terms = Terms(tokens, settings.divault_transfer_confirmations, settings.divault_transfer_max_age_seconds)
     rail = TransferCredit(ledger, chain, terms, sole_node_for=settings.divault_sole_node_for)
     gates = Gates(chain, VaultReader(chain, vault, contracts.token), tokens)

@@ -7,6 +7,7 @@ Rules:
 2. Counting costs a call a few microseconds (`bench/bench_metrics.py`): plain integers here, made into Prometheus' form
    when somebody reads.
 3. What others know (queues, the cache, the chain's head) is asked of them when somebody reads.
+4. What can be known in advance begins at 0: a series that appears with its first event hides that event from `rate`.
 
 | name | type | labels | |
 |---|---|---|---|
@@ -40,9 +41,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from itertools import accumulate
 from time import perf_counter
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -50,9 +52,19 @@ from prometheus_client.registry import Collector
 
 from divault.errors import DivaultError
 from divault.traces import current
+from divault.values import ReceiptStatus
 
-SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-"""Upper bounds of times: from a signature check to the longest run."""
+SECONDS = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+    120.0, 300.0,
+)  # fmt: skip
+"""Upper bounds of times: from a signature check to a load, which may take 120 s to open and as many to start."""
+STEPS = ("authenticate", "known", "gate", "hold", "open", "run", "charge")
+"""Of a call, in their order."""
+_LOAD_ENDS = (
+    "ok", "abandoned", "internal", "deadline_exceeded", "model_failed", "not_ready", "overloaded",
+    "sealed_file_damaged", "storage_failed", "too_large", "unsupported_model", "wrong_key",
+)  # fmt: skip
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _MAX_LABEL = 128
 _Key = TypeVar("_Key")
@@ -115,8 +127,38 @@ class Sources:
     """Runs that are reserved in the ledger now."""
 
 
-Lap = Callable[[str], None]
-"""Times the steps of one call: `lap("gate")` counts the time since the lap before."""
+class Lap:
+    """Times the steps of one call: `lap("gate")` counts the time since the lap before.
+
+    As a context, entered after the first step, it also counts the step in which a call fails: the slowest of all are
+    those that a deadline ended.
+    """
+
+    __slots__ = ("_done", "_steps", "_then", "_trace")
+
+    def __init__(self, steps: defaultdict[str, Histogram]) -> None:
+        self._steps = steps
+        self._trace = current.get()
+        self._done = STEPS[0]
+        self._then = perf_counter()
+
+    def __call__(self, step: str) -> None:
+        """Count the step that ends now."""
+        now = perf_counter()
+        found, seconds = self._steps[step], now - self._then
+        found.counts[bisect_left(SECONDS, seconds)] += 1  # as `observe` does, which costs as much again to call
+        found.total += seconds
+        if self._trace is not None:
+            self._trace.step(step, seconds)
+        self._then = now
+        self._done = step
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: object, __: object) -> None:
+        if kind is not None and self._done != STEPS[-1]:
+            self(STEPS[STEPS.index(self._done) + 1])
 
 
 def _histogram_each() -> defaultdict[_Key, Histogram]:
@@ -135,21 +177,27 @@ class Metrics(Collector):
     _receipts: Counter[str] = field(default_factory=Counter)
     _charged: Counter[str] = field(default_factory=Counter)
 
+    def __post_init__(self) -> None:
+        """Rule 4, for what every node has."""
+        for step in STEPS:
+            self._steps[step] = Histogram()
+        for outcome in _LOAD_ENDS:
+            self._loads[outcome] = Histogram()
+        for status in ReceiptStatus:
+            self._receipts[status.name.lower()] = 0
+
+    def expect(
+        self, *, codes: Iterable[str] = (), faults: Iterable[tuple[str, str]] = (), tokens: Iterable[str] = ()
+    ) -> None:
+        """Begin at 0 (rule 4): refusals by code, faults (status 500) by route and method, what calls pay by token."""
+        for found, labels in ((self._refusals, codes), (self._charged, tokens)):
+            found.update(dict.fromkeys(labels, 0))
+        for route, method in faults:
+            self._requests.setdefault((route, method, HTTPStatus.INTERNAL_SERVER_ERROR.value), Histogram())
+
     def lap(self) -> Lap:
         """A clock for the steps of a call that begins now."""
-        steps, trace, then = self._steps, current.get(), perf_counter()
-
-        def lap(step: str) -> None:
-            nonlocal then
-            now = perf_counter()
-            found, seconds = steps[step], now - then
-            found.counts[bisect_left(SECONDS, seconds)] += 1  # as `observe` does, which costs as much again to call
-            found.total += seconds
-            if trace is not None:
-                trace.step(step, seconds)
-            then = now
-
-        return lap
+        return Lap(self._steps)
 
     def request(self, route: str, method: str, status: int, seconds: float, code: str | None = None) -> None:
         """Count an answered request; `code` where it was an error."""
@@ -197,8 +245,10 @@ class Metrics(Collector):
         )
         by_route: defaultdict[str, Histogram] = _histogram_each()
         for (route, method, status), found in list(self._requests.items()):
-            requests.add_metric((route, method, str(status)), sum(found.counts))
-            by_route[route].add(found)
+            count = sum(found.counts)
+            requests.add_metric((route, method, str(status)), count)
+            if count:  # times of routes that nobody asked would be most of the page
+                by_route[route].add(found)
         yield requests
         yield _histograms("divault_request_seconds", "Seconds of a request", "route", by_route)
         yield _counters("divault_refusals", "Errors told to callers", "code", self._refusals)

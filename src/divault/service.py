@@ -134,7 +134,7 @@ class Service:
         lap = self._metrics.lap()
         principal = await self._authenticator.authenticate(call)
         lap("authenticate")
-        with _Named(principal):
+        with lap, _Named(principal):
             stored = await self._ledger.answered(principal)
             if stored is not None:
                 return stored
@@ -142,9 +142,9 @@ class Service:
                 async with self._ledger.outcome(principal, call, self._refusals):
                     lap("known")
                     grant = await self._gates.check(principal, _model_of(call))
-                    lap("gate")
                     if not load:
                         self._require_loaded(grant)
+                    lap("gate")
                     async with self._payments.hold(grant, call) as hold:
                         lap("hold")
                         opened = await self._open(hold.grant, call)

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from divault.api.guard import Guard
@@ -18,7 +19,7 @@ from divault.api.measured import Measured, Routes
 from divault.api.metrics_route import MetricsFor, add_metrics
 from divault.api.node import Node
 from divault.api.presence import Presence
-from divault.api.problems import failure_response, problem_response
+from divault.api.problems import STATUS, failure_response, problem_response
 from divault.api.routes import hot_handlers, routes
 from divault.errors import BadRequest, DivaultError, MethodNotAllowed, RouteUnknown
 from divault.limits import PeerLimits
@@ -61,6 +62,10 @@ def create_api(node: Node, limits: ApiLimits) -> ASGIApp:
     hot = HotRoutes(app, hot_handlers(node), Presence())
     guarded: ASGIApp = Guard(hot, limits=limits.peers, max_body_bytes=limits.max_body_bytes)
     templates = [getattr(route, "path", "") for route in (*router.routes, *app.routes)]
+    served = [
+        (route.path, method) for route in router.routes if isinstance(route, Route) for method in route.methods or ()
+    ]
+    limits.metrics.expect(codes=STATUS, faults=served)
     if limits.cors_origins:
         guarded = CORSMiddleware(
             guarded,

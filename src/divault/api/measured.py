@@ -151,6 +151,7 @@ async def _end(error: Exception, seen: _Seen, scope: Scope, receive: Receive) ->
         await failure_response(error, scope["path"])(scope, receive, seen)
     elif seen.code != DivaultError.code:
         _log.error("the answer broke off", request_id=seen.id, exc_info=error)
+        seen.code = DivaultError.code
 
 
 def _parent(scope: Scope) -> dict[str, str]:

@@ -170,8 +170,9 @@ def _steps(now: Reading, before: Reading | None) -> Table:
 def _refusals(now: Reading, before: Reading | None) -> Table:
     table = _table("refused", "count", "/s")
     for code in now.labels("divault_refusals_total", "code"):
-        rate = _rate(now, before, "divault_refusals_total", code=code)
-        table.add_row(code, f"{now.value('divault_refusals_total', code=code):.0f}", _per_second(rate))
+        count = now.value("divault_refusals_total", code=code)
+        if count:
+            table.add_row(code, f"{count:.0f}", _per_second(_rate(now, before, "divault_refusals_total", code=code)))
     return table
 
 
