@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,7 +12,13 @@ from typing import Any
 import pytest
 import uvicorn
 
+import divault.telemetry
 from divault.api.connection import MAX_HEAD_BYTES, Connection, JoinedTransport
+from divault.api.measured import Measured, Routes
+from divault.metrics import Metrics
+from divault.telemetry import configure_logs
+
+pytestmark = pytest.mark.usefixtures("logs_as_before")
 
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 ASK = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nhi"
@@ -41,7 +48,7 @@ class Impatient(Connection):
 
 @asynccontextmanager
 async def serving(app: Application, http: type[Connection] = Connection) -> AsyncIterator[int]:
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_level="error", http=http)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_config=None, http=http)
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
     while not server.started:
@@ -49,6 +56,12 @@ async def serving(app: Application, http: type[Connection] = Connection) -> Asyn
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
     await task
+
+
+async def reads_all(_: Any, receive: Any, __: Any) -> None:
+    """Answers nothing."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def answering(body: bytes, *more: bytes) -> Application:
@@ -238,7 +251,8 @@ async def test_a_head_that_does_not_come_is_waited_for_so_long_and_no_longer() -
         assert second.startswith(b"HTTP/1.1 408")
 
 
-async def test_an_answer_under_way_is_not_cut_by_a_word_about_the_next_request() -> None:
+@pytest.mark.parametrize("more", [b"GET / HT", b"\x00\r\n\r\n"], ids=["begun", "no HTTP"])
+async def test_an_answer_under_way_is_not_cut_by_a_word_about_the_next_request(more: bytes) -> None:
     async def slowly(_: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -246,9 +260,10 @@ async def test_an_answer_under_way_is_not_cut_by_a_word_about_the_next_request()
         await asyncio.sleep(0.5)
 
     async with serving(slowly, Impatient) as port, asyncio.timeout(10):
-        answer = await ask(port, ASK + b"GET / HT")
+        answer = await ask(port, ASK, more, pause_s=0.05)
     assert answer.count(b"HTTP/1.1") == 1
     assert b"408" not in answer
+    assert b"400" not in answer
 
 
 async def test_who_asks_in_time_is_not_cut_off_later() -> None:
@@ -259,3 +274,60 @@ async def test_who_asks_in_time_is_not_cut_off_later() -> None:
     async with serving(slowly, Impatient) as port, asyncio.timeout(10):
         begun, rest = ASK[:30], ASK[30:].replace(b"host", b"connection: close\r\nhost")
         assert (await ask(port, begun, rest, pause_s=0.05)).endswith(b"late")
+
+
+# --- what is counted of it --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        (b"\x16\x03\x01\x00no HTTP\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nZZ\r\n", 400),
+        (with_header(4 * MAX_HEAD_BYTES), 431),
+        (b"GET / HTTP/1.1\r\nx: y\r\n", 408),
+    ],
+    ids=["garbage", "chunk", "long", "late"],
+)
+async def test_what_is_no_request_is_told_counted_and_logged(
+    asked: bytes, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logs(None)
+    measured = Measured(reads_all, Metrics(), Routes([]))
+    async with serving(measured, Impatient.telling(measured.refused)) as port, asyncio.timeout(10):
+        with contextlib.suppress(ConnectionError):  # the rest of the head may be in the way of the answer
+            assert (await ask(port, asked)).startswith(b"HTTP/1.1 %d " % status)
+    told = measured._metrics.text().decode()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    assert f'divault_requests_total{{method="other",route="other",status="{status}"}} 1.0' in told
+    assert 'divault_refusals_total{code="bad_request"} 1.0' in told
+    assert [(line["event"], line["code"]) for line in lines if line.get("status") == status] == [
+        ("request", "bad_request")
+    ]
+    assert not any("library" in line for line in lines)
+
+
+async def test_who_asks_well_or_just_leaves_is_no_refusal() -> None:
+    refused: list[tuple[int, float]] = []
+    protocol = Impatient.telling(lambda status, seconds: refused.append((status, seconds)))
+    async with serving(answering(b"yes"), protocol) as port, asyncio.timeout(10):
+        assert await ask(port) == b""
+        assert b"yes" in await ask(port, ASK)
+    assert refused == []
+
+
+async def test_a_flood_of_no_requests_is_counted_whole_and_fills_no_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure_logs(None)
+    monkeypatch.setattr(divault.telemetry, "LINES_PER_SECOND", 3)
+    measured = Measured(answering(b"never"), Metrics(), Routes([]))
+    async with serving(measured, Connection.telling(measured.refused)) as port, asyncio.timeout(30):
+        for _ in range(60):
+            await ask(port, b"\x00\r\n\r\n")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    assert 'divault_refusals_total{code="bad_request"} 60.0' in measured._metrics.text().decode()
+    assert 3 <= len(lines) < 40
+    assert {line["route"] for line in lines} == {"other"}

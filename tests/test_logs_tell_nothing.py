@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import divault.api.measured
-from divault.api.measured import REFUSALS_LOGGED, Measured, Routes
+from divault.api.measured import Measured, Routes
 from divault.errors import BadRequest, ModelFailed
 from divault.metrics import Metrics
-from divault.telemetry import configure_logs, log, new_request_id
+from divault.telemetry import LINES_PER_SECOND, configure_logs, log, new_request_id
 from divault.workers.pool import WorkerPool
 from tests.worker_models import answer, hostile, opened
 
@@ -94,6 +94,24 @@ async def test_what_a_library_logs_is_one_line_of_ours(capsys: pytest.CaptureFix
     assert found[1]["exception"][0].startswith("builtins.ValueError > ")
 
 
+def test_of_a_library_that_warns_without_end_few_lines_are_written_and_of_its_errors_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begin()
+    for _ in range(3 * LINES_PER_SECOND):
+        logging.getLogger("asyncio").warning("socket.send() raised exception.")
+        logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+    warned = lines(capsys)
+    for _ in range(LINES_PER_SECOND + 1):
+        logging.getLogger("asyncio").error("Exception in callback")
+    errors = lines(capsys)
+
+    assert LINES_PER_SECOND <= len(warned) <= 2 * LINES_PER_SECOND, "a second may have ended meanwhile"
+    assert {line["library"] for line in warned} == {"asyncio"}, "uvicorn's are told as refusals"
+    assert len(errors) == LINES_PER_SECOND + 1
+    assert errors[0]["unlogged"] == 3 * LINES_PER_SECOND - len(warned) - sum(x.get("unlogged", 0) for x in warned)
+
+
 class Faulty:
     """Fails before its answer, or in the middle of it."""
 
@@ -153,7 +171,7 @@ async def test_a_flood_of_refusals_fills_no_log_and_every_one_is_counted(
             await measured({"type": "http", "path": "/x", "method": "POST", "headers": []}, nothing, nothing)
         return lines(capsys)
 
-    assert len(await request(REFUSALS_LOGGED + 30)) == REFUSALS_LOGGED
+    assert len(await request(LINES_PER_SECOND + 30)) == LINES_PER_SECOND
     status = 500
     (fault,) = await request(1)
     assert (fault["status"], fault["unlogged"]) == (500, 30), "faults are always told"
@@ -161,7 +179,7 @@ async def test_a_flood_of_refusals_fills_no_log_and_every_one_is_counted(
     first, second = await request(2)
 
     assert "unlogged" not in first | second
-    count = REFUSALS_LOGGED + 32
+    count = LINES_PER_SECOND + 32
     assert f'divault_requests_total{{method="POST",route="/x",status="403"}} {count}.0'.encode() in metrics.text()
 
 

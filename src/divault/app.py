@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
 
 import divault
 from divault import keyfiles, messages
 from divault.api import ApiLimits, Node, create_api
 from divault.api.connection import Connection
 from divault.api.envelope import MAX_SELF_SIGNED_BYTES, Envelopes
+from divault.api.measured import Measured
 from divault.auth import Authenticator
 from divault.chain import erc20
 from divault.chain.chain import Chain
@@ -94,7 +94,7 @@ class Contracts:
 
 
 @asynccontextmanager
-async def running(settings: Settings, url: str | None = None) -> AsyncIterator[ASGIApp]:
+async def running(settings: Settings, url: str | None = None) -> AsyncIterator[Measured]:
     """A node's ASGI application while the context lasts; everything is closed after it, in reverse order.
 
     `url`: where callers reach it, unless `DIVAULT_PUBLIC_URL` says so. Raises SettingsInvalid, ChainUnavailable.
@@ -147,7 +147,7 @@ async def serve(settings: Settings, *, until_eof: bool = False) -> None:
     async with running(settings, url) as app:
         config = uvicorn.Config(
             app,
-            http=Connection,
+            http=Connection.telling(app.refused),
             ws="none",
             log_config=None,
             access_log=False,

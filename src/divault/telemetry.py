@@ -7,7 +7,8 @@ Rules:
 2. Text that a stranger controls is escaped and cut, so that a log line stays one line.
 3. Of an exception its type and where it came from are logged, never its words: they may repeat what a caller sent.
    The same goes for what libraries log, of which there is one line each.
-4. Logs go to stdout and, when a log directory is configured, to `div-backend.log` in it.
+4. Lines that a stranger can cause are so many a second (`Lines`), whoever writes them.
+5. Logs go to stdout and, when a log directory is configured, to `div-backend.log` in it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 import logging.handlers
 import secrets
 import sys
+import time
 import traceback
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
@@ -28,8 +30,9 @@ LOG_FILE = "div-backend.log"
 _MAX_TEXT = 512  # characters of one logged value: enough for a sentence, too short for a payload
 _MAX_FRAMES, _MAX_CAUSES = 30, 5  # of a logged exception
 _IDS_AT_ONCE = 256
-_LIBRARIES = ("asyncio", "opentelemetry", "uvicorn")
-"""Whose warnings and errors are lines of the log too."""
+LINES_PER_SECOND = 50
+_LIBRARIES = {"asyncio": logging.WARNING, "opentelemetry": logging.WARNING, "uvicorn": logging.ERROR}
+"""Whose lines are lines of the log too, from which level. What uvicorn warns of is a refusal, told by `Measured`."""
 _MASKED = frozenset(
     {
         "authorization", "body", "cookie", "decryption_key", "identity", "input", "input_data", "key",
@@ -83,6 +86,29 @@ def _to_stdlib(logger: logging.Logger, _: str, event: MutableMapping[str, Any]) 
     raise structlog.DropEvent
 
 
+class Lines:
+    """Lines of one kind, so many a second: who floods a node must fill no disk, nor cost more than he has to."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._written = 0
+        self._unlogged = 0
+
+    def one_more(self) -> bool:
+        """Whether another line is written now; one that isn't is counted."""
+        now = int(time.monotonic())
+        if now != self._second:
+            self._second, self._written = now, 0
+        self._written += 1
+        self._unlogged += self._written > LINES_PER_SECOND
+        return self._written <= LINES_PER_SECOND
+
+    def unlogged(self) -> dict[str, int]:
+        """For the next line: how many were left out since the last one that said so."""
+        count, self._unlogged = self._unlogged, 0
+        return {"unlogged": count} if count else {}
+
+
 class _Silent(logging.Handler):
     """Says that it can't write, and not what: Python's own handlers print the exception that is being handled."""
 
@@ -105,10 +131,17 @@ class _ToFile(_Silent, logging.handlers.RotatingFileHandler):
 class _OfLibraries(_Silent):
     """Makes what a library logs a line of ours: the first of its lines, since the others are its objects' words."""
 
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._lines = Lines()
+
     def emit(self, record: logging.LogRecord) -> None:
         """Part of logging.Handler."""
+        if record.levelno < logging.ERROR and not self._lines.one_more():
+            return
         first = record.getMessage().partition("\n")[0]
-        log("libraries").log(record.levelno, first, library=record.name, exc_info=record.exc_info)
+        told = self._lines.unlogged()
+        log("libraries").log(record.levelno, first, library=record.name, exc_info=record.exc_info, **told)
 
 
 _render_json = structlog.processors.JSONRenderer(sort_keys=False)
@@ -132,9 +165,9 @@ def configure_logs(log_dir: Path | None, *, debug: bool = False) -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         root.addHandler(handler)
     root.setLevel(logging.DEBUG if debug else logging.INFO)
-    for name in _LIBRARIES:
+    for name, level in _LIBRARIES.items():
         library = logging.getLogger(name)
-        library.handlers[:] = [_OfLibraries(logging.WARNING)]
+        library.handlers[:] = [_OfLibraries(level)]
         library.propagate = False
     structlog.configure(
         processors=[

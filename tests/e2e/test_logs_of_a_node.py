@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -208,6 +209,21 @@ async def test_every_answer_has_an_id_and_is_counted(
     await logged_with(talkative, headers["x-request-id"])
     more = {key: after[key] - before.get(key, 0) for key in after}
     assert more.get(str(status)) == (2 if path == "/metrics" else 1), (before, after)
+
+
+async def test_what_is_no_http_is_counted_and_told_once(talkative: NodeProcess) -> None:
+    before, written = await counted(talkative, "other", "no route"), len(logged(talkative).splitlines())
+    where = urlsplit(talkative.url)
+    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    writer.write(f"\x00{TELLTALE}\r\n\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    after, lines = await counted(talkative, "other", "no route"), logged(talkative).splitlines()[written:]
+
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert after["400"] - before.get("400", 0) == 1
+    assert len([line for line in lines if '"status": 400' in line]) == 1
+    assert not any("libraries" in line or TELLTALE in line for line in lines)
 
 
 async def counted(node: NodeProcess, method: str, path: str) -> dict[str, float]:

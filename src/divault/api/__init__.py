@@ -49,7 +49,7 @@ class ApiLimits:
     """Browser origins that may call; none by default."""
 
 
-def create_api(node: Node, limits: ApiLimits) -> ASGIApp:
+def create_api(node: Node, limits: ApiLimits) -> Measured:
     """Build the ASGI application of a node."""
     # No redirects: a signature is for one path, and their target would be whatever the Host header says.
     app = FastAPI(title="DIV Inference Backend", version=node.version, description=_ABOUT, redirect_slashes=False)

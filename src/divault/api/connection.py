@@ -1,15 +1,17 @@
-"""uvicorn's HTTP protocol, with two changes.
+"""uvicorn's HTTP protocol, with three changes.
 
 1. What is no body is bounded: the head of a request, what frames the chunks of its body, and what follows them. uvicorn
    collects it without end, at a cost that grows with its square, and before anybody is counted. And a head has to be
    there in time.
 2. The head and the body of an answer leave in one system call instead of two: a write to a socket costs as much as
    reading and checking a small request does, and wakes the client each time.
+3. What it refuses before anybody else sees it is told to whoever counts refusals.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -67,6 +69,15 @@ class Connection(HttpToolsProtocol):
     _late: asyncio.TimerHandle | None = None
     """Ends the connection, while a head is waited for."""
 
+    @classmethod
+    def telling(cls, refused: Callable[[int, float], None]) -> type[Connection]:
+        """The protocol that calls this with the status of each refusal, and how many seconds it was waited for."""
+        return type(cls.__name__, (cls,), {"_refused": staticmethod(refused)})
+
+    @staticmethod
+    def _refused(status: int, seconds: float) -> None:
+        """Nobody counts."""
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Part of asyncio.Protocol."""
         super().connection_made(JoinedTransport(transport))  # type: ignore[arg-type]
@@ -97,6 +108,10 @@ class Connection(HttpToolsProtocol):
         elif self._late is None:
             self._late = self.loop.call_later(self.head_patience_s, self._give_up)
 
+    def send_400_response(self, msg: str) -> None:
+        """Part of uvicorn's protocol: what came is no HTTP."""
+        self._refuse(HTTPStatus.BAD_REQUEST, msg)
+
     def on_body(self, body: bytes) -> None:
         """Part of uvicorn's protocol: some of a body has come."""
         self._left = min(MAX_HEAD_BYTES, self._left + len(body) * (1 + _FRAMING))
@@ -122,13 +137,14 @@ class Connection(HttpToolsProtocol):
         if self._left == MAX_HEAD_BYTES:  # nothing was asked
             self.transport.close()
         else:
-            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the head of a request is waited for {self.head_patience_s:g} s")
+            waited = self.head_patience_s
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the head of a request is waited for {waited:g} s", waited)
 
-    def _refuse(self, status: HTTPStatus, why: str) -> None:
-        """Say so, and end the connection: like uvicorn's answer to what is no HTTP."""
+    def _refuse(self, status: HTTPStatus, why: str, waited_s: float = 0.0) -> None:
+        """Say so, and end the connection."""
         if self.transport.is_closing():
             return
-        if self.cycle is not None and not self.cycle.response_complete:  # in the middle of an answer
+        if self._owes_another_answer():
             self.transport.close()
             return
         head = (
@@ -139,3 +155,9 @@ class Connection(HttpToolsProtocol):
         )
         self.transport.write(("\r\n".join(head) + "\r\n\r\n" + why).encode())
         self.transport.close()
+        self._refused(status.value, waited_s)
+
+    def _owes_another_answer(self) -> bool:
+        """Whether a word now would stand within an answer, or for that to an earlier request."""
+        cycle = self.cycle
+        return cycle is not None and not cycle.response_complete and (cycle.response_started or not cycle.more_body)

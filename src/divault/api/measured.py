@@ -20,15 +20,13 @@ from http import HTTPStatus
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from divault.api.problems import failure_response
-from divault.errors import DivaultError
+from divault.errors import BadRequest, DivaultError
 from divault.metrics import Metrics
-from divault.telemetry import log, new_request_id
+from divault.telemetry import Lines, log, new_request_id
 from divault.traces import Traces, current
 
 CODE_HEADER = b"divault-code"
 """Header of every error answer: its code, for programs that don't read the body."""
-REFUSALS_LOGGED = 50
-"""Lines about refused requests in a second; the next line after that says how many were left out (`unlogged`)."""
 STREAM_CODE = "divault.code"
 """Member of the ASGI scope: the code of an error that was told within an answer that had begun."""
 TOO_OFTEN_S = 0.1
@@ -69,7 +67,7 @@ class Measured:
         self._verbose = verbose
         self._metrics = metrics
         self._routes = routes
-        self._lines = _Lines()
+        self._lines = Lines()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -98,6 +96,12 @@ class Measured:
             for message in seen.kept:
                 await send(message)
 
+    def refused(self, status: int, seconds: float) -> None:
+        """Count what the server in front refused before it was a request, and write its line."""
+        seen = _Seen(_to_nobody)
+        seen.status, seen.code = status, BadRequest.code
+        self._tell("other", "other", seen, seconds)
+
     def _tell(self, route: str, method: str, seen: _Seen, seconds: float) -> None:
         self._metrics.request(route, method, seen.status, seconds, seen.code)
         good = seen.status < 400 and seen.code is None
@@ -119,29 +123,6 @@ class Measured:
         )
 
 
-class _Lines:
-    """Lines about refusals, so many a second: who floods a node must fill no disk, nor cost more than he has to."""
-
-    def __init__(self) -> None:
-        self._second = 0
-        self._written = 0
-        self._unlogged = 0
-
-    def one_more(self) -> bool:
-        """Whether another line is written now; one that isn't is counted."""
-        now = int(time.monotonic())
-        if now != self._second:
-            self._second, self._written = now, 0
-        self._written += 1
-        self._unlogged += self._written > REFUSALS_LOGGED
-        return self._written <= REFUSALS_LOGGED
-
-    def unlogged(self) -> dict[str, int]:
-        """For the next line: how many were left out since the last one that said so."""
-        count, self._unlogged = self._unlogged, 0
-        return {"unlogged": count} if count else {}
-
-
 async def _end(error: Exception, seen: _Seen, scope: Scope, receive: Receive) -> None:
     """Answer with the fault, if nothing was answered yet. An answer that has begun is left unfinished.
 
@@ -152,6 +133,10 @@ async def _end(error: Exception, seen: _Seen, scope: Scope, receive: Receive) ->
     elif seen.code != DivaultError.code:
         _log.error("the answer broke off", request_id=seen.id, exc_info=error)
         seen.code = DivaultError.code
+
+
+async def _to_nobody(_: Message) -> None:
+    """Sends nothing: the answer is out."""
 
 
 def _parent(scope: Scope) -> dict[str, str]:
