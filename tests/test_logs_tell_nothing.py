@@ -17,6 +17,7 @@ from divault.api.measured import Measured, Routes
 from divault.errors import BadRequest, ModelFailed
 from divault.metrics import Metrics
 from divault.telemetry import LINES_PER_SECOND, configure_logs, log, new_request_id
+from divault.traces import Traces
 from divault.workers.pool import WorkerPool
 from tests.worker_models import answer, hostile, opened
 
@@ -92,6 +93,41 @@ async def test_what_a_library_logs_is_one_line_of_ours(capsys: pytest.CaptureFix
         ("opentelemetry.x", "Invalid HTTP request received."), ("asyncio", "Task exception was never retrieved")
     ]  # fmt: skip
     assert found[1]["exception"][0].startswith("builtins.ValueError > ")
+
+
+async def test_a_collector_that_is_away_makes_no_line_with_its_credentials(
+    capsys: pytest.CaptureFixture[str], unused_tcp_port: int
+) -> None:
+    begin()
+    traces = Traces.to(f"http://zq-user:zq-pass@127.0.0.1:{unused_tcp_port}/v1/zq-path?api-key=zq-key")
+    traces.begin("POST", {}).end("/x", 200, None, "0xaa")
+    await asyncio.to_thread(traces.close)
+    found = lines(capsys)
+
+    assert found, "it says that it could not send"
+    assert "zq-" not in json.dumps(found)
+    assert any("Transient error (ConnectionError) encountered" in line["event"] for line in found)
+
+
+@pytest.mark.parametrize(
+    ("words", "args", "told"),
+    [
+        ("%d of %s lost in %.2f s", (3, "zq-secret", 0.5), "3 of (str) lost in 0.50 s"),
+        ("it said %r", (ValueError("zq-secret"),), "it said '(ValueError)'"),
+        ("it said %(what)s", ({"what": "zq-secret"},), "it said %(what)s"),
+        ("%d of them", ("zq-secret",), "%d of them"),
+        ("100 % of them", (), "100 % of them"),
+        ("one\n%s", ("zq-secret",), "one"),
+    ],
+)
+def test_what_a_library_names_is_told_as_numbers_and_types(
+    words: str, args: tuple[Any, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin()
+    logging.getLogger("opentelemetry.x").warning(words, *args)
+    (line,) = lines(capsys)
+
+    assert (line["event"], line["library"]) == (told, "opentelemetry.x")
 
 
 def test_of_a_library_that_warns_without_end_few_lines_are_written_and_of_its_errors_all(

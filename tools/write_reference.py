@@ -183,8 +183,8 @@ _SETTINGS = """\
 
 Read once at start, from `.env` in the working directory and then from the environment, which wins. Lists are separated
 by commas; an empty value means the default; switches take `1`, `0`, `true`, `false`. An unknown name that starts with
-`DIVAULT_` is an error that suggests the nearest one. `divault config` prints what is in force, secrets masked, and
-`divault doctor` tests it.
+`DIVAULT_` is an error that suggests the nearest one. `divault config` prints what is in force, secrets masked and URLs
+by their host alone, and `divault doctor` tests it.
 """
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -239,20 +240,23 @@ class Settings(BaseModel):
             raise SettingsInvalid(f"an address among the settings is wrong: {err.detail}") from err
 
     def redacted(self) -> dict[str, str]:
-        """Every setting as text, secrets masked; RPC URLs without their path, which may hold an API key."""
+        """Every setting as text, secrets masked; URLs by their host alone, since all else may hold a key."""
         shown: dict[str, str] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if name == "web3_provider_url":
-                text = ",".join(_without_path(url.strip()) for url in value.reveal().decode().split(","))
-            elif isinstance(value, Secret):
-                text = "***"
-            elif isinstance(value, tuple):
-                text = ",".join(str(part) for part in value)
-            else:
-                text = "" if value is None else str(value)
+            text = value.reveal().decode() if name == "web3_provider_url" else _text(value)
+            if name.endswith(("_url", "_urls", "_endpoint")):
+                text = ",".join(map(_host, text.split(","))) if text else ""
             shown[name.upper()] = text
         return shown
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Secret):
+        return "***"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def _set(address: Address | None, name: str) -> Address:
@@ -261,7 +265,13 @@ def _set(address: Address | None, name: str) -> Address:
     return address
 
 
-def _without_path(url: str) -> str:
-    scheme, sep, rest = url.partition("://")
-    host = rest.partition("/")[0].rpartition("@")[2]
-    return f"{scheme}{sep}{host}" + ("/***" if "/" in rest.rstrip("/") or "@" in rest else "")
+def _host(url: str) -> str:
+    """The URL's scheme, host and port, and whether there is more."""
+    scheme, sep, rest = url.strip().partition("://")
+    if not sep:
+        return "***"
+    authority = re.split(r"[/?#\\]", rest, maxsplit=1)[0]
+    host = authority.rpartition("@")[2]
+    if not re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d+)?", host):
+        return "***"
+    return f"{scheme}://{host}" + ("" if rest.rstrip("/") == host else "/***")

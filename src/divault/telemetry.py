@@ -6,7 +6,7 @@ Rules:
    logs it.
 2. Text that a stranger controls is escaped and cut, so that a log line stays one line.
 3. Of an exception its type and where it came from are logged, never its words: they may repeat what a caller sent.
-   The same goes for what libraries log, of which there is one line each.
+   The same goes for what libraries log, of which there is one line each: their sentence, with numbers and types in it.
 4. Lines that a stranger can cause are so many a second (`Lines`), whoever writes them.
 5. Logs go to stdout and, when a log directory is configured, to `div-backend.log` in it.
 """
@@ -139,9 +139,22 @@ class _OfLibraries(_Silent):
         """Part of logging.Handler."""
         if record.levelno < logging.ERROR and not self._lines.one_more():
             return
-        first = record.getMessage().partition("\n")[0]
-        told = self._lines.unlogged()
-        log("libraries").log(record.levelno, first, library=record.name, exc_info=record.exc_info, **told)
+        said, told = _sentence(record).partition("\n")[0], self._lines.unlogged()
+        log("libraries").log(record.levelno, said, library=record.name, exc_info=record.exc_info, **told)
+
+
+def _sentence(record: logging.LogRecord) -> str:
+    """What the library's code says, and of what it says it about numbers and types alone: a URL may hold a key."""
+    if isinstance(record.args, Mapping):
+        return str(record.msg)
+    try:
+        return str(record.msg) % tuple(map(_without_its_words, record.args or ()))
+    except (TypeError, ValueError):  # a number was wanted where there is none
+        return str(record.msg)
+
+
+def _without_its_words(value: object) -> object:
+    return value if isinstance(value, int | float) else f"({type(value).__name__})"
 
 
 _render_json = structlog.processors.JSONRenderer(sort_keys=False)
