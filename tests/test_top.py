@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from divault.cli.top import Reading, read, shown
+from divault.cli.top import Reading, _fitting, read, shown
 from divault.errors import NotReady
-from divault.metrics import Metrics, ModelFigures, Sources
+from divault.metrics import STEPS, Metrics, ModelFigures, Sources
 
 MODEL = ModelFigures("m1", 3, 0.25, True, 2, (1, 2, 4), (5, 1, 0, 2), 40, 1.5, 12_000_000)
 START = ("divault_process_start_time_seconds", ())
@@ -36,14 +38,14 @@ def step(**counts: tuple[int, int]) -> dict[tuple[str, tuple[tuple[str, str], ..
 
 def text(now: Reading, before: Reading | None) -> str:
     console = Console(width=150, record=True, file=io.StringIO())
-    console.print(shown(now, before))
+    console.print(shown(now, before, 150))
     return console.export_text()
 
 
 class Figures(ThreadingHTTPServer):
-    """Answers with figures so many times, and then with 503."""
+    """Answers with figures at these looks, and at others with 503."""
 
-    def __init__(self, answers: int) -> None:
+    def __init__(self, answers: range) -> None:
         super().__init__(("127.0.0.1", 0), Answering)
         self.answers = answers
         self.looks = 0
@@ -61,7 +63,7 @@ class Answering(BaseHTTPRequestHandler):
         assert isinstance(self.server, Figures)
         self.server.looks += 1
         body = self.server.metrics.text()
-        self.send_response(200 if self.server.looks <= self.server.answers else 503)
+        self.send_response(200 if self.server.looks in self.server.answers else 503)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -71,7 +73,7 @@ class Answering(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def answering(answers: int) -> Iterator[Figures]:
+def answering(answers: range) -> Iterator[Figures]:
     with Figures(answers) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
@@ -83,7 +85,7 @@ def answering(answers: int) -> Iterator[Figures]:
 
 
 def test_the_tables_show_rates_between_two_looks() -> None:
-    with answering(1) as server:
+    with answering(range(1, 2)) as server:
         first = read(server.url)
     sums = "divault_model_pass_callers_sum"
     later = {key: value + 20 if key[0] == sums else value for key, value in first.samples.items()}
@@ -119,8 +121,12 @@ def test_where_no_figures_are_it_says_so(url: str) -> None:
         read(url)
 
 
-@pytest.mark.parametrize(("answers", "told"), [(100, b"m1"), (1, b"no figures at")])
-async def test_it_looks_until_it_is_interrupted(answers: int, told: bytes) -> None:
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [(range(1, 100), b"m1"), (range(1, 2), b"no figures at"), (range(3, 100), b"m1")],
+    ids=["there", "away later", "away at first"],
+)
+async def test_it_looks_until_it_is_interrupted(answers: range, told: bytes) -> None:
     with answering(answers) as server:
         process = await asyncio.create_subprocess_exec(
             *(str(Path(sys.executable).parent / "divault"), "top", server.url, "--interval", "0.2"),
@@ -128,7 +134,7 @@ async def test_it_looks_until_it_is_interrupted(answers: int, told: bytes) -> No
         )
         try:
             async with asyncio.timeout(20):
-                while server.looks < 4:
+                while server.looks < 5:
                     await asyncio.sleep(0.05)
         finally:
             process.send_signal(signal.SIGINT)
@@ -137,3 +143,99 @@ async def test_it_looks_until_it_is_interrupted(answers: int, told: bytes) -> No
     assert process.returncode == 0
     assert told in out
     assert b"callers/pass" in out
+    assert (b"no figures at" in out) is (told == b"no figures at")
+
+
+async def test_once_at_a_node_that_is_away_fails() -> None:
+    with answering(range(0)) as server:
+        process = await asyncio.create_subprocess_exec(
+            *(str(Path(sys.executable).parent / "divault"), "top", server.url, "--once"), stderr=asyncio.subprocess.PIPE
+        )
+        _, said = await process.communicate()
+
+    assert process.returncode == 1
+    assert b"no figures at" in said
+
+
+# --- what has room ----------------------------------------------------------------------------------------------------
+
+
+def model_names(count: int) -> list[str]:
+    return [f"model-{number:03d}-of-somebody-with-a-long-name" for number in range(count)]
+
+
+def reading(names: list[str], **waiting: int) -> Reading:
+    """A node with these models and all that else takes room on the screen."""
+    samples = {START: 1.0} | step(**dict.fromkeys(STEPS, (1, 1)))
+    for code in (f"code_{number}" for number in range(12)):
+        samples["divault_refusals_total", (("code", code),)] = 1
+    samples["divault_refusals_total", (("code", "overloaded"),)] = 77
+    samples["divault_refusals_total", (("code", "internal"),)] = 0
+    for name in names:
+        samples["divault_model_up", (("model", name),)] = 1
+    for number, count in waiting.items():
+        samples["divault_model_waiting", (("model", names[int(number[1:])]),)] = count
+    return Reading(1.0, samples)
+
+
+def screen(width: int, height: int, now: Reading | None, error: str = "") -> list[str]:
+    """The lines of a terminal of this size."""
+    sizes = {"width": width, "height": height, "force_terminal": True}
+    console = Console(**sizes, record=True, file=io.StringIO(), markup=False, emoji=False)  # type: ignore[arg-type]
+    console.print(_fitting(console, now, None, error))
+    return console.export_text().splitlines()
+
+
+@pytest.mark.parametrize("count", [30, 200])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (40, 30), (200, 60)])
+def test_of_many_models_the_busiest_are_on_the_screen_below_what_tells_of_the_node(
+    width: int, height: int, count: int
+) -> None:
+    names = model_names(count)
+    away = "no figures at http://127.0.0.1:1/metrics"
+    told = screen(width, height, reading(names, m7=3, m29=9), away)
+    there = "\n".join(told)
+
+    assert len(told) <= height
+    assert told[0] == away[:width].rstrip()
+    assert all(f"\n{step}" in there for step in STEPS)
+    assert "overloaded     77" in there
+    assert "internal" not in there, "nobody was refused with it"
+    assert all(name in there for name in ("requests 0", "gateway 0 MB", "99 % within", "waiting"))
+    shown_of = [line.split()[0] for line in told if line.startswith("model-")]
+    hidden = count - len(shown_of)
+    if hidden:
+        assert [one[:9] for one in shown_of[:2]] == ["model-029", "model-007"]
+        assert f"+{hidden} more" in there
+    else:
+        assert shown_of == names, "in their order, where there is room for all"
+
+
+def test_a_model_that_is_down_comes_first() -> None:
+    names = model_names(100)
+    now = reading(names, m5=9)
+    down = Reading(1.0, {**now.samples, ("divault_model_up", (("model", names[88]),)): 0})
+    rows = [line.split()[:2] for line in screen(100, 24, down) if line.startswith("model-")]
+
+    assert [row[0][:9] for row in rows[:2]] == ["model-088", "model-005"]
+    assert rows[0][1] == "down"
+
+
+def test_a_node_that_was_never_there_is_waited_for_in_words() -> None:
+    assert screen(80, 24, None, "no figures") == ["no figures"]
+
+
+async def test_what_is_piped_has_every_model_and_its_whole_name() -> None:
+    names = ["wine:100:q4", "[bold]x[/]", *model_names(60)]
+    with answering(range(1, 2)) as server:
+        server.metrics.sources.models = lambda: [replace(MODEL, model=name) for name in names]
+        process = await asyncio.create_subprocess_exec(
+            *(str(Path(sys.executable).parent / "divault"), "top", server.url, "--once"),
+            stdout=asyncio.subprocess.PIPE,
+            env={"PATH": os.defpath, "COLUMNS": "40"},
+        )
+        out, _ = await process.communicate()
+    first = [line.split()[0] for line in out.decode().splitlines() if line.endswith(" 12")]
+
+    assert first == sorted(names)
+    assert "more" not in out.decode()

@@ -13,9 +13,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from divault.errors import DivaultError
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
-
+out = Console(soft_wrap=True, highlight=False, emoji=False)  # the name `wine:100:q4` has no picture in it
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 Advance = Callable[[int, int | None], None]
 """Tells how far the work is: bytes done, and bytes in all once known."""
@@ -28,7 +27,7 @@ def progress(title: str) -> Iterator[Advance]:
         yield _silent
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -49,7 +48,7 @@ def _silent(done: int, total: int | None) -> None:
 
 def say(text: str) -> None:
     """Print a line for people (stderr), so that stdout stays the result alone."""
-    err.print(text, markup=False)
+    err.print(text)
 
 
 def show(value: Any) -> None:
