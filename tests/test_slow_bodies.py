@@ -10,7 +10,9 @@ import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from divault.api.guard import Guard
+from divault.api.measured import Measured, Routes
 from divault.limits import PeerLimits
+from divault.metrics import Metrics
 
 MAX = 1 << 20
 
@@ -65,6 +67,29 @@ async def test_bytes_that_are_here_count_until_the_request_is_over() -> None:
     end.set()
     assert await full == (200, b"%d" % MAX)
     assert await call(guard, [b"1"], 1) == (200, b"1")
+
+
+async def test_who_leaves_within_his_body_is_told_nothing_and_counts_as_gone() -> None:
+    metrics = Metrics()
+    guard = Guard(echo, limits=PeerLimits(6000, MAX), max_body_bytes=MAX)
+    measured = Measured(guard, metrics, Routes(["/"]))
+    scope = {"type": "http", "client": ("peer", 1), "headers": [], "method": "POST", "path": "/"}
+    coming = iter([{"type": "http.request", "body": bytes(MAX // 2), "more_body": True}, {"type": "http.disconnect"}])
+    answer: list[Message] = []
+
+    async def receive() -> Message:
+        return next(coming)
+
+    async def send(message: Message) -> None:
+        answer.append(message)
+
+    await measured(scope, receive, send)
+    told = metrics.text().decode()
+
+    assert answer == []
+    assert 'divault_requests_total{method="POST",route="/",status="499"} 1.0' in told
+    assert "divault_refusals_total{" not in told
+    assert await call(guard, [bytes(MAX)], MAX) == (200, b"%d" % MAX), "and holds nothing"
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for() -> None:

@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Iterable
 from typing import Any, Self
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,6 +52,8 @@ class Guard:
                 self._limits.knock(scope["client"][0] if scope.get("client") else "")
                 self._check_head(scope["headers"])
                 body = await self._read(receive, held)
+            except ClientDisconnect:
+                return  # there is nobody to tell
             except TooLarge as err:
                 await self._refuse_early(problem_response(err, new_request_id(), scope["path"]), scope, receive, send)
                 return
@@ -91,14 +94,14 @@ class Guard:
                 raise self._too_large(int(value))
 
     async def _read(self, receive: Receive, held: BytesInFlight) -> bytes:
-        """The whole body. Raises TimeoutError, BadRequest, TooLarge, Overloaded."""
+        """The whole body. Raises TimeoutError, ClientDisconnect, TooLarge, Overloaded."""
         body: bytes | bytearray = b""
         counted, more = 0, True
         with self._patience.of_reader() as reader:
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise BadRequest("the request ended before its body did")
+                    raise ClientDisconnect
                 part = message.get("body", b"")
                 body = _joined(body, part) if body else part
                 if len(body) > self._max:
