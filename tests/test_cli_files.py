@@ -168,3 +168,31 @@ def test_serve_refuses_to_start_without_a_vault_or_chain(tmp_path: Path) -> None
     assert (unset.returncode, "VAULT_CONTRACT_ADDRESS" in unset.stderr) == (1, True)
     assert (unreachable.returncode, "chain_unavailable" in unreachable.stderr) == (1, True)
     assert (code.returncode, "DIVAULT_ALLOW_CODE_MODELS" in code.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["seal", "model.bin", "-r", str(Identity.generate().recipient)], ["open", "model.age", "-i", "mine"],
+     ["receipt", "redact", "receipt.json"]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_a_place_that_cannot_be_written_is_named(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    recipient = divault("keys", "age", "mine", cwd=tmp_path).stdout.strip()
+    divault("seal", "model.bin", "-o", "model.age", "-r", recipient, cwd=tmp_path)
+    (tmp_path / "receipt.json").write_text(json.dumps(issuer().issue(DRAFT, 0, Digest.ZERO).envelope))
+
+    missing = divault(*words, "-o", "nowhere/out", cwd=tmp_path)
+    there = divault(*words, "-o", "out", cwd=tmp_path)
+
+    assert missing.returncode == 1
+    assert "error: nowhere/out can't be written: No such file or directory" in missing.stderr
+    assert "code: bad_request  field=output" in missing.stderr
+    assert there.returncode == 0, there.stderr
+
+
+def test_the_demo_tells_nothing_when_its_report_has_no_place(tmp_path: Path) -> None:
+    done = divault("demo", "--once", "--json", "nowhere/report.json", cwd=tmp_path)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "nowhere/report.json can't be written" in done.stderr

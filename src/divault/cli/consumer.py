@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,8 @@ import typer
 from divault import keyfiles, receipts
 from divault.cli.console import say, show
 from divault.cli.offer import price
-from divault.client import Client
+from divault.cli.outputs import Output
+from divault.client import Client, Result
 from divault.errors import BadRequest
 from divault.values import Address
 
@@ -36,12 +38,22 @@ def call(
     """
     price(max_price)  # a typed error before anything is asked
     rpc = os.environ.get("WEB3_PROVIDER_URL", "").split(",")[0].strip() or None
-    with _client(node, key, rpc) as client:
+    with ExitStack() as held:
+        kept = None if save is None else held.enter_context(Output(save, "save"))
+        client = held.enter_context(_client(node, key, rpc))
         result = client.run(model, _input(input_data), max_price=max_price)
-    if save is not None:
-        save.write_bytes(result.response)
-    say(f"charged {result.price} USDC, receipt {result.receipt['receipt_hash']} verified")
-    show(result.output)
+        say(f"charged {result.price} USDC, receipt {result.receipt['receipt_hash']} verified")
+        show(result.output)
+        if kept is not None:
+            _keep(kept, result)
+
+
+def _keep(kept: Output, result: Result) -> None:
+    try:
+        kept.write(result.response)
+    except BadRequest as err:
+        err.add_note(f"the answer is printed above; the node keeps a paid one whole, under {result.request_id}")
+        raise
 
 
 @app.command()
@@ -116,7 +128,8 @@ def redact(
     if output is None:
         show(text)
     else:
-        output.write_text(text + "\n", encoding="utf-8")
+        with Output(output, "output") as public:
+            public.write(f"{text}\n".encode())
 
 
 def _client(node: str, key: Path, rpc: str | None = None) -> Client:

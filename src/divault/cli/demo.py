@@ -17,6 +17,7 @@ from divault import receipts
 from divault.chain import contracts
 from divault.cli import story
 from divault.cli.console import out
+from divault.cli.outputs import Output
 from divault.cli.story import GATE_MINIMUM, MODEL, PRICE, Report, Stage, World
 from divault.client import Result
 from divault.devnet import start_devnet
@@ -49,6 +50,7 @@ def demo(
 async def _demo(host: str, port: int, json_file: Path | None, *, once: bool, anvil: bool) -> None:
     report = Report()
     async with AsyncExitStack() as held:
+        told = None if json_file is None else held.enter_context(Output(json_file, "json"))
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="divault-demo-")))
         devnet = await held.enter_async_context(await asyncio.to_thread(start_devnet, anvil=anvil or None))
         there = await held.enter_async_context(story.world(devnet, folder, report))
@@ -57,8 +59,8 @@ async def _demo(host: str, port: int, json_file: Path | None, *, once: bool, anv
         await _refuse_stranger(on)
         first = await _buy(on, trained)
         await _score(on, trained)
-        if json_file is not None:
-            report.write(json_file)
+        if told is not None:
+            told.write(report.as_json())
         if not once:
             _invite(on, trained, first)
             with contextlib.suppress(asyncio.CancelledError):

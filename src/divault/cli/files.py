@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import getpass
+import io
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +48,7 @@ def seal(
     to: list[Recipient | Passphrase] = [Recipient.parse(text) for text in recipient or []]
     if passphrase:
         to.append(Passphrase(_ask_passphrase(confirm=True)))
-    with progress(f"sealing {path.name}"):
+    with progress(f"sealing {path.name}"), _writing(output):
         size = seal_path(path, output, to, None if model is None else ModelId.parse(model))
     say(f"sealed {path} into {output}")
     show({"output": str(output), "bytes": size, "recipients": [str(r) for r in recipient or []]})
@@ -70,18 +73,33 @@ def open_command(
     )
     if not path.is_file():
         raise BadRequest(f"{path} is no file", field="path")
-    try:
-        size = _open_into(path, output, source)
-    except FileExistsError as err:
-        raise BadRequest(f"{output} exists already", field="output") from err
+    with _source(path) as sealed, _writing(output):
+        size = _open_into(sealed, output, source)
     say(f"opened {path} into {output}")
     show({"output": str(output), "bytes": size})
 
 
-def _open_into(path: Path, output: Path, source: KeySource) -> int:
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError as err:
+        raise BadRequest(f"{output} exists already", field="output") from err
+    except OSError as err:
+        raise BadRequest(f"{output} can't be written: {err.strerror}", field="output") from err
+
+
+def _source(path: Path) -> io.BufferedReader:
+    try:
+        return path.open("rb")
+    except OSError as err:
+        raise BadRequest(f"{path} can't be read: {err.strerror}", field="path") from err
+
+
+def _open_into(sealed: io.BufferedReader, output: Path, source: KeySource) -> int:
     with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".divault-open-") as folder:
         draft = Path(folder, "plaintext")
-        with path.open("rb") as sealed, draft.open("xb") as sink, progress(f"opening {path.name}"):
+        with draft.open("xb") as sink, progress(f"opening {Path(sealed.name).name}"):
             size = open_stream(sealed, sink, [source])
         os.link(draft, output)  # unlike a rename it never replaces a file
     return size

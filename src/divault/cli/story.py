@@ -47,10 +47,10 @@ class Report:
         self.steps.append({"step": len(self.steps) + 1, "name": name, "seconds": seconds, "line": line, **facts})
         out.print(f"[dim]{seconds:6.2f} s[/dim]  [bold]{len(self.steps):2}[/bold]  {line}")
 
-    def write(self, path: Path) -> None:
-        """Write everything as JSON."""
+    def as_json(self) -> bytes:
+        """Everything, for programs."""
         document = {"steps": self.steps, "seconds": self.steps[-1]["seconds"], **self.facts}
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        return f"{json.dumps(document, indent=1)}\n".encode()
 
 
 @dataclass(frozen=True, slots=True)
