@@ -143,8 +143,20 @@ async def test_an_endpoint_of_another_chain_is_refused() -> None:
             assert await rpc.call(NUMBER) == 7
             assert other.counted["eth_blockNumber"] == 0  # not even asked
         async with connected(other) as alone:
-            with pytest.raises(ChainUnavailable, match=r"another chain \(1 instead of 77002\)"):
+            with pytest.raises(
+                ChainUnavailable, match=r"another chain \(1 instead of 77002\).*DIVAULT_CHAIN_ID"
+            ) as caught:
                 await alone.call(NUMBER)
+            assert caught.value.data == {}, "asking again helps nobody"
+
+
+async def test_beside_an_endpoint_that_may_come_back_another_chain_is_no_reason_to_give_up() -> None:
+    async with serving() as other, serving() as broken:
+        other.chain_id, broken.breaks = 1, html
+        async with connected(other, broken) as both:
+            with pytest.raises(ChainUnavailable, match="Try again shortly") as caught:
+                await both.call(NUMBER)
+            assert caught.value.data["retry_after"] == 2
 
 
 async def test_the_same_chain_id_on_another_genesis_is_refused() -> None:

@@ -78,6 +78,26 @@ async def test_a_payment_ends_with_the_mark_of_node_and_payer(world: World) -> N
     assert balance == 30_000
 
 
+@pytest.mark.parametrize("minted", [0, 19_999])
+async def test_a_payment_that_the_wallet_cannot_make_says_what_is_missing(world: World, minted: int) -> None:
+    node, payer = Address(b"\x0d" * 20), await world.wallet()
+    await world.owner.invoke(contracts.load("TestUSDC"), world.usdc, "mint", payer.address, minted)
+    with pytest.raises(TransactionFailed, match=f"send it {Usdc(20_000 - minted)} more") as caught:
+        await payer.pay(world.usdc, world.owner.address, Usdc.parse("0.02"), node)
+
+    assert caught.value.data == {"reason": "insufficient_funds"}
+    assert await world.chain.nonce(payer.address) == 0
+
+
+async def test_a_payment_that_fails_for_another_reason_says_that_one(world: World) -> None:
+    payer = await world.wallet()
+    await world.owner.invoke(contracts.load("TestUSDC"), world.usdc, "mint", payer.address, 50_000)
+    with pytest.raises(TransactionFailed, match="would fail") as caught:
+        await payer.pay(world.usdc, Address(bytes(20)), Usdc.parse("0.02"), payer.address)
+
+    assert caught.value.data["reason"] != "insufficient_funds"
+
+
 async def test_fees_do_not_grow_by_being_paid(world: World) -> None:
     user = await world.wallet()
     before = await world.chain.fees()

@@ -130,21 +130,26 @@ class Rpc:
             await session.close()
 
     async def _ask(self, requests: Sequence[Request[Any]]) -> list[Any]:
-        faults: list[str] = []
+        faults: list[tuple[str, _Fault]] = []
         refused: list[Any] | None = None
         for endpoint in sorted(self._endpoints, key=_Endpoint.resting):  # stable: the configured order among the well
             try:
                 answers = await endpoint.ask(requests)
             except _Fault as fault:
-                faults.append(f"{endpoint.name} {fault}")
+                faults.append((endpoint.name, fault))
                 continue
             if not any(isinstance(answer, Refused) for answer in answers):
                 return answers
             refused = answers
         if refused is not None:
             return refused
+        said = "; ".join(f"{name} {fault}" for name, fault in faults)
+        if all(isinstance(fault, _OtherChain) for _, fault in faults):
+            raise ChainUnavailable(
+                f"no RPC endpoint is of this chain: {said}. Set DIVAULT_CHAIN_ID or {_SETTING} right"
+            )
         raise ChainUnavailable(
-            f"no RPC endpoint answered {requests[0].method}: {'; '.join(faults)}. Try again shortly", retry_after=2
+            f"no RPC endpoint answered {requests[0].method}: {said}. Try again shortly", retry_after=2
         )
 
     def session(self) -> aiohttp.ClientSession:
@@ -162,6 +167,10 @@ class Rpc:
 
 class _Fault(Exception):
     """Why an endpoint can't be used now; its text holds nothing of the URL and goes into ChainUnavailable."""
+
+
+class _OtherChain(_Fault):
+    """It answers, for a chain that is not the configured one: asking again helps nobody."""
 
 
 class _Dropped(Exception):
@@ -213,11 +222,11 @@ class _Endpoint:
         expected = self._rpc.chain_id
         if not isinstance(chain_id, int) or chain_id != (chain_id if expected is None else expected):
             shown = chain_id if isinstance(chain_id, int) else "no chain id"
-            raise _Fault(f"serves another chain ({shown} instead of {expected})")
+            raise _OtherChain(f"serves another chain ({shown} instead of {expected})")
         known = self._rpc.genesis
         if isinstance(first, BlockRef):
             if known not in (None, first.hash):
-                raise _Fault("serves another chain (same id, other genesis block)")
+                raise _OtherChain("serves another chain (same id, other genesis block)")
             self._rpc.genesis = first.hash
         elif known is not None:
             raise _Fault("does not show its genesis block")

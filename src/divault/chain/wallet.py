@@ -160,10 +160,25 @@ class Wallet:
     async def pay(self, token: Address, owner: Address, amount: Usdc, node: Address) -> TransactionReceipt:
         """The receipt of a transfer to the owner that counts as payment at `node` alone, by its trailing mark.
 
-        Raises TransactionFailed, ChainUnavailable.
+        Raises TransactionFailed (`insufficient_funds` where the wallet has less), ChainUnavailable.
         """
         mark = erc20.payment_mark(node, self.address)
-        return await self.send(token, erc20.transfer(owner, amount.atomic, mark.raw))
+        try:
+            return await self.send(token, erc20.transfer(owner, amount.atomic, mark.raw))
+        except TransactionFailed as err:
+            if "transaction" not in err.data:  # nothing was sent; each token has words of its own for it
+                await self._require_funds(token, amount, err)
+            raise
+
+    async def _require_funds(self, token: Address, amount: Usdc, failure: TransactionFailed) -> None:
+        head = await self.chain.head(fresh=True)
+        have = erc20.parse_uint(await self.chain.call(token, erc20.balance_of(self.address), head))
+        if have < amount.atomic:
+            raise TransactionFailed(
+                f"{self.address} has {Usdc(have)} of the token {token} and would pay {amount}: send it "
+                f"{Usdc(amount.atomic - have)} more",
+                reason="insufficient_funds",
+            ) from failure
 
     async def _gas(self, contract: Contract, at: Address, function: str, data: bytes) -> int:
         try:
