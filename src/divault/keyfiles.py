@@ -70,7 +70,10 @@ def _read_or_make(path: Path, read: Callable[[Path], T], make: Callable[[Path], 
 
 
 def _create(path: Path, text: str) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as err:
+        raise SettingsInvalid(f"the folder of {path} can't be made: {err.strerror}") from err
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError as err:

@@ -12,16 +12,21 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from divault.errors import DivaultError, SettingsInvalid
+from divault.errors import BadRequest, DivaultError, SettingsInvalid
 from divault.machine import memory_bytes
+from divault.messages import authority_of
 from divault.values import Address, Secret
 
 MB = 10**6
 """`MB` in a setting's name is 10^6 bytes."""
+LEAST_MODEL_MEMORY_MB = 250
+"""The smallest model with its libraries, and the process that its worker is forked from."""
+_DAY_S = 86_400
 
 
 def _split(value: Any) -> Any:
@@ -29,14 +34,64 @@ def _split(value: Any) -> Any:
 
 
 def _address(value: Any) -> Any:
-    return Address.parse(value) if isinstance(value, str) else value
+    try:
+        return Address.parse(value) if isinstance(value, str) else value
+    except DivaultError as err:
+        raise ValueError(err.detail) from err
 
 
 def _secret(value: Any) -> Any:
     return Secret.of_text(value) if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+def _url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        whole = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:  # of the port, or of brackets
+        whole = False
+    if not whole:
+        raise ValueError(f"{_without_path(value)!r} is no URL: it begins with http:// or https:// and names a host")
+    return value
+
+
+def _public(value: str) -> str:
+    try:
+        authority_of(_url(value))
+    except BadRequest as err:
+        raise ValueError("callers reach a node without a name or password in its URL") from err
+    return value
+
+
+def _origin(value: str) -> str:
+    """As browsers write it, since that is what it is compared with; `*` is every page's."""
+    scheme, _, rest = value.partition("://")
+    if scheme in ("http", "https"):
+        exact = rest == authority_of(_public(value))
+    else:
+        exact = value == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", value) is not None
+    if not exact:
+        raise ValueError(
+            f"{value!r} is no origin as browsers send it: https://shop.example, with its port if it has one"
+        )
+    return value
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", value):
+        raise ValueError(f"{value!r} is none of auto, cpu, mps, cuda and cuda:N (the N-th GPU, from 0)")
+    return value
+
+
+def _budget(value: int) -> int:
+    if 0 < value < LEAST_MODEL_MEMORY_MB:
+        raise ValueError(f"no model fits into less than {LEAST_MODEL_MEMORY_MB} (MB); 0 takes 80 % of the machine's")
+    return value
+
+
+Url = Annotated[str, AfterValidator(_url)]
+Urls = Annotated[tuple[Url, ...], BeforeValidator(_split)]
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_split)]
 Addresses = Annotated[
     tuple[Annotated[Address, BeforeValidator(_address)], ...],
     BeforeValidator(_split),
@@ -48,7 +103,7 @@ SecretText = Annotated[Secret, BeforeValidator(_secret)]
 class Settings(BaseModel):
     """What the operator decided. Field names are the variables' names in lower case."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     # --- chain ---
     web3_provider_url: SecretText = Field(
@@ -69,23 +124,23 @@ class Settings(BaseModel):
     )
     # --- storage ---
     lighthouse_api_key: SecretText | None = Field(None, description="sent as bearer token when publishing")
-    divault_gateway_urls: Names = Field(
+    divault_gateway_urls: Urls = Field(
         ("http://127.0.0.1:8080", "https://gateway.lighthouse.storage"),
         description="IPFS gateways, tried in order; none is trusted",
     )
-    divault_store_url: str | None = Field(
+    divault_store_url: Url | None = Field(
         None, description="store that `divault publish` sends to; unset: Lighthouse, where its API key is set"
     )
-    divault_lighthouse_api_url: str = Field(
+    divault_lighthouse_api_url: Url = Field(
         "https://api.lighthouse.storage", description="Lighthouse's host for facts about files"
     )
-    divault_lighthouse_upload_url: str = Field(
+    divault_lighthouse_upload_url: Url = Field(
         "https://upload.lighthouse.storage", description="Lighthouse's host that takes uploads"
     )
-    divault_lighthouse_gateway_urls: Names = Field(
+    divault_lighthouse_gateway_urls: Urls = Field(
         (), description="dedicated Lighthouse gateways, asked before the others; publishing fetches its sample there"
     )
-    divault_lighthouse_encryption_url: str = Field(
+    divault_lighthouse_encryption_url: Url = Field(
         "https://encryption.lighthouse.storage", description="the host of Kavach's five key nodes"
     )
     divault_kavach_delegation: bool = Field(
@@ -100,10 +155,10 @@ class Settings(BaseModel):
     host: str = Field("0.0.0.0", description="address to listen on")  # noqa: S104 - the published default
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: the system chooses")
     debug: bool = Field(default=False, description="more detail in logs; answers stay the same")
-    divault_public_url: str | None = Field(
+    divault_public_url: Annotated[str, AfterValidator(_public)] | None = Field(
         None, description="URL under which callers reach this node; its authority is what header signatures must name"
     )
-    divault_cors_origins: Names = Field(
+    divault_cors_origins: Origins = Field(
         (), description="browser origins that may call and open sessions; none by default"
     )
     divault_log_dir: Path | None = Field(Path("./logs"), description="folder of div-backend.log; empty: stdout only")
@@ -123,9 +178,11 @@ class Settings(BaseModel):
     )
     divault_age_identity_file: Path | None = Field(None, description="age identity that models are sealed to; likewise")
     inference_timeout_seconds: float = Field(
-        30, gt=0, description="deadline of one prediction; the work is stopped then"
+        30, gt=0, le=_DAY_S, description="deadline of one prediction; the work is stopped then"
     )
-    divault_load_timeout_seconds: float = Field(120, gt=0, description="deadline of opening and loading a model")
+    divault_load_timeout_seconds: float = Field(
+        120, gt=0, le=_DAY_S, description="deadline of opening and loading a model"
+    )
     divault_transfer_confirmations: int = Field(1, ge=1, description="blocks on a transfer, its own included")
     divault_transfer_max_age_seconds: int = Field(86_400, ge=60, description="an older transfer can't be claimed")
     divault_sole_node_for: Addresses = Field(
@@ -139,9 +196,8 @@ class Settings(BaseModel):
         default=False,
         description="load formats with code (TorchScript, .pt2, pickled modules); needs workers at standard or strict",
     )
-    divault_device: str = Field(
+    divault_device: Annotated[str, AfterValidator(_device)] = Field(
         "auto",
-        pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,2})?)$",
         description="where torch models run: auto (a GPU if there is one), cpu, cuda, cuda:N or mps",
     )
     divault_dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -153,17 +209,17 @@ class Settings(BaseModel):
         le=64,
         description="threads of each worker's libraries; 0: what other workers left of the cores, 1 to 4",
     )
-    divault_model_memory_mb: int = Field(
+    divault_model_memory_mb: Annotated[int, AfterValidator(_budget)] = Field(
         0,
         ge=0,
-        description="memory of all loaded models, for which idle ones make room; 0: 80 % of the machine's",
+        description="memory of all loaded models, for which idle ones make room, 250 at least; 0: 80 % of all",
     )
 
     divault_metrics: Literal["off", "local", "on"] = Field(
         "local", description="who may read /metrics: nobody, this machine without a proxy, or everybody"
     )
 
-    divault_otlp_endpoint: str | None = Field(
+    divault_otlp_endpoint: Url | None = Field(
         None,
         description="OTLP collector for traces, by HTTP: http://127.0.0.1:4318/v1/traces (extra otel)",
     )
@@ -217,10 +273,7 @@ class Settings(BaseModel):
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None, *, env_file: Path | None = Path(".env")) -> Settings:
         """Read the settings: `.env` first, the environment over it. Raises SettingsInvalid naming the variable."""
-        merged: dict[str, str] = {}
-        if env_file is not None and env_file.is_file():
-            merged.update({k: v for k, v in dotenv_values(env_file).items() if v is not None})
-        merged.update(os.environ if environ is None else environ)
+        merged = variables(environ, env_file=env_file)
         known = {name.upper() for name in cls.model_fields}
         for name in merged:
             if name.startswith("DIVAULT_") and name not in known:
@@ -235,9 +288,8 @@ class Settings(BaseModel):
         except ValidationError as err:
             first = err.errors(include_url=False, include_input=False)[0]
             name = str(first["loc"][0]).upper() if first["loc"] else ""
-            raise SettingsInvalid(f"{name}: {first['msg']}".removeprefix(": Value error, "), setting=name) from None
-        except DivaultError as err:
-            raise SettingsInvalid(f"an address among the settings is wrong: {err.detail}") from err
+            why = first["msg"].removeprefix("Value error, ")
+            raise SettingsInvalid(f"{name}: {why}" if name else why, setting=name) from None
 
     def redacted(self) -> dict[str, str]:
         """Every setting as text, secrets masked; URLs by their host alone, since all else may hold a key."""
@@ -257,6 +309,19 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return "" if value is None else str(value)
+
+
+def variables(environ: Mapping[str, str] | None = None, *, env_file: Path | None = Path(".env")) -> dict[str, str]:
+    """What `.env` says, and the environment over it, as text. Raises SettingsInvalid where `.env` can't be read."""
+    merged: dict[str, str] = {}
+    if env_file is not None and env_file.is_file():
+        try:
+            merged.update({name: value for name, value in dotenv_values(env_file).items() if value is not None})
+        except OSError as err:
+            raise SettingsInvalid(f"{env_file} can't be read: {err.strerror}") from err
+        except UnicodeDecodeError as err:
+            raise SettingsInvalid(f"{env_file} is no text in UTF-8") from err
+    return merged | dict(os.environ if environ is None else environ)
 
 
 def _set(address: Address | None, name: str) -> Address:

@@ -26,6 +26,8 @@ from typing import Any, TextIO
 
 import structlog
 
+from divault.errors import SettingsInvalid
+
 LOG_FILE = "div-backend.log"
 _MAX_TEXT = 512  # characters of one logged value: enough for a sentence, too short for a payload
 _MAX_FRAMES, _MAX_CAUSES = 30, 5  # of a logged exception
@@ -160,15 +162,26 @@ def _without_its_words(value: object) -> object:
 _render_json = structlog.processors.JSONRenderer(sort_keys=False)
 
 
+def log_file(log_dir: Path) -> logging.Handler:
+    """The log's file in this folder, opened. Raises SettingsInvalid where it can't be written."""
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        return _ToFile(log_dir / LOG_FILE, maxBytes=50_000_000, backupCount=5)
+    except OSError as err:
+        raise SettingsInvalid(
+            f"{log_dir / LOG_FILE} can't be written ({err.strerror}): set DIVAULT_LOG_DIR to another folder, or empty",
+            setting="DIVAULT_LOG_DIR",
+        ) from err
+
+
 def configure_logs(log_dir: Path | None, *, debug: bool = False) -> None:
     """Send logs to stdout and, if `log_dir` is given, to a file that rotates at 50 MB (five are kept).
 
-    `debug` lowers the level to DEBUG; answers to callers stay the same.
+    `debug` lowers the level to DEBUG; answers to callers stay the same. Raises SettingsInvalid as `log_file`.
     """
     handlers: list[logging.Handler] = [_ToStream(sys.stdout)]
     if log_dir is not None:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        handlers.append(_ToFile(log_dir / LOG_FILE, maxBytes=50_000_000, backupCount=5))
+        handlers.append(log_file(log_dir))
     root = logging.getLogger("divault")
     root.propagate = False
     for old in root.handlers[:]:

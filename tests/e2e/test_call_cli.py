@@ -74,3 +74,21 @@ async def test_a_call_that_fails_leaves_no_file(world: World, tmp_path: Path) ->
 
     assert not (tmp_path / "new.json").exists()
     assert (tmp_path / "kept.json").read_text() == "kept"
+
+
+async def test_a_wallet_that_has_too_little_is_told_how_much_more(world: World, tmp_path: Path) -> None:
+    model, key = await priced(world), await world.consumer(usdc="0.015")
+    done = await call(world, tmp_path, key, model)
+
+    assert (done.status, "send it 0.005 more" in done.err) == (1, True), done.err
+    assert "code: transaction_failed  reason=insufficient_funds" in done.err
+
+
+async def test_the_chain_may_be_named_in_the_file(world: World, tmp_path: Path) -> None:
+    model, key = await priced(world), await world.consumer()
+    unknown = await call(world, tmp_path, key, model, WEB3_PROVIDER_URL="")
+    (tmp_path / ".env").write_text(f"WEB3_PROVIDER_URL={world.chain.devnet.url}\n")
+    done = await call(world, tmp_path, key, model, WEB3_PROVIDER_URL="")
+
+    assert unknown.status == 1
+    assert done.status == 0, done.err

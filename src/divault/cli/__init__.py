@@ -9,7 +9,7 @@ import sys
 
 from divault.cli.commands import app
 from divault.cli.console import fail
-from divault.errors import DivaultError
+from divault.errors import DivaultError, SettingsInvalid
 
 __all__ = ["app", "main"]
 
@@ -20,4 +20,9 @@ def main() -> None:
         app()
     except DivaultError as err:
         fail(err)
+        sys.exit(1)
+    except OSError as err:
+        if err.filename is None or err.strerror is None:
+            raise
+        fail(SettingsInvalid(f"{err.filename} can't be used: {err.strerror}"))
         sys.exit(1)

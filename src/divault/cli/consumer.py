@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from divault.cli.offer import price
 from divault.cli.outputs import Output
 from divault.client import Client, Result
 from divault.errors import BadRequest
+from divault.settings import variables
 from divault.values import Address
 
 app = typer.Typer()
@@ -37,7 +37,7 @@ def call(
     Example: divault call breast-cancer @row.json --node http://127.0.0.1:8000 -k consumer.key --max-price 0.02
     """
     price(max_price)  # a typed error before anything is asked
-    rpc = os.environ.get("WEB3_PROVIDER_URL", "").split(",")[0].strip() or None
+    rpc = variables().get("WEB3_PROVIDER_URL", "").split(",")[0].strip() or None
     with ExitStack() as held:
         kept = None if save is None else held.enter_context(Output(save, "save"))
         client = held.enter_context(_client(node, key, rpc))

@@ -23,6 +23,7 @@ from divault.client import Result
 from divault.devnet import start_devnet
 from divault.errors import AccessDenied, NodeUntrusted
 from divault.models.example import Trained
+from divault.settings import variables
 from divault.values import Secret, Usdc
 
 app = typer.Typer()
@@ -52,7 +53,9 @@ async def _demo(host: str, port: int, json_file: Path | None, *, once: bool, anv
     async with AsyncExitStack() as held:
         told = None if json_file is None else held.enter_context(Output(json_file, "json"))
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="divault-demo-")))
-        devnet = await held.enter_async_context(await asyncio.to_thread(start_devnet, anvil=anvil or None))
+        devnet = await held.enter_async_context(
+            await asyncio.to_thread(start_devnet, anvil=anvil or None, environ=variables())
+        )
         there = await held.enter_async_context(story.world(devnet, folder, report))
         on = await held.enter_async_context(story.stage(there, folder, (host, port), report))
         trained = await story.publish(on)

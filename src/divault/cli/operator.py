@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Annotated
 
 import typer
@@ -30,10 +31,10 @@ def serve(
 
     Example: VAULT_CONTRACT_ADDRESS=0x... USDC_CONTRACT_ADDRESS=0x... divault serve --port 8000
     """
-    settings = Settings.load()
-    chosen = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    chosen = {name: str(value) for name, value in (("HOST", host), ("PORT", port)) if value is not None}
+    settings = Settings.load(os.environ | chosen)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(node_app.serve(settings.model_copy(update=chosen), until_eof=until_eof))
+        runner.run(node_app.serve(settings, until_eof=until_eof))
 
 
 @app.command()
