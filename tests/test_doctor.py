@@ -1,12 +1,15 @@
-"""What `divault doctor` and `/health` say of gateways and key nodes: all of them, and which one is at fault."""
+"""What `divault doctor` and `/health` say: every gateway and key node, and what would keep the node from starting."""
 
 from __future__ import annotations
 
+import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from divault import app
 from divault.cli.diagnosis import Finding, diagnose
 from divault.settings import Settings
 from divault.storage.local import LocalStore
@@ -19,6 +22,8 @@ async def finding(name: str, tmp_path: Path, **settings: str) -> Finding:
         "WEB3_PROVIDER_URL": "http://127.0.0.1:9",
         "MODEL_CACHE_DIR": str(tmp_path / "cache"),
         "DIVAULT_STATE_DIR": str(tmp_path / "state"),
+        "DIVAULT_LOG_DIR": str(tmp_path / "logs"),
+        "PORT": "0",
         **settings,
     }
     (found,) = [test for test in await diagnose(Settings.load(environment)) if test.name == name]
@@ -67,6 +72,59 @@ async def test_key_nodes_are_asked_where_the_node_uses_them(tmp_path: Path) -> N
 
     assert not silent.ok
     assert host.removeprefix("http://") in silent.detail
+
+
+async def test_a_device_is_looked_for_in_a_worker(tmp_path: Path) -> None:
+    found = await finding("device", tmp_path, DIVAULT_DEVICE="cuda:99")
+
+    assert not found.ok
+    assert "the device 'cuda:99' is not here" in found.detail
+
+
+async def test_the_log_is_opened_where_the_node_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    good = await finding("log", tmp_path, DIVAULT_LOG_DIR=str(tmp_path / "logs"))
+    bad = await finding("log", tmp_path, DIVAULT_LOG_DIR=str(tmp_path / "file"))
+    none = await finding("log", tmp_path, DIVAULT_LOG_DIR="")
+
+    assert (good.ok, bad.ok, none.ok) == (True, False, True)
+    assert "DIVAULT_LOG_DIR" in bad.detail
+
+
+async def test_the_address_is_listened_on(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        in_use = await finding("address", tmp_path, HOST="127.0.0.1", PORT=port)
+    free = await finding("address", tmp_path, HOST="127.0.0.1", PORT=port)
+    elsewhere = await finding("address", tmp_path, HOST="192.0.2.1")  # of nobody: RFC 5737
+    unknown = await finding("address", tmp_path, HOST="no-such-host.invalid")
+
+    assert (in_use.ok, "set PORT" in in_use.detail) == (False, True)
+    assert (free.ok, free.detail) == (True, f"http://127.0.0.1:{port} is free")
+    assert (elsewhere.ok, "set HOST" in elsewhere.detail) == (False, True)
+    assert (unknown.ok, "set HOST" in unknown.detail) == (False, True)
+
+
+async def test_the_library_for_traces_is_looked_for_where_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = await finding("traces", tmp_path, DIVAULT_OTLP_ENDPOINT="http://127.0.0.1:9/v1/traces")
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    missing = await finding("traces", tmp_path, DIVAULT_OTLP_ENDPOINT="http://127.0.0.1:9/v1/traces")
+
+    assert (here.ok, missing.ok) == (True, False)
+    assert "otel" in missing.detail
+
+
+@pytest.mark.parametrize("name", ["keys", "state"])
+async def test_nothing_is_written_where_models_read_libraries(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(app, "library_paths", lambda: [tmp_path.resolve()])
+    found = await finding(name, tmp_path)
+
+    assert (found.ok, "DIVAULT_STATE_DIR lies among" in found.detail) == (False, True)
+    assert not (tmp_path / "state").exists()
 
 
 def _host(gateway: FaultGateway) -> str:

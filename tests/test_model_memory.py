@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import torch
 
-from divault.errors import ModelFailed, NotReady, SettingsInvalid
+from divault.errors import ModelFailed, NotReady, SettingsInvalid, TooLarge
 from divault.models import torch_runtime
 from divault.models.base import CPU, Place
 from divault.settings import Settings
@@ -131,9 +131,10 @@ async def test_who_is_waited_for_while_it_comes_back_keeps_its_room(make_pool: M
 async def test_what_never_fits_is_refused_and_nobody_is_unloaded_for_less(make_pool: MakePool) -> None:
     pool = make_pool(320, hostile("honest"))
     await pool.load(opened(b"small", "small"))
-    with pytest.raises(NotReady):
+    with pytest.raises(TooLarge, match="DIVAULT_MODEL_MEMORY_MB") as caught:
         await pool.load(opened(bytes(200 * MB), "giant"))
 
+    assert caught.value.data["limit_bytes"] == 320 * MB < caught.value.data["have_bytes"]
     assert names(pool) == {"small"}
 
 
@@ -196,6 +197,28 @@ TINY = {
     "weights.bin": state_dict_file({"weight": torch.ones(1, 2), "bias": torch.zeros(1)}),
     "divault.json": as_json({"architecture": {"type": "linear", "in": 2, "out": 1}}),
 }
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps"])
+async def test_a_device_that_is_not_there_is_found_out_before_any_model_comes(device: str, make_pool: MakePool) -> None:
+    pool = make_pool(place=Place(device))
+    with pytest.raises(SettingsInvalid, match=f"'{device}' is not here") as caught:
+        await pool.prove_device()
+
+    assert caught.value.data["setting"] == "DIVAULT_DEVICE"
+    assert await pool.probe() == "no model is loaded; a worker starts and answers"
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+async def test_what_every_machine_has_needs_no_torch(device: str, make_pool: MakePool) -> None:
+    await make_pool(tuning=Tuning(command=("/bin/false",)), place=Place(device)).prove_device()
+
+
+def test_a_gpu_is_nothing_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SettingsInvalid, match="torch is not installed"):
+        torch_runtime.require_device("cuda")
+    torch_runtime.require_device("auto")
 
 
 async def test_auto_is_the_cpu_where_there_is_nothing_else(make_pool: MakePool) -> None:

@@ -1,13 +1,14 @@
 """The composition root: settings in, a running node out.
 
 A node that can't keep its promises refuses to start and says why: chain out of reach or another one than configured, no
-vault at its address, a payment token with other decimals, a sandbox level that is not there, a state that another
-process uses.
+vault at its address, a payment token with other decimals, a sandbox level or a device that is not there, a state
+that another process uses.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import signal
 import socket
@@ -79,7 +80,8 @@ class Identities:
 
     @classmethod
     def of(cls, settings: Settings) -> Identities:
-        """Read the key files, or make them at the first start. Raises SettingsInvalid."""
+        """Read the key files, or make them at the first start, where models can't read them. Raises SettingsInvalid."""
+        require_apart(settings)
         key = keyfiles.signing_key(settings.node_key_file)
         return cls(key, messages.address_of(key), keyfiles.identity(settings.age_identity_file))
 
@@ -140,10 +142,10 @@ async def serve(settings: Settings, *, until_eof: bool = False) -> None:
 
     The log line `serving` names the URL; connections are accepted from then on.
     """
+    require_apart(settings)
     configure_logs(settings.divault_log_dir, debug=settings.debug)
-    listening = _listen(settings)
-    host, port = listening.getsockname()[:2]
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"  # noqa: S104 - compared, not bound
+    listening = listen(settings)
+    url = url_of(listening)
     async with running(settings, url) as app:
         config = uvicorn.Config(
             app,
@@ -195,13 +197,27 @@ class _UntilEof(asyncio.Protocol):
         self._server.should_exit = True
 
 
-def _listen(settings: Settings) -> socket.socket:
+def listen(settings: Settings) -> socket.socket:
+    """What the node accepts connections on. Raises SettingsInvalid naming HOST or PORT."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), backlog=2048)
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as err:
+        if err.errno in (errno.EADDRINUSE, errno.EACCES):
+            setting, fix = "PORT", "set PORT to a free port, over 1023 without the right to more"
+        else:
+            setting, fix = "HOST", "set HOST to an address of this machine, or to 0.0.0.0"
+        why = (err.strerror or str(err)).partition(" (while")[0]  # the library says the address once more
         raise SettingsInvalid(
-            f"can't listen on {settings.host}:{settings.port} ({err.strerror}): set PORT to a free port", setting="PORT"
+            f"can't listen on {settings.host}, port {settings.port} ({why}): {fix}", setting=setting
         ) from err
+
+
+def url_of(listening: socket.socket) -> str:
+    """Where this machine reaches it."""
+    host, port = listening.getsockname()[:2]
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}"
 
 
 async def _contracts(settings: Settings, stack: AsyncExitStack) -> Contracts:
@@ -259,6 +275,7 @@ async def _node(
     )
     stack.push_async_callback(workers.close)
     await require_sandbox(settings, workers)
+    await workers.prove_device()
     opener = Opener(max_model_bytes=settings.max_model_bytes, timeout_s=settings.divault_load_timeout_seconds)
     stack.callback(opener.close)
     cache = CiphertextCache(settings.model_cache_dir, settings.divault_cache_max_mb * MB)
@@ -348,7 +365,7 @@ def _head_of(chain: Chain) -> tuple[int, float] | None:
 
 async def require_sandbox(settings: Settings, workers: WorkerPool) -> None:
     """Return only if a worker proves that it is confined as far as the operator asked. Raises SettingsInvalid."""
-    _require_apart(settings)
+    require_apart(settings)
     wanted, have = settings.divault_sandbox, await workers.prove_sandbox()
     lacking = workers.sandbox_lacking(wanted)
     if wanted in ("strict", "standard") and have != wanted and not settings.divault_sandbox_allow_downgrade:
@@ -369,7 +386,7 @@ async def require_sandbox(settings: Settings, workers: WorkerPool) -> None:
         _log.warning("workers run as the node's user, which is root", why=shared.words)
 
 
-def _require_apart(settings: Settings) -> None:
+def require_apart(settings: Settings) -> None:
     """Keys, ledger, cache and log don't lie where every worker reads libraries. Raises SettingsInvalid."""
     kept = {
         "DIVAULT_STATE_DIR": settings.divault_state_dir,

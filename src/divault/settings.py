@@ -51,7 +51,7 @@ def _url(value: str) -> str:
     except ValueError:  # of the port, or of brackets
         whole = False
     if not whole:
-        raise ValueError(f"{_without_path(value)!r} is no URL: it begins with http:// or https:// and names a host")
+        raise ValueError(f"{_host(value)!r} is no URL: it begins with http:// or https:// and names a host")
     return value
 
 

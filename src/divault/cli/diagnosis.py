@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from divault import app
@@ -13,10 +14,13 @@ from divault.chain import contracts, erc20
 from divault.chain.chain import Chain
 from divault.chain.rpc import Rpc
 from divault.errors import DivaultError, SettingsInvalid, StorageFailed
+from divault.models.base import Place
 from divault.settings import MB, Settings
 from divault.state import State
 from divault.storage.gateway import GatewayStorage
 from divault.storage.kavach import Kavach
+from divault.telemetry import LOG_FILE, log_file
+from divault.traces import Traces
 from divault.values import Usdc
 from divault.workers.confinement import Confinement
 from divault.workers.pool import WorkerPool
@@ -43,6 +47,8 @@ async def diagnose(settings: Settings) -> list[Finding]:
             ("keys", lambda: _keys(settings)),
             ("state", lambda: _state(settings)),
             ("disk", lambda: _disk(settings)),
+            ("log", lambda: _log(settings)),
+            ("address", lambda: _address(settings)),
             ("rpc", lambda: _rpc(chain)),
             ("vault", lambda: _vault(chain, settings)),
             ("payment token", lambda: _token(chain, settings)),
@@ -50,6 +56,10 @@ async def diagnose(settings: Settings) -> list[Finding]:
             ("gateways", lambda: _gateways(settings)),
             ("sandbox", lambda: _sandbox(settings)),
         ]
+        if settings.divault_device not in ("auto", "cpu"):
+            tests.append(("device", lambda: _device(settings)))
+        if settings.divault_otlp_endpoint is not None:
+            tests.append(("traces", lambda: _traces(settings.divault_otlp_endpoint or "")))
         if settings.divault_kavach_delegation:
             tests.append(("key nodes", lambda: _key_nodes(settings)))
         return [await _run(name, test) for name, test in tests]
@@ -73,6 +83,7 @@ async def _keys(settings: Settings) -> str:
 
 
 async def _state(settings: Settings) -> str:
+    app.require_apart(settings)
     state = State(settings.divault_state_dir / app.LEDGER_FILE)
     try:
         receipts = await state.read(lambda db: db.execute("SELECT count(*) FROM receipt").fetchone()[0])
@@ -91,6 +102,23 @@ async def _disk(settings: Settings) -> str:
     if free < _MIN_FREE_MB:
         raise SettingsInvalid(f"{free} MB are free for the cache, {_MIN_FREE_MB} MB are needed: free some or move it")
     return f"the cache can be written, {free} MB are free"
+
+
+async def _log(settings: Settings) -> str:
+    if settings.divault_log_dir is None:
+        return "it goes to standard output alone"
+    log_file(settings.divault_log_dir).close()
+    return f"{settings.divault_log_dir / LOG_FILE} can be written"
+
+
+async def _address(settings: Settings) -> str:
+    with app.listen(settings) as listening:
+        return f"{app.url_of(listening)} is free"
+
+
+async def _traces(endpoint: str) -> str:
+    await asyncio.to_thread(Traces.to(endpoint).close)
+    return f"they go to {endpoint}, whether it answers or not"
 
 
 async def _rpc(chain: Chain) -> str:
@@ -154,14 +182,28 @@ async def _key_nodes(settings: Settings) -> str:
 
 
 async def _sandbox(settings: Settings) -> str:
-    workers = WorkerPool(
-        predict_timeout_s=settings.inference_timeout_seconds,
-        load_timeout_s=settings.divault_load_timeout_seconds,
-        confinement=Confinement(settings.divault_sandbox, allow_code=settings.divault_allow_code_models),
-    )
-    try:
+    async with _workers(settings) as workers:
         await app.require_sandbox(settings, workers)
         whose = f"as this one's user ({shared.words})" if (shared := workers.shared_user) else "as users of their own"
         return f"workers are confined at the level {workers.sandbox_level}, {whose}"
+
+
+async def _device(settings: Settings) -> str:
+    async with _workers(settings) as workers:
+        await workers.prove_sandbox()
+        await workers.prove_device()
+        return f"a worker sees {settings.divault_device}"
+
+
+@asynccontextmanager
+async def _workers(settings: Settings) -> AsyncIterator[WorkerPool]:
+    workers = WorkerPool(
+        predict_timeout_s=settings.inference_timeout_seconds,
+        load_timeout_s=settings.divault_load_timeout_seconds,
+        place=Place(settings.divault_device, settings.divault_dtype),
+        confinement=Confinement(settings.divault_sandbox, allow_code=settings.divault_allow_code_models),
+    )
+    try:
+        yield workers
     finally:
         await workers.close()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from divault import keyfiles
+from divault.app import Identities
 from divault.cli.console import say, show
 from divault.errors import SettingsInvalid
 from divault.messages import address_of
@@ -56,7 +57,5 @@ def node() -> None:
 
     Example: divault keys node
     """
-    settings = Settings.load()
-    address = address_of(keyfiles.signing_key(settings.node_key_file))
-    recipient = keyfiles.identity(settings.age_identity_file).recipient
-    show({"address": str(address), "age_recipient": str(recipient)})
+    who = Identities.of(Settings.load())
+    show({"address": str(who.address), "age_recipient": str(who.age.recipient)})

@@ -53,15 +53,35 @@ def prepare(place: Place) -> Hardware:
     torch.use_deterministic_algorithms(mode=True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return Hardware(_found(device), getattr(torch, place.dtype))
+
+
+def require_device(device: str) -> None:
+    """Return if torch has it; `auto` and `cpu` are everywhere, and torch stays out. Raises SettingsInvalid."""
+    if device in ("auto", "cpu"):
+        return
+    try:
+        _found(device)
+    except ModuleNotFoundError as err:
+        raise SettingsInvalid(
+            "torch is not installed, and nothing else runs on a GPU: install it, or set DIVAULT_DEVICE=auto",
+            setting="DIVAULT_DEVICE",
+        ) from err
+
+
+def _found(device: str) -> torch.device:
+    import torch
+
     try:
         found = torch.device(device)
         torch.empty(1, device=found)
     # torch reports a missing driver with a bare AssertionError, an unknown name with a RuntimeError.
     except (RuntimeError, AssertionError) as err:
         raise SettingsInvalid(
-            f"the device {device[:40]!r} is not here: set DIVAULT_DEVICE=cpu", setting="DIVAULT_DEVICE"
+            f"the device {device[:40]!r} is not here (and confined workers see no GPU): set DIVAULT_DEVICE=cpu",
+            setting="DIVAULT_DEVICE",
         ) from err
-    return Hardware(found, getattr(torch, place.dtype))
+    return found
 
 
 def placed(module: torch.nn.Module, hardware: Hardware) -> torch.nn.Module:

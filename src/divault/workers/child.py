@@ -25,6 +25,7 @@ from divault import models
 from divault.errors import DivaultError, InputInvalid, ModelFailed
 from divault.models.base import Answer, Inputs, LoadedModel, Place, StreamingModel
 from divault.models.runtimes import pin_threads
+from divault.models.torch_runtime import require_device
 from divault.values import MemoryFile
 from divault.workers import strict_json, wire
 from divault.workers.sandbox import Policy, confine
@@ -50,6 +51,8 @@ ENVIRONMENT = frozenset(
 )
 _ERROR_TEXT, _NAME = 200, 80
 T = TypeVar("T")
+NOTHING = b"{}"
+"""Description of a worker without files, which was only asked whether the device is there."""
 
 
 def main() -> None:
@@ -83,6 +86,11 @@ def _policy(order: wire.Confine, channel: int) -> Policy:
 
 
 def _load(order: wire.Load) -> tuple[LoadedModel | None, wire.Reply]:
+    if not order.files:
+        there = _attempt("looking for the device", lambda: require_device(order.device))
+        if isinstance(there, wire.Problem):
+            return None, wire.Failed(id=order.id, problem=there)
+        return None, wire.Ready(id=order.id, description=NOTHING)
     files = [MemoryFile(file.name, file.fd, file.size) for file in order.files]
     if order.recognise:
         found = _attempt("recognising the model", lambda: models.recognise(files, allow_code=order.allow_code).template)

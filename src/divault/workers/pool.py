@@ -149,13 +149,21 @@ class WorkerPool:
         await self._trial()
         return confinement.effective
 
+    async def prove_device(self) -> None:
+        """Return once a worker without a model found the device that was asked for; `auto` and `cpu` are everywhere.
+
+        Raises SettingsInvalid where it isn't there, or torch isn't; NotReady, DeadlineExceeded when no worker starts.
+        """
+        if self._place.device not in ("auto", "cpu"):
+            await self._trial(self._place)
+
     async def load(self, opened: OpenedModel) -> Loaded:
         """Start a worker for the model; the pool owns the descriptors from here on, whatever comes of it.
 
         A model that was loaded under another CID is replaced once the new one is ready. After a failure, and when the
         caller is cancelled, nothing is left: the process is gone and the descriptors are closed.
 
-        Raises UnsupportedModel, SealedFileDamaged, ModelFailed, DeadlineExceeded, NotReady.
+        Raises TooLarge, UnsupportedModel, SealedFileDamaged, ModelFailed, DeadlineExceeded, NotReady.
         """
         around = Surroundings(self._tuning, self._confinement, self._templates)
         worker = Worker(opened, self._place, self._deadlines, around)
@@ -287,8 +295,15 @@ class WorkerPool:
     async def _make_room(self, worker: Worker, size: int) -> None:
         """Keep `size` bytes for a model that is to be loaded, by unloading idle ones if need be.
 
-        Raises NotReady when that is not enough; then nobody is unloaded.
+        Raises NotReady when that is not enough, TooLarge when all of it would not be; then nobody is unloaded.
         """
+        if self._memory_bytes is not None and size > self._memory_bytes:
+            raise TooLarge(
+                f"the model takes {size} bytes of memory while it is loaded, and this node gives all models together "
+                f"{self._memory_bytes}: its operator has to raise DIVAULT_MODEL_MEMORY_MB",
+                limit_bytes=self._memory_bytes,
+                have_bytes=size,
+            )
         going, enough = self._choose(*await self._measured(), size, worker.opened.model.key)
         if not enough:
             raise NotReady(
@@ -356,14 +371,19 @@ class WorkerPool:
             model = worker.opened.model
             raise ModelFailed(f"the worker of {model} does not answer: {err.detail}", kind="ping") from err
 
-    async def _trial(self) -> str:
-        """Start a worker that loads nothing: proves that one can be started, confined and asked."""
+    async def _trial(self, place: Place | None = None) -> str:
+        """Start a worker that loads nothing: it can be started and confined, and has the device of the place."""
         limit_s = self._deadlines.load_s
         separate, tuning = self._confinement.separate, self._tuning
         process = await Process.start(tuning.command, (), 1, lambda: None, separate=separate)
         try:
             async with asyncio.timeout(limit_s):
-                await self._confinement.confine(process, 0)
+                checks = await self._confinement.confine(process, 0)
+                if place is not None:
+                    reply = await process.ask(self._confinement.order((), place, 1, checks, recognise=False))
+                    if isinstance(reply, wire.Failed):
+                        raise wire.reported(reply.problem, wire.LOAD_ERRORS)
+                    wire.expect(reply, wire.Ready)
         except TimeoutError:
             raise DeadlineExceeded(f"no worker started within {limit_s:g} s", limit_s=f"{limit_s:g}") from None
         finally:
