@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+import pytest
+
 from divault.receipts import check, require_valid
 from divault.values import Address
 
@@ -76,6 +78,26 @@ def test_the_lines_it_prints_work_until_it_is_ended(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     assert "predictions" in ran.stdout
     assert demo.returncode in (0, 130)
+
+
+@pytest.mark.parametrize(("line", "status"), [("A node serves", 128 + signal.SIGTERM), ("keeps serving", 0)])
+def test_nothing_stays_behind_when_it_is_ended(line: str, status: int, tmp_path: Path) -> None:
+    """By SIGTERM, as `kill`, `timeout` and service managers end it, in the midst of the story and after it."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp" / "divault-demo-of-another").mkdir()
+    demo = subprocess.Popen(
+        [*DEMO, "--port", "0"], cwd=tmp_path, env=environment(tmp_path) | {"TMPDIR": str(tmp_path / "tmp")},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert demo.stdout is not None
+        assert any(line in printed for printed in demo.stdout)
+    finally:
+        demo.send_signal(signal.SIGTERM)
+        _, said = demo.communicate(timeout=30)
+
+    assert (demo.returncode, said) == (status, "")
+    assert [path.name for path in (tmp_path / "tmp").iterdir()] == ["divault-demo-of-another"]
 
 
 def _until_invited(stream: IO[str]) -> list[str]:

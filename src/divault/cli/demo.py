@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import json
 import secrets
+import signal
 import tempfile
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated
@@ -45,12 +47,16 @@ def demo(
 
     Example: divault demo --once --json report.json
     """
-    asyncio.run(_demo(host, 0 if once else port, json_file, once=once, anvil=anvil))
+    try:
+        asyncio.run(_demo(host, 0 if once else port, json_file, once=once, anvil=anvil))
+    except asyncio.CancelledError:
+        raise typer.Exit(128 + signal.SIGTERM) from None
 
 
 async def _demo(host: str, port: int, json_file: Path | None, *, once: bool, anvil: bool) -> None:
     report = Report()
     async with AsyncExitStack() as held:
+        held.enter_context(_cancelled_by_sigterm())
         told = None if json_file is None else held.enter_context(Output(json_file, "json"))
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="divault-demo-")))
         devnet = await held.enter_async_context(
@@ -68,6 +74,19 @@ async def _demo(host: str, port: int, json_file: Path | None, *, once: bool, anv
             _invite(on, trained, first)
             with contextlib.suppress(asyncio.CancelledError):
                 await on.node.process.wait()
+
+
+@contextlib.contextmanager
+def _cancelled_by_sigterm() -> Iterator[None]:
+    """End this task like Ctrl-C does: what it holds is closed, and the folder with the keys is removed."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    if task is None:
+        raise RuntimeError("only a task can be cancelled")
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 async def _refuse_stranger(on: Stage) -> None:
