@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import io
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -577,6 +578,17 @@ def close(one: Any, other: Any, tolerance: float) -> bool:
     if isinstance(one, list):
         return len(one) == len(other) and all(close(a, b, tolerance) for a, b in zip(one, other, strict=True))
     return bool(one == other)
+
+
+def test_without_the_library_for_images_they_alone_are_refused(
+    image_files: Content, mask_files: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(UnsupportedModel, match=r"Pillow is not installed here.*divault\[images\]") as caught:
+        load(HuggingFace(), image_files)
+
+    assert caught.value.data["seen"] == "an image classifier"
+    assert load(HuggingFace(), mask_files).description.task == "fill-mask"
 
 
 async def test_a_confined_worker_decodes_images(image_files: Content) -> None:

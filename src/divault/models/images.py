@@ -1,8 +1,9 @@
 """Image classification with networks of Hugging Face folders.
 
-`{"image"}` is a PNG, JPEG or WebP file in base64 or a list of them (extra `images`), `{"pixels"}` rows of rows of red,
-green and blue from 0 to 255, or a list of such images. What `preprocessor_config.json` says is done with each: resize,
-crop, rescale, normalise. The result is `{"predictions": [{"label", "score", "scores"}]}`, one for each image.
+`{"image"}` is a PNG, JPEG or WebP file in base64 or a list of them, `{"pixels"}` rows of rows of red, green and blue
+from 0 to 255, or a list of such images. What `preprocessor_config.json` says is done with each: resize, crop, rescale,
+normalise; all by Pillow (extra `images`), since answers depend on how one resizes. The result is
+`{"predictions": [{"label", "score", "scores"}]}`, one for each image.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged
+from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
 from divault.models.base import Answer, Description, Inputs
 from divault.models.classifiers import Classifier
 from divault.models.files import Folder
@@ -75,7 +77,16 @@ class Preparation:
 
     @classmethod
     def of(cls, folder: Folder, model_type: str) -> Preparation:
-        """As the folder's image processor has it. Raises SealedFileDamaged; UnsupportedModel where it is missing."""
+        """As the folder's image processor has it.
+
+        Raises SealedFileDamaged; UnsupportedModel where it is missing, or the library that resizes images.
+        """
+        if find_spec("PIL") is None:
+            raise UnsupportedModel(
+                "Pillow is not installed here, and images are not prepared without it: pip install 'divault[images]'",
+                seen="an image classifier",
+                supported="image classifiers, with the extra `images`",
+            )
         told = settings_of(folder, model_type)
         if not told["do_resize"]:
             raise unsupported("images as large as they come (do_resize)", "save an image processor that resizes")
