@@ -36,7 +36,7 @@ def refused(**variables: str) -> SettingsInvalid:
         ("DIVAULT_OTLP_ENDPOINT", "http://collector:port/v1/traces", "is no URL"),
         ("DIVAULT_PUBLIC_URL", "nonsense", "begins with http:// or https://"),
         ("DIVAULT_PUBLIC_URL", "https://me:secret@node.example", "without a name or password"),
-        ("DIVAULT_GATEWAY_URLS", "http://127.0.0.1:8080,gateway.example", "'gateway.example' is no URL"),
+        ("DIVAULT_GATEWAY_URLS", "http://127.0.0.1:8080,gateway.example", "'***' is no URL"),
         ("DIVAULT_STORE_URL", "ftp://store.example", "begins with http:// or https://"),
         ("DIVAULT_CORS_ORIGINS", "nonsense", "no origin"),
         ("DIVAULT_CORS_ORIGINS", "https://shop.example,https://shop.example/", "no origin"),
@@ -70,9 +70,10 @@ def test_what_cannot_work_is_refused_by_its_name(name: str, value: str, words: s
     ],
 )
 def test_what_can_work_is_taken_as_it_is(name: str, value: str) -> None:
-    shown = Settings.load({name: value}, env_file=None).redacted()[name]
+    found = getattr(Settings.load({name: value}, env_file=None), name.lower())
 
-    assert shown.replace(",", ", ").removesuffix(".0") == value
+    shown = ", ".join(found) if isinstance(found, tuple) else str(found)
+    assert shown.removesuffix(".0") == value
 
 
 def test_the_environment_stands_over_the_file(tmp_path: Path) -> None:

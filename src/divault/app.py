@@ -265,17 +265,7 @@ async def _node(
     issuer = ReceiptIssuer(identities.key, chain.chain_id, vault)
     ledger = Ledger(state, issuer, lease_s=lease_s, on_receipt=receipts_into(metrics))
     await ledger.recover()
-    workers = WorkerPool(
-        predict_timeout_s=settings.inference_timeout_seconds,
-        load_timeout_s=settings.divault_load_timeout_seconds,
-        place=Place(settings.divault_device, settings.divault_dtype),
-        tuning=Tuning(threads=settings.divault_worker_threads) if settings.divault_worker_threads else None,
-        memory_bytes=settings.model_memory_bytes,
-        confinement=Confinement(settings.divault_sandbox, allow_code=settings.divault_allow_code_models),
-    )
-    stack.push_async_callback(workers.close)
-    await require_sandbox(settings, workers)
-    await workers.prove_device()
+    workers = await _workers(settings, stack)
     opener = Opener(max_model_bytes=settings.max_model_bytes, timeout_s=settings.divault_load_timeout_seconds)
     stack.callback(opener.close)
     cache = CiphertextCache(settings.model_cache_dir, settings.divault_cache_max_mb * MB)
@@ -329,6 +319,22 @@ async def _node(
         sandbox=workers.sandbox_report,
         version=divault.__version__,
     )
+
+
+async def _workers(settings: Settings, stack: AsyncExitStack) -> WorkerPool:
+    """Workers that proved their confinement and their device. Raises SettingsInvalid, NotReady."""
+    workers = WorkerPool(
+        predict_timeout_s=settings.inference_timeout_seconds,
+        load_timeout_s=settings.divault_load_timeout_seconds,
+        place=Place(settings.divault_device, settings.divault_dtype),
+        tuning=Tuning(threads=settings.divault_worker_threads) if settings.divault_worker_threads else None,
+        memory_bytes=settings.model_memory_bytes,
+        confinement=Confinement(settings.divault_sandbox, allow_code=settings.divault_allow_code_models),
+    )
+    stack.push_async_callback(workers.close)
+    await require_sandbox(settings, workers)
+    await workers.prove_device()
+    return workers
 
 
 def receipts_into(metrics: Metrics) -> Callable[[Receipt], None]:
