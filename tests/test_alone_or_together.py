@@ -207,7 +207,7 @@ def test_a_library_that_computes_as_on_another_processor_is_another_runtime(
         command = (sys.executable, "-c", program)
         return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
-    assert told() == told() != told(**{variable: value})
+    assert told() != told(**{variable: value})
 
 
 def test_what_a_model_computes_with_is_told(tmp_path: Path) -> None:
