@@ -325,6 +325,9 @@ async def test_a_single_write_is_synced_at_once_as_long_as_the_disk_is_quick(
     assert disk.on_loop == [False, True, True, False, True], "by how long the one before took"
     await asyncio.gather(*(state.write(insert(f"many {number}")) for number in range(5)))
     assert disk.on_loop[5:] == [False], "for several the loop goes on meanwhile"
+    for number in range(2):
+        assert await state.write(insert(f"after {number}")) == 1
+    assert disk.on_loop[6:] == [False, True], "and for the next one: more may follow"
 
 
 async def test_a_sync_that_fails_at_once_ends_the_ledger_like_any(

@@ -213,6 +213,8 @@ class State:
         self._looked_at = _LookedAt(self._writer)
         self._open: list[_Waiting] = []
         """Who waits for the open transaction."""
+        self._alone = True
+        """Whether the last commit had a single write."""
         self._syncing: asyncio.Future[None] | None = None
         """Done when what was committed last is on disk; None when nothing is under way."""
         self._held: list[_Held] = []
@@ -359,8 +361,10 @@ class State:
             return
         self._folding = self._disk.log_is_long()
         loop, waiting = asyncio.get_running_loop(), self._open
-        self._open = []
-        if len(waiting) == 1 and not self._folding and self._disk.is_quick:
+        self._open, alone = [], self._alone
+        self._alone = len(waiting) == 1
+        # One among many callers is no single one: while a thread syncs his write, theirs gather behind it.
+        if alone and self._alone and not self._folding and self._disk.is_quick:
             self._synced(waiting, self._disk.sync_here())
             return
         self._syncing = loop.create_future()
