@@ -20,7 +20,7 @@ from divault.settings import Settings
 from divault.workers.confinement import Confinement
 from divault.workers.libraries import library_paths
 from divault.workers.pool import WorkerPool
-from divault.workers.sandbox import CHECKS, STANDARD, level_of
+from divault.workers.sandbox import CHECKS, STANDARD, level_of, missing_for
 from divault.workers.selfcheck import namespaces_here
 
 HEAD = """
@@ -99,6 +99,19 @@ def test_a_mechanism_that_is_left_out_shows_in_the_report(canary: str, mechanism
     # As root and with all rights gone, a folder of root's may still keep the worker from writing.
     assert shows - {"fs_write", "proc"} <= missing
     assert level_of(checks, "standard") == "partial"
+
+
+@pytest.mark.parametrize(("uid", "level"), [(0, "strict"), (1000, "standard")])
+def test_a_node_that_is_not_root_is_strict_with_a_limit_on_threads_alone(
+    uid: int, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root is held to none by the kernel; that is told, and keeps nobody from the rest."""
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    every = dict.fromkeys(CHECKS, "enforced")
+
+    assert level_of(every, "strict") == "strict"
+    assert level_of(every | {"proc_limit": "not_enforced"}, "strict") == level
+    assert ("proc_limit" in missing_for("strict", {})) is (uid != 0)
 
 
 def test_what_was_not_tried_is_not_claimed(canary: str) -> None:

@@ -25,7 +25,7 @@ from divault.workers import template as templates
 from divault.workers.confinement import Confinement
 from divault.workers.pool import WorkerPool
 from divault.workers.process import Process
-from divault.workers.sandbox import STANDARD, STRICT
+from divault.workers.sandbox import needed_for
 from divault.workers.template import Templates
 from divault.workers.worker import Deadlines, Surroundings, Tuning, Worker
 from tests import onnx_models
@@ -111,7 +111,7 @@ async def test_who_was_forked_is_confined_like_who_was_started(make_pool: MakePo
 
     assert parent_of(fork.pid) != parent_of(start.pid)
     assert forking.sandbox_report() == starting.sandbox_report()
-    needed = (*STANDARD, *STRICT) if level == "strict" else STANDARD
+    needed = needed_for(level)
     assert {forking.sandbox_report()["checks"][name] for name in needed} == {"enforced"}
     assert fork.sandbox == start.sandbox == level
 

@@ -42,11 +42,8 @@ OWN = ("descriptors", "environment", "no_core_dump", "no_file_growth", "no_new_p
 """What a worker sees of itself, beside what it was refused."""
 STANDARD = (*FORBIDDEN, "mem_limit", *OWN)
 """Checks of the level `standard`."""
-STRICT = SEPARATE
-"""Checks that `strict` needs beside them."""
-CHECKS = (*STANDARD, *STRICT, "proc_limit", "own_user")
-"""All that is told. No level needs a user of its own, which only root can give; nor a limit on threads, to which the
-kernel doesn't hold root: at `strict` a worker of a node of root is root outside of its namespaces."""
+CHECKS = (*STANDARD, *SEPARATE, "proc_limit", "own_user")
+"""All that is told. No level needs a user of its own: who does not run as root can't give one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +98,24 @@ def level_of(checks: Mapping[str, str], asked: Level) -> str:
     """The highest level whose every check was seen to hold, and no more than was asked for."""
     if asked == "off":
         return "off"
-    if any(checks.get(name) != "enforced" for name in STANDARD):
+    if missing_for("standard", checks):
         return "partial"
-    return "strict" if asked == "strict" and all(checks.get(name) == "enforced" for name in STRICT) else "standard"
+    return "strict" if asked == "strict" and not missing_for("strict", checks) else "standard"
 
 
 def missing_for(level: str, checks: Mapping[str, str]) -> list[str]:
     """Names of the checks that keep this level from being reached."""
-    needed = {"standard": STANDARD, "strict": (*STANDARD, *STRICT)}.get(level, ())
-    return [name for name in needed if checks.get(name) != "enforced"]
+    return [name for name in needed_for(level) if checks.get(name) != "enforced"]
+
+
+def needed_for(level: str) -> tuple[str, ...]:
+    """Names of the checks that make this level.
+
+    The kernel holds root to no limit on threads, and a worker of a node of root is root outside of its namespaces.
+    """
+    if level == "strict":
+        return (*STANDARD, *SEPARATE, *(("proc_limit",) if os.geteuid() != 0 else ()))
+    return STANDARD if level == "standard" else ()
 
 
 def _give_up(policy: Policy, parent: int) -> None:
