@@ -280,9 +280,12 @@ def _model(text: str) -> ModelId:
 def _require_neutral(
     told: Mapping[str, Any], known: frozenset[str], neutral: Mapping[str, tuple[Any, ...]], where: str = ""
 ) -> None:
-    """Return only if all that is told beside what is known changes nothing. Raises BadRequest, InputInvalid."""
+    """Return only if all that is told beside what is known changes nothing, as null does everywhere.
+
+    Raises BadRequest, InputInvalid.
+    """
     for name, value in told.items():
-        if name in known or (value is None and name in neutral):
+        if name in known or value is None:
             continue
         field = where + name[:80]
         if name not in neutral:
@@ -293,12 +296,7 @@ def _require_neutral(
 
 def _message(place: int, told: dict[str, Any]) -> dict[str, str]:
     content = told.get("content")
-    _require_neutral(
-        {name: value for name, value in told.items() if value is not None},
-        _MESSAGE,
-        _NEUTRAL_IN_MESSAGE,
-        f"messages[{place}].",
-    )
+    _require_neutral(told, _MESSAGE, _NEUTRAL_IN_MESSAGE, f"messages[{place}].")
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
         whole = len(parts) == len(content) and all(isinstance(part, str) for part in parts)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from divault.api import schemas
 from divault.api.describing import JSON, answer_response, body_of, documented, json_response
-from divault.api.envelope import Incoming
+from divault.api.envelope import MAX_SELF_SIGNED_BYTES, Incoming
 from divault.api.hot import Handler, incoming_of
 from divault.api.inference_protocol import BINARY_HEADER, EXTENSIONS, Translation, metadata
 from divault.api.node import Node
@@ -20,7 +20,6 @@ from divault.values import ModelId
 from divault.workers.pool import Loaded
 
 _MODELS, _INFER = "/v2/models/", "/infer"
-_MOST_WORDS = 64 * 1024  # bytes of a body that is read before anybody is known to have sent it
 _VERSION = "1"
 """The only version of a model that a node has: what the vault names now."""
 
@@ -167,8 +166,9 @@ def _require_no_parameters(raw: bytes, neutral: dict[str, Any]) -> None:
 
 def _object(raw: bytes) -> dict[str, Any]:
     """A body that may be left out. Raises BadRequest where it is anything but an object, or its parameters are."""
-    if len(raw) > _MOST_WORDS:
-        raise TooLarge(f"the body has at most {_MOST_WORDS} bytes", limit_bytes=_MOST_WORDS, have_bytes=len(raw))
+    most = MAX_SELF_SIGNED_BYTES  # as of every body that is read before anybody is known to have sent it
+    if len(raw) > most:
+        raise TooLarge(f"the body has at most {most} bytes", limit_bytes=most, have_bytes=len(raw))
     found = strict_object(raw) if raw else {}
     if not isinstance(found.get("parameters") or {}, dict):
         raise BadRequest("parameters is an object", field="parameters")
