@@ -66,6 +66,8 @@ class Connection(HttpToolsProtocol):
     head_patience_s = HEAD_PATIENCE_S
     _left = MAX_HEAD_BYTES
     """How many bytes may come that are no body."""
+    _in_body = False
+    """A head is here, and all of its request is not."""
     _late: asyncio.TimerHandle | None = None
     """Ends the connection, while a head is waited for."""
 
@@ -102,8 +104,7 @@ class Connection(HttpToolsProtocol):
                     f"the head of a request has at most {MAX_HEAD_BYTES} bytes here",
                 )
                 return
-        head_is_here = self.scope is not None and "path" in self.scope  # of this request, or of the one before it
-        if head_is_here or self._left == MAX_HEAD_BYTES:
+        if self._in_body or self._left == MAX_HEAD_BYTES:
             self._wait_no_more()
         elif self._late is None:
             self._late = self.loop.call_later(self.head_patience_s, self._give_up)
@@ -112,6 +113,11 @@ class Connection(HttpToolsProtocol):
         """Part of uvicorn's protocol: what came is no HTTP."""
         self._refuse(HTTPStatus.BAD_REQUEST, msg)
 
+    def on_headers_complete(self) -> None:
+        """Part of uvicorn's protocol: a head is here."""
+        self._in_body = True
+        super().on_headers_complete()
+
     def on_body(self, body: bytes) -> None:
         """Part of uvicorn's protocol: some of a body has come."""
         self._left = min(MAX_HEAD_BYTES, self._left + len(body) * (1 + _FRAMING))
@@ -119,7 +125,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Part of uvicorn's protocol: all of a request has come."""
-        self._left = MAX_HEAD_BYTES
+        self._left, self._in_body = MAX_HEAD_BYTES, False
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
