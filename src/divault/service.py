@@ -89,9 +89,9 @@ class Dialect:
     Large ones are translated in a thread: `ask` and `tell` share nothing with other calls.
     """
 
-    ask: Callable[[SignedCall, Description], SignedCall] = lambda call, _: call
+    ask: Callable[[SignedCall, Description], SignedCall] | None = None
     """The call with the input and parameters that this model takes. Raises InputInvalid."""
-    tell: Callable[[Output], Output] = lambda output: output
+    tell: Callable[[Output], Output] | None = None
     """The output with the result that stands in the answer, and that its receipt covers. Raises ModelFailed."""
     wording: Wording = answer_body
     on_piece: Callable[[Piece], None] | None = None
@@ -151,11 +151,14 @@ class Service:
                         description = self._workers.description(opened)
                         self._ledger.opened(hold, opened.plaintext_sha256, description.runtime)
                         lap("open")
-                        asked = await _aside(len(call.body), dialect.ask, call, description)
+                        asked = call
+                        if dialect.ask is not None:
+                            asked = await _aside(len(call.body), dialect.ask, call, description)
                         output = await self._workers.run(opened, hold, asked, dialect.on_piece)
                         lap("run")
-                        told = await _aside(len(output.result), dialect.tell, output)
-                        answer = await self._ledger.charge(hold, call, told, dialect.wording)
+                        if dialect.tell is not None:
+                            output = await _aside(len(output.result), dialect.tell, output)
+                        answer = await self._ledger.charge(hold, call, output, dialect.wording)
                         lap("charge")
                         return answer
 
