@@ -84,6 +84,9 @@ NUMERIC: dict[str, Callable[[], BaseEstimator]] = {
     "calibrated": lambda: CalibratedClassifierCV(GaussianNB(), cv=2).fit(X, Y),
     "voting": lambda: VotingClassifier([("a", GaussianNB()), ("b", LogisticRegression())], voting="soft").fit(X, Y),
     "stacking": lambda: StackingClassifier([("a", GaussianNB())], LogisticRegression(), cv=2).fit(X, Y),
+    "outputs of two and three classes": lambda: RandomForestClassifier(4, random_state=0).fit(
+        X, np.c_[Y, np.arange(len(Y)) % 3]
+    ),
     "several outputs": lambda: MultiOutputClassifier(GaussianNB()).fit(X, np.c_[Y, 1 - Y]),
 }  # fmt: skip
 TEXTUAL: dict[str, Callable[[], BaseEstimator]] = {

@@ -144,6 +144,26 @@ NULLABLE: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
         lambda: make_pipeline(ColumnTransformer([("i", KNNImputer(), [1])]), LogisticRegression()),
         (0, 1, 2),
     ),
+    "filled twice": (
+        lambda: make_pipeline(SimpleImputer(add_indicator=True), SimpleImputer(), LogisticRegression()),
+        (0, 1, 2),
+    ),
+    "kept, then filled": (lambda: make_pipeline("passthrough", SimpleImputer(), LogisticRegression()), (0, 1, 2)),
+    "made columns, then filled": (
+        lambda: make_pipeline(
+            ColumnTransformer([("k", "passthrough", [0]), ("s", StandardScaler(), [1, 2])]),
+            SimpleImputer(),
+            LogisticRegression(),
+        ),
+        (0, 1, 2),
+    ),
+    "made columns, then bags": (
+        lambda: make_pipeline(
+            ColumnTransformer([("k", "passthrough", [0]), ("s", StandardScaler(), [1, 2])]),
+            BaggingClassifier(make_pipeline(SimpleImputer(), DecisionTreeClassifier()), 3, random_state=0),
+        ),
+        (0, 1, 2),
+    ),
     "bags": (lambda: BaggingClassifier(DecisionTreeClassifier(), 3, random_state=0), (0, 1, 2)),
 }
 

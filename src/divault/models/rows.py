@@ -250,8 +250,9 @@ def schema_of(value: Any) -> dict[str, Any]:
     if not isinstance(value, list):
         return {"type": _ANSWERED[type(value)]} if type(value) in _ANSWERED else {}
     told: dict[str, Any] = {"type": "array", "minItems": len(value), "maxItems": len(value)}
-    if value and len({type(one) for one in value}) == 1:
-        told["items"] = schema_of(value[0])
+    inside = [schema_of(one) for one in value]
+    if value and all(one == inside[0] for one in inside):
+        told["items"] = inside[0]
     return told
 
 

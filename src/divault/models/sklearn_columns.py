@@ -112,9 +112,8 @@ class _Seen:
         kinds = self._kinds(values)
         taken = [value for value in values if kinds.intersection(_kinds(value))]
         known = None if self.only is None else dict.fromkeys(v for v in taken if v in self.only or v in self.replaced)
-        first = (
-            EXAMPLE_TEXT if self.read else next(iter((taken if self.learned else ()) if known is None else known), None)
-        )
+        learned = iter((taken if self.learned else ()) if known is None else known)
+        first = next(learned, EXAMPLE_TEXT if kinds == _TEXT else None)
         none = None in values
         missing = None if none else math.nan
         return Column(name, kinds, known, first, null=known == {}, missing=missing, objects=self.objects or none)
@@ -196,19 +195,18 @@ class _Trace:
 
     def _columns(self, part: Any, places: _Places, level: int) -> _Places:
         out: dict[int, int | None] = {}
+        places = _padded(places, part.n_features_in_)
         for name, inner, _ in part.transformers_:
             indices = part._transformer_to_input_indices[name]  # noqa: SLF001 - the library says it nowhere else
             # What was given no columns was not fitted.
             if inner != "drop" and len(indices):
-                # An indicator of missing values stands behind what was there before.
-                seen = [places[index] if index < len(places) else None for index in indices]
-                kept = self.follow(inner, seen, level + 1) or ()
+                kept = self.follow(inner, [places[index] for index in indices], level + 1) or ()
                 where = part.output_indices_[name]
                 out.update(zip(range(where.start, where.stop), kept, strict=False))
         return [out.get(index) for index in range(max(out, default=-1) + 1)]
 
     def _encoder(self, part: Any, places: _Places) -> None:
-        for place, categories in zip(places, part.categories_, strict=True):
+        for place, categories in zip(_padded(places, len(part.categories_)), part.categories_, strict=True):
             learned = [_plain(value) for value in categories.tolist()]
             missing = sum(value is None or _is_nan(value) for value in learned)
             for column in self._of([place]):
@@ -223,17 +221,23 @@ class _Trace:
         value = _plain(part.missing_values)
         for column in () if _is_nan(value) else self._of(places):
             column.replaced.append(value)
-        kept = zip(places, part.statistics_.tolist(), strict=True)
+        kept = zip(_padded(places, len(part.statistics_)), part.statistics_.tolist(), strict=True)
         return [place for place, statistic in kept if part.keep_empty_features or not _is_nan(statistic)]
 
     def _estimator(self, part: Any, places: _Places | None, level: int) -> None:
         """An estimator: what it is made of, or else itself."""
+        places = None if places is None else _padded(places, getattr(part, "n_features_in_", len(places)))
         inside = _inside(part, places)
         deep = [(inner, columns) for inner, columns in inside if _is_made_of_parts(inner)]
         for inner, columns in deep:
             self.follow(inner, columns, level + 1)
         if len(deep) < len(inside) or not inside:
             self._note(places or (), part, computed=True)
+
+
+def _padded(places: _Places, width: int) -> list[int | None]:
+    """What a part of so many columns sees: behind those that were handed on stand some that other parts made."""
+    return [*places, *[None] * (width - len(places))]
 
 
 def _keeps_all(part: Any) -> bool:
@@ -274,7 +278,7 @@ def _inside(part: Any, places: _Places | None) -> list[tuple[Any, _Places | None
                 [places] * len(found) if some is None or places is None else [[places[i] for i in s] for s in some]
             )
             return list(zip(found, columns, strict=True))
-    found = [getattr(part, name, None) for name in ("best_estimator_", "regressor_", "estimator_")]
+    found = [getattr(part, name, None) for name in _WITHIN]
     width = None if places is None else len(places)
     # One that selects columns gives its estimator only some.
     return [
@@ -284,7 +288,12 @@ def _inside(part: Any, places: _Places | None) -> list[tuple[Any, _Places | None
 
 def _first(part: Any, name: str) -> Any:
     """An attribute of an estimator, or of the first within it that has it."""
+    from sklearn.pipeline import Pipeline
+
     found = getattr(part, name, None)
+    if found is None and isinstance(part, Pipeline):
+        steps = (step for _, step in part.steps if not _keeps_all(step))
+        return _first(next(steps, None), name)
     inside = _inside(part, None)
     return _first(inside[0][0], name) if found is None and inside else found
 
