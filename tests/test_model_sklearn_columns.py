@@ -480,3 +480,20 @@ def test_an_example_is_found_where_zeros_are_none() -> None:
 
     assert model.description.example == {"features": [1.0, 1.0, 1.0]}
     assert answer(model, model.description.example)["predictions"] == ours.predict([[1.0, 1.0, 1.0]]).tolist()
+
+
+@pytest.mark.parametrize("unknown", ["error", "ignore"])
+def test_a_column_that_is_text_and_category_at_once_has_an_example_that_works(unknown: str) -> None:
+    rows = np.array([["good film"], ["bad film"], ["good book"], ["bad book"]], dtype=object)
+    encoder = OneHotEncoder(handle_unknown=unknown)
+    parts = ColumnTransformer([("t", TfidfVectorizer(), 0), ("c", encoder, [0])])
+    ours = make_pipeline(parts, LogisticRegression()).fit(rows, [1, 0, 1, 0])
+    model = loaded(ours)
+
+    assert answer(model, model.description.example)["predictions"]
+    assert answer(model, {"features": rows.tolist()})["predictions"] == ours.predict(rows).tolist()
+    new = {"features": ["a new film"]}
+    if unknown == "ignore":
+        assert answer(model, new)["predictions"]
+    else:
+        assert refused(model, new)[0] == "features[0]"

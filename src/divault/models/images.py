@@ -44,10 +44,6 @@ _LARGEST_SIDE = 2048
 _COLOURS = "RGB"
 _SMALL = 384
 """Networks with `crop_pct` resize to more and crop below this size, and only resize from it on."""
-_ORIENTATION = 0x0112
-_TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
-_TURNS |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
-"""What undoes each orientation of EXIF; 1 is none."""
 _DAMAGE = (
     *(OSError, ValueError, SyntaxError, EOFError, AssertionError, OverflowError, IndexError, KeyError),
     struct.error,
@@ -216,7 +212,7 @@ def _is_image(value: list[Any]) -> bool:
 
 
 def _decoded(text: Any) -> Image:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         raw = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
@@ -228,20 +224,12 @@ def _decoded(text: Any) -> Image:
             image = Image.open(io.BytesIO(raw), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 _refuse("image", f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
-            return _upright(image).convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)  # as its camera was held
+            return image.convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombWarning, Image.DecompressionBombError):
         _refuse("image", f"no {', '.join(FORMATS)} file")
     except _DAMAGE as err:
         _refuse("image", f"a damaged file: {str(err)[:100]}")
-
-
-def _upright(image: Image) -> Image:
-    """The image as its camera was held: that stands in EXIF, beside pixels that lie as they were read."""
-    from PIL.Image import Transpose
-
-    image.load()  # EXIF may follow the pixels
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    return image if turn is None else image.transpose(Transpose[turn])
 
 
 def _drawn(rows: Any) -> Image:
