@@ -14,7 +14,7 @@ import pytest
 from divault.errors import AccessDenied, DivaultError, ModelFailed, NonceUsed, NotReady, Overloaded, RateLimited
 from divault.limits import RefusalBudget
 from divault.payments import books
-from divault.receipts import redact
+from divault.receipts import answer_body, redact
 from divault.values import Answer, Hold, SignedCall, Usdc
 from tests.counter import PRICE, STRANGER, Counter, grant_of, principal_of, signed
 
@@ -280,9 +280,10 @@ async def test_a_kept_receipt_names_its_runtime_also_after_a_write_that_failed(
     assert len(await counter.rows("SELECT hash FROM runtime")) == 1
 
 
+@pytest.mark.parametrize("which", [0, 2])
 @pytest.mark.parametrize("price", [FREE, PRICE])
 async def test_an_answer_that_cannot_be_worded_disturbs_no_other_and_leaves_no_gap(
-    counter: Counter, price: Usdc
+    counter: Counter, price: Usdc, which: int
 ) -> None:
     def unable(*_: Any) -> bytes:
         raise ModelFailed("no words", kind="answer_shape")
@@ -291,12 +292,11 @@ async def test_an_answer_that_cannot_be_worded_disturbs_no_other_and_leaves_no_g
         return signed(tx=counter.chain.pay(price.atomic) if price.atomic else None, max_price=price.atomic)[1]
 
     calls = [asked() for _ in range(5)]
-    ends = await asyncio.gather(
-        *(counter.infer(call, price=price, **({"wording": unable} if n == 2 else {})) for n, call in enumerate(calls)),
-        return_exceptions=True,
-    )
+    words = [unable if place == which else answer_body for place in range(5)]
+    asks = (counter.infer(call, price=price, wording=how) for call, how in zip(calls, words, strict=True))
+    ends = await asyncio.gather(*asks, return_exceptions=True)
 
-    assert [type(end) for end in ends] == [Answer, Answer, ModelFailed, Answer, Answer]
+    assert [type(end) for end in ends] == [ModelFailed if place == which else Answer for place in range(5)]
     assert await counter.chain_is_whole() == 5, "four answers and a failure"
 
 

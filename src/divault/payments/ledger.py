@@ -368,8 +368,9 @@ class Ledger:
                 books.keep_outcome(db, principal, body, code=None, expires_at=now + self._keep_results_s)
             return Answer(body, receipt)
 
-        # of a free run nothing can fail once its receipt is made
-        answer = await self._state.write(work, self._told, guarded=hold.payment_key is not None)
+        # Of a free run nothing can fail once its rows are begun, in a log that is there: words are made before.
+        guarded = hold.payment_key is not None or not self._knows_the_log
+        answer = await self._state.write(work, self._told, guarded=guarded)
         trail.reserving = False
         return answer
 
@@ -457,9 +458,14 @@ class Ledger:
         except NotReady:  # the ledger can't be written: the lease will run out by itself
             return
 
+    @property
+    def _knows_the_log(self) -> bool:
+        """Whether the log is there, and what its last receipt is."""
+        return self._last is not None and self._last[0] == self._state.undone
+
     def _made(self, db: sqlite3.Connection, draft: ReceiptDraft) -> Receipt:
         """The next receipt of the log, which `_append` keeps."""
-        if self._last is None or self._last[0] != self._state.undone:
+        if self._last is None or not self._knows_the_log:
             number = books.log_of(db, self._log)
             self._last = (self._state.undone, number, *books.last_receipt(db, number))
             self._kept_runtimes.clear()
