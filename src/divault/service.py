@@ -97,6 +97,14 @@ class Dialect:
     on_piece: Callable[[Piece], None] | None = None
     """Gets the pieces of an answer as they are made, where the caller wants them."""
 
+    async def asked(self, call: SignedCall, description: Description) -> SignedCall:
+        """The call as its model takes it. Raises what `ask` raises."""
+        return call if self.ask is None else await _aside(len(call.body), self.ask, call, description)
+
+    async def told(self, output: Output) -> Output:
+        """The output as its caller reads it. Raises what `tell` raises."""
+        return output if self.tell is None else await _aside(len(output.result), self.tell, output)
+
 
 NATIVE = Dialect()
 """The routes of this project: nothing is translated."""
@@ -151,14 +159,10 @@ class Service:
                         description = self._workers.description(opened)
                         self._ledger.opened(hold, opened.plaintext_sha256, description.runtime)
                         lap("open")
-                        asked = call
-                        if dialect.ask is not None:
-                            asked = await _aside(len(call.body), dialect.ask, call, description)
+                        asked = await dialect.asked(call, description)
                         output = await self._workers.run(opened, hold, asked, dialect.on_piece)
                         lap("run")
-                        if dialect.tell is not None:
-                            output = await _aside(len(output.result), dialect.tell, output)
-                        answer = await self._ledger.charge(hold, call, output, dialect.wording)
+                        answer = await self._ledger.charge(hold, call, await dialect.told(output), dialect.wording)
                         lap("charge")
                         return answer
 
