@@ -116,7 +116,7 @@ async def test_the_library_for_traces_is_looked_for_where_they_are_asked_for(
     assert "otel" in missing.detail
 
 
-@pytest.mark.parametrize("name", ["keys", "state"])
+@pytest.mark.parametrize("name", ["keys", "state", "disk", "log"])
 async def test_nothing_is_written_where_models_read_libraries(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -124,7 +124,7 @@ async def test_nothing_is_written_where_models_read_libraries(
     found = await finding(name, tmp_path)
 
     assert (found.ok, "DIVAULT_STATE_DIR lies among" in found.detail) == (False, True)
-    assert not (tmp_path / "state").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def _host(gateway: FaultGateway) -> str:

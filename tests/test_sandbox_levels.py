@@ -287,19 +287,19 @@ async def test_without_namespaces_as_in_a_container_standard_is_reached(
         ("DIVAULT_LOG_DIR", "logs"),
     ],
 )
-async def test_what_a_node_keeps_may_not_lie_where_models_read_libraries(
+def test_what_a_node_keeps_may_not_lie_where_models_read_libraries(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str, place: str
 ) -> None:
     """Landlock opens these folders whole, and the key files' modes keep nobody out who is the same user."""
-    for folder in (sys.prefix, "/usr/local"):
-        with pytest.raises(SettingsInvalid, match=setting) as caught:
-            await start(monkeypatch, DIVAULT_SANDBOX="off", **{setting: f"{folder}/{place}"})
-        assert caught.value.data["setting"] == setting
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "way").symlink_to(sys.prefix)
-    with pytest.raises(SettingsInvalid, match=setting):
-        await start(monkeypatch, DIVAULT_SANDBOX="off", **{setting: str(tmp_path / "way" / place)})
+    for folder in (sys.prefix, "/usr/local", str(tmp_path / "way")):
+        with pytest.raises(SettingsInvalid, match=setting) as caught:
+            app.Identities.of(Settings.load({setting: f"{folder}/{place}"}, env_file=None))
+        assert caught.value.data["setting"] == setting
+        assert [path.name for path in tmp_path.iterdir()] == ["way"], "not a key was written"
 
-    assert await start(monkeypatch, DIVAULT_SANDBOX="off", **{setting: str(tmp_path / place)}) == "off"
+    assert app.Identities.of(Settings.load({setting: str(tmp_path / place)}, env_file=None)).address
 
 
 async def test_code_needs_workers_that_are_confined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,7 +265,10 @@ async def _node(
     issuer = ReceiptIssuer(identities.key, chain.chain_id, vault)
     ledger = Ledger(state, issuer, lease_s=lease_s, on_receipt=receipts_into(metrics))
     await ledger.recover()
-    workers = await _workers(settings, stack)
+    workers = worker_pool(settings)
+    stack.push_async_callback(workers.close)
+    await require_sandbox(settings, workers)
+    await workers.prove_device()
     opener = Opener(max_model_bytes=settings.max_model_bytes, timeout_s=settings.divault_load_timeout_seconds)
     stack.callback(opener.close)
     cache = CiphertextCache(settings.model_cache_dir, settings.divault_cache_max_mb * MB)
@@ -321,9 +324,9 @@ async def _node(
     )
 
 
-async def _workers(settings: Settings, stack: AsyncExitStack) -> WorkerPool:
-    """Workers that proved their confinement and their device. Raises SettingsInvalid, NotReady."""
-    workers = WorkerPool(
+def worker_pool(settings: Settings) -> WorkerPool:
+    """The workers of a node, of which none runs yet."""
+    return WorkerPool(
         predict_timeout_s=settings.inference_timeout_seconds,
         load_timeout_s=settings.divault_load_timeout_seconds,
         place=Place(settings.divault_device, settings.divault_dtype),
@@ -331,10 +334,6 @@ async def _workers(settings: Settings, stack: AsyncExitStack) -> WorkerPool:
         memory_bytes=settings.model_memory_bytes,
         confinement=Confinement(settings.divault_sandbox, allow_code=settings.divault_allow_code_models),
     )
-    stack.push_async_callback(workers.close)
-    await require_sandbox(settings, workers)
-    await workers.prove_device()
-    return workers
 
 
 def receipts_into(metrics: Metrics) -> Callable[[Receipt], None]:
@@ -371,7 +370,6 @@ def _head_of(chain: Chain) -> tuple[int, float] | None:
 
 async def require_sandbox(settings: Settings, workers: WorkerPool) -> None:
     """Return only if a worker proves that it is confined as far as the operator asked. Raises SettingsInvalid."""
-    require_apart(settings)
     wanted, have = settings.divault_sandbox, await workers.prove_sandbox()
     lacking = workers.sandbox_lacking(wanted)
     if wanted in ("strict", "standard") and have != wanted and not settings.divault_sandbox_allow_downgrade:

@@ -14,7 +14,6 @@ from divault.chain import contracts, erc20
 from divault.chain.chain import Chain
 from divault.chain.rpc import Rpc
 from divault.errors import DivaultError, SettingsInvalid, StorageFailed
-from divault.models.base import Place
 from divault.settings import MB, Settings
 from divault.state import State
 from divault.storage.gateway import GatewayStorage
@@ -22,7 +21,6 @@ from divault.storage.kavach import Kavach
 from divault.telemetry import LOG_FILE, log_file
 from divault.traces import Traces
 from divault.values import Usdc
-from divault.workers.confinement import Confinement
 from divault.workers.pool import WorkerPool
 
 _MAX_CLOCK_OFFSET_S = 5  # signatures excuse a clock 5 s ahead, no more
@@ -44,10 +42,7 @@ async def diagnose(settings: Settings) -> list[Finding]:
     chain = Chain(Rpc.parse(settings.web3_provider_url, settings.divault_chain_id), head_ttl_s=0)
     try:
         tests: list[tuple[str, Callable[[], Awaitable[str]]]] = [
-            ("keys", lambda: _keys(settings)),
-            ("state", lambda: _state(settings)),
-            ("disk", lambda: _disk(settings)),
-            ("log", lambda: _log(settings)),
+            *((name, _written(settings, test)) for name, test in _WRITE.items()),
             ("address", lambda: _address(settings)),
             ("rpc", lambda: _rpc(chain)),
             ("vault", lambda: _vault(chain, settings)),
@@ -77,13 +72,22 @@ async def _run(name: str, test: Callable[[], Awaitable[str]]) -> Finding:
         return Finding(name, ok=False, detail=str(err))
 
 
+def _written(settings: Settings, test: Callable[[Settings], Awaitable[str]]) -> Callable[[], Awaitable[str]]:
+    """The test, which writes only where models can't read it."""
+
+    async def apart() -> str:
+        app.require_apart(settings)
+        return await test(settings)
+
+    return apart
+
+
 async def _keys(settings: Settings) -> str:
     who = app.Identities.of(settings)
     return f"node {who.address}, models are sealed to {who.age.recipient}"
 
 
 async def _state(settings: Settings) -> str:
-    app.require_apart(settings)
     state = State(settings.divault_state_dir / app.LEDGER_FILE)
     try:
         receipts = await state.read(lambda db: db.execute("SELECT count(*) FROM receipt").fetchone()[0])
@@ -109,6 +113,10 @@ async def _log(settings: Settings) -> str:
         return "it goes to standard output alone"
     log_file(settings.divault_log_dir).close()
     return f"{settings.divault_log_dir / LOG_FILE} can be written"
+
+
+_WRITE = {"keys": _keys, "state": _state, "disk": _disk, "log": _log}
+"""Tests that write, each under its name."""
 
 
 async def _address(settings: Settings) -> str:
@@ -197,12 +205,7 @@ async def _device(settings: Settings) -> str:
 
 @asynccontextmanager
 async def _workers(settings: Settings) -> AsyncIterator[WorkerPool]:
-    workers = WorkerPool(
-        predict_timeout_s=settings.inference_timeout_seconds,
-        load_timeout_s=settings.divault_load_timeout_seconds,
-        place=Place(settings.divault_device, settings.divault_dtype),
-        confinement=Confinement(settings.divault_sandbox, allow_code=settings.divault_allow_code_models),
-    )
+    workers = app.worker_pool(settings)
     try:
         yield workers
     finally:
