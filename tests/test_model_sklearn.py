@@ -228,6 +228,8 @@ def test_an_answer_is_what_the_description_says(name: str) -> None:
     data = {"features": X[:7].tolist()} if name in NUMERIC else {"text": TEXTS}
 
     assert mismatch(answer(model, data), model.description.output_schema) == ""
+    assert mismatch(model.description.example, model.description.input_schema) == ""
+    assert answer(model, model.description.example)["predictions"]
 
 
 @pytest.mark.parametrize(

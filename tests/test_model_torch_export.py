@@ -10,7 +10,9 @@ import torch
 
 from divault import models
 from divault.errors import InputInvalid, SealedFileDamaged, UnsupportedModel
+from divault.models import torch_export
 from divault.models.base import Inputs
+from divault.models.files import path_of
 from divault.models.torch_export import TORCH_EXPORT
 from tests.memory_models import answer, as_json, load, memory_files
 from tests.test_model_torch_worker import opened
@@ -65,6 +67,25 @@ def test_items_beyond_the_graph_s_bound_go_in_parts(items: int, dim: Any, count:
     model = load(TORCH_EXPORT, exported_for(module, items, dim))
 
     assert answer(model, {"tensor": ROWS[:count].tolist()})["predictions"] == module(ROWS[:count]).tolist()
+
+
+@pytest.mark.parametrize(("most", "items", "parts"), [(None, 7, [7]), (4, 7, [4, 3]), (4, 4, [4]), (1, 3, [1, 1, 1])])
+def test_a_graph_gets_as_many_at_once_as_it_takes(most: int | None, items: int, parts: list[int]) -> None:
+    seen: list[int] = []
+
+    def graph(some: torch.Tensor) -> torch.Tensor:
+        seen.append(len(some))
+        return some
+
+    assert torch.equal(torch_export._in_parts(graph, most)(ROWS[:items]), ROWS[:items])
+    assert seen == parts
+
+
+@pytest.mark.parametrize(("dim", "most"), [(Dim("b", max=4), 4), (Dim("b"), None), (None, 1)])
+def test_how_many_that_are_is_read_from_the_graph(dim: Any, most: int | None) -> None:
+    with memory_files(exported_for(Sums(), 1 if dim is None else 3, dim)) as files:
+        archive = next(file for file in files if file.name.endswith(".pt2"))
+        assert torch_export._most_items(torch.export.load(path_of(archive))) == most
 
 
 @pytest.mark.parametrize(

@@ -57,5 +57,5 @@ def unsupported(seen: str, advice: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"an image classifier with {seen}: {advice}",
         seen=f"an image classifier with {seen}",
-        supported="preprocessor_config.json with a size",
+        supported=f"preprocessor_config.json of {', '.join(sorted(_KNOWN))}",
     )

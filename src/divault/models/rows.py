@@ -91,7 +91,9 @@ class Column:
         kinds = [kind for kind in (*_WORDS, "null") if kind in self.kinds or (kind == "null" and self.null)]
         told: dict[str, Any] = {"title": self.name} if self.name else {}
         told["type"] = kinds if len(kinds) > 1 else kinds[0]
-        if self.known is not None and len(self.known) <= _LISTED_VALUES:
+        # 1 is as good as true here, and to JSON Schema another value.
+        alike = {"number", "boolean"} <= self.kinds
+        if self.known is not None and len(self.known) <= _LISTED_VALUES and not alike:
             told["enum"] = [*self.known, *([None] if self.null else [])]
         return told
 

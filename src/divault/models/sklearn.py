@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -37,7 +37,7 @@ _TOLERANCE = 1e-9
 _LIBRARIES = ("scipy", "scikit-learn")
 _MOST_GROUPS = 32
 """Most tries of where null may stand, a run each."""
-RAISED = (*pickles.DAMAGE, RuntimeError)
+_RAISED = (*pickles.DAMAGE, RuntimeError)
 """What a model raises that was not fitted here, or not fitted at all."""
 
 
@@ -55,14 +55,18 @@ class SklearnPickle:
         """The estimator. Raises UnsupportedModel naming the first global that is not allowed."""
         file = the_file(files, "a scikit-learn model")
         configure()
-        found = fitted(pickles.load(file))
-        try:
-            return Estimator(found)
-        except RAISED as err:
-            raise not_run(err, pickles.version_of(file)) from err
+        return tried(fitted(pickles.load(file)), "sklearn", lambda: pickles.version_of(file))
 
 
-def not_run(err: Exception, writer: str) -> UnsupportedModel:
+def tried(found: Any, adapter: str, writer: Callable[[], str]) -> Estimator:
+    """The estimator, after a run; `writer` gives the version of the library that wrote it. Raises UnsupportedModel."""
+    try:
+        return Estimator(found, adapter)
+    except _RAISED as err:  # also what is read off its state, which whoever wrote the file has made
+        raise _not_run(err, writer()) from err
+
+
+def _not_run(err: Exception, writer: str) -> UnsupportedModel:
     """Why a model does not run that this version of the library wrote (empty: nobody knows)."""
     installed = version("scikit-learn")
     what = f"{type(err).__name__}: {words_of(err)}"
@@ -80,7 +84,7 @@ def not_run(err: Exception, writer: str) -> UnsupportedModel:
 class Estimator:
     """One fitted estimator."""
 
-    def __init__(self, estimator: Any, adapter: str = "sklearn") -> None:
+    def __init__(self, estimator: Any, adapter: str) -> None:
         from sklearn.base import BaseEstimator
 
         self._estimator = estimator
@@ -91,7 +95,7 @@ class Estimator:
         parts = [part for part in reached if isinstance(part, BaseEstimator)]
         self._rowwise = not any(type(part).__name__ in _NOT_ROWWISE for part in parts)
         self._sample: dict[str, Any] = {}
-        """What it answered to a single row, if it did."""
+        """What it answered to the first row that it took."""
         self._spec, groups = specification(estimator)
         by_position(parts)
         if not any(map(native.may_never_end, reached)):  # the deadline of its runs is for those
@@ -170,7 +174,7 @@ class Estimator:
         row = [None if place in gaps else value for place, value in enumerate(spec.sample)]
         try:
             self._try(spec.with_null(places), {"features": row})
-        except RAISED:
+        except _RAISED:
             return False
         return True
 
@@ -182,7 +186,8 @@ class Estimator:
             found = self._run(rows)
         json.dumps(_listed(list(found.values())), allow_nan=False)
         # A list has the answers of each output, with a row in each.
-        self._sample = {name: _listed(values)[0] for name, values in found.items() if not isinstance(values, list)}
+        told = {name: _listed(values)[0] for name, values in found.items() if not isinstance(values, list)}
+        self._sample = self._sample or told
 
     def _run(self, rows: Any) -> dict[str, Any]:
         if not self._rowwise:

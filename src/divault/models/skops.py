@@ -22,7 +22,7 @@ from divault.models.base import LoadedModel, Place
 from divault.models.containers import MAX_ENTRIES
 from divault.models.files import head, only_file, path_of, the_file
 from divault.models.pickles import FREE_BYTES, RATIO
-from divault.models.sklearn import RAISED, Estimator, configure, fitted, not_run
+from divault.models.sklearn import configure, fitted, tried
 from divault.values import MemoryFile
 
 _REPLACED_IN_PICKLES = frozenset(
@@ -71,10 +71,7 @@ class SkopsFile:
                 f"the skops file is damaged: {type(err).__name__} {text}",
                 seen=f"a damaged skops file ({type(err).__name__})",
             ) from err
-        try:
-            return Estimator(found, "skops")
-        except RAISED as err:
-            raise not_run(err, _version_of(path_of(file))) from err
+        return tried(found, "skops", lambda: _version_of(path_of(file)))
 
 
 def _version_of(path: str) -> str:

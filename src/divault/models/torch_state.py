@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 _MISFITS = (
-    *(RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError, NotImplementedError),
+    *(RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError),
     InputInvalid,
 )
 """What networks and programs raise for an input of a shape that isn't theirs."""
