@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from divault.api.inference_protocol import Translation, metadata
+from divault.api.inference_protocol import Translation, index, metadata
 from divault.api.openai import Asked, dialect
 from divault.errors import BadRequest, DivaultError, InputInvalid, ModelFailed
 from divault.models.base import Description
@@ -114,6 +114,16 @@ def test_texts_truth_values_and_large_numbers_as_bytes() -> None:
 def test_other_ways_to_give_an_output_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(BadRequest):
         Translation(asked(**wrong), "").ask(call(MODEL, None), description())
+
+
+@pytest.mark.parametrize(("only_ready", "names"), [(False, ["a", "b", "c"]), (True, ["a"])])
+def test_the_index_names_what_answers_or_all(only_ready: bool, names: list[str]) -> None:
+    rows = index([("a", "ready"), ("b", "restarting"), ("c", "failed")], only_ready=only_ready)
+
+    assert [row["name"] for row in rows] == names
+    assert [(row["state"], row["reason"]) for row in rows] == [
+        ("READY", ""), ("UNAVAILABLE", "restarting"), ("UNAVAILABLE", "failed")
+    ][: len(names)]  # fmt: skip
 
 
 def test_an_input_without_axes_takes_a_tensor_of_one() -> None:

@@ -207,6 +207,16 @@ def require_json(incoming: Incoming) -> None:
         raise BadRequest(f"send the body as {JSON}", field="content-type")
 
 
+def unsigned_object(incoming: Incoming, most: int = MAX_SELF_SIGNED_BYTES) -> dict[str, Any]:
+    """The members of a body that nobody is known to have sent, none where there is no body.
+
+    Raises TooLarge, BadRequest.
+    """
+    if len(incoming.raw) > most:
+        raise TooLarge(f"this body has at most {most} bytes", limit_bytes=most, have_bytes=len(incoming.raw))
+    return strict_object(incoming.raw) if incoming.raw else {}
+
+
 def session_token(headers: Mapping[str, str]) -> TokenParts | None:
     """The token of a session among the headers (lower-case names), if there is one. Raises SessionInvalid."""
     match = _BEARER.fullmatch(headers.get("authorization", ""))

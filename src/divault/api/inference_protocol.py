@@ -16,7 +16,7 @@ output hash the value of `outputs` as it stands in the answer, and right after i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ EXTENSIONS = ("model_repository", "binary_tensor_data")
 _OWN_PARAMETERS = frozenset(
     {"binary_data_output", "binary_data_size", "sequence_id", "sequence_start", "sequence_end", "priority", "timeout"}
 )
+VERSION = "1"
+"""The only version of a model that a node has: what the vault names now."""
 _MAX_INPUTS = 256
 
 
@@ -71,8 +73,8 @@ def read_request(raw: bytes, header_length: str) -> Asked:
     inputs = told.get("inputs") if isinstance(told, dict) else None
     if not isinstance(inputs, list) or not 0 < len(inputs) <= _MAX_INPUTS or not all(map(_is_named, inputs)):
         raise BadRequest("inputs is a list of tensors: name, datatype, shape, data", field="inputs")
-    parameters = _object(told, "parameters")
-    as_bytes = _truth(parameters, "binary_data_output", default=False)
+    parameters = object_in(told, "parameters")
+    as_bytes = truth_in(parameters, "binary_data_output", default=False)
     return Asked(
         _text(told, "id"),
         tuple(_tensors(inputs, raw[size:])),
@@ -125,7 +127,7 @@ class Translation:
 
     def wording(self, model_id: str, result: bytes, envelope: dict[str, Any]) -> bytes:
         """The body of the answer, after `tell`."""
-        body: dict[str, Any] = {"model_name": model_id, "model_version": "1"}
+        body: dict[str, Any] = {"model_name": model_id, "model_version": VERSION}
         if self._asked.id is not None:
             body["id"] = self._asked.id
         body |= {"outputs": msgspec.Raw(result[: self._json_size]), "parameters": {"receipt": envelope}}
@@ -157,13 +159,27 @@ def _outputs(result: Any) -> dict[str, Any]:
     return {**named, **{k: v for k, v in result.items() if k != "outputs"}} if isinstance(named, dict) else result
 
 
+def index(states: Iterable[tuple[str, str]], *, only_ready: bool) -> list[dict[str, str]]:
+    """What the protocol calls repository index, of models by their names and states."""
+    return [
+        {
+            "name": name,
+            "version": VERSION,
+            "state": "READY" if state == "ready" else "UNAVAILABLE",
+            "reason": "" if state == "ready" else state,
+        }
+        for name, state in states
+        if state == "ready" or not only_ready
+    ]
+
+
 def metadata(model_id: str, description: Description) -> dict[str, Any]:
     """What the protocol calls model metadata. Shapes that the model leaves open are -1."""
     fields = _properties(description.input_schema)
     gives = _given(description)
     return {
         "name": model_id,
-        "versions": ["1"],
+        "versions": [VERSION],
         "platform": description.format,
         "inputs": [_described(name, schema) for name, schema in fields.items() if _forms(schema)],
         "outputs": [_described(name, schema) for name, schema in gives.items()],
@@ -224,7 +240,7 @@ def _passed_on(parameters: Mapping[str, Any]) -> bytes | None:
         raise BadRequest("parameters nest too deep", field="parameters") from None
 
 
-def _object(told: Mapping[str, Any], name: str) -> dict[str, Any]:
+def object_in(told: Mapping[str, Any], name: str) -> dict[str, Any]:
     """An optional member that is an object: null is as good as none."""
     found = told.get(name)
     if found is None:
@@ -239,14 +255,15 @@ def _wanted(outputs: Any, *, as_bytes: bool) -> dict[str, bool]:
         raise BadRequest("outputs is a list of objects with a name", field="outputs")
     wanted = {}
     for told in outputs:
-        how = _object(told, "parameters")
+        how = object_in(told, "parameters")
         if how.keys() - {"binary_data"}:
             raise BadRequest("the only parameter of an output is binary_data", field="outputs")
-        wanted[told["name"]] = _truth(how, "binary_data", default=as_bytes)
+        wanted[told["name"]] = truth_in(how, "binary_data", default=as_bytes)
     return wanted
 
 
-def _truth(told: Mapping[str, Any], name: str, *, default: bool) -> bool:
+def truth_in(told: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    """A member that is true or false, where there is one. Raises BadRequest."""
     value = told.get(name, default)
     if type(value) is not bool:
         raise BadRequest(f"{name} is true or false", field=name)

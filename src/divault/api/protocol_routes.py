@@ -10,18 +10,24 @@ from starlette.responses import Response
 
 from divault.api import schemas
 from divault.api.describing import JSON, answer_response, body_of, documented, json_response
-from divault.api.envelope import MAX_SELF_SIGNED_BYTES, Incoming
+from divault.api.envelope import Incoming, unsigned_object
 from divault.api.hot import Handler, incoming_of
-from divault.api.inference_protocol import BINARY_HEADER, EXTENSIONS, Translation, metadata
+from divault.api.inference_protocol import (
+    BINARY_HEADER,
+    EXTENSIONS,
+    VERSION,
+    Translation,
+    index,
+    metadata,
+    object_in,
+    truth_in,
+)
 from divault.api.node import Node
-from divault.errors import BadRequest, ModelNotLoaded, RouteUnknown, TooLarge
-from divault.messages import strict_object
+from divault.errors import BadRequest, ModelNotLoaded, RouteUnknown
 from divault.values import ModelId
 from divault.workers.pool import Loaded
 
 _MODELS, _INFER = "/v2/models/", "/infer"
-_VERSION = "1"
-"""The only version of a model that a node has: what the vault names now."""
 
 
 def protocol_handler(node: Node, path: str) -> Handler | None:
@@ -31,7 +37,7 @@ def protocol_handler(node: Node, path: str) -> Handler | None:
     name, named, version = path[len(_MODELS) : -len(_INFER)].partition("/versions/")
 
     async def infer(incoming: Incoming) -> Response:
-        _require_version(version if named else _VERSION)
+        _require_version(version if named else VERSION)
         call = node.envelopes.foreign(incoming, ModelId.parse(name))
         translation = Translation(incoming.raw, incoming.header(BINARY_HEADER))
         answer = await node.service.infer(call, load=False, dialect=translation.dialect)
@@ -69,13 +75,13 @@ def _add_server(router: APIRouter, node: Node) -> None:
 
 
 def _add_models(router: APIRouter, node: Node) -> None:
-    async def about(model_id: str, version: str = _VERSION) -> Response:
+    async def about(model_id: str, version: str = VERSION) -> Response:
         """What a loaded model takes and gives."""
         _require_version(version)
         loaded = _loaded(node, model_id)
         return json_response(metadata(loaded.model.text, loaded.description))
 
-    async def model_ready(model_id: str, version: str = _VERSION) -> Response:
+    async def model_ready(model_id: str, version: str = VERSION) -> Response:
         """Whether a model answers now."""
         _require_version(version)
         ok = _loaded(node, model_id).state == "ready"
@@ -104,22 +110,12 @@ def _add_repository(router: APIRouter, node: Node) -> None:
     tags: list[Any] = ["open inference protocol"]
 
     @router.post("/v2/repository/index", tags=tags, responses=documented(schemas.Nothing, 400))
-    async def index(request: Request) -> Response:
+    async def repository(request: Request) -> Response:
         """What is loaded; with `ready` in the body only what answers now."""
-        asked = _object((await incoming_of(request.scope, request.receive)).raw)
-        only_ready = asked.get("ready", False)
-        if type(only_ready) is not bool:
-            raise BadRequest("ready is true or false", field="ready")
-        rows = [
-            {
-                "name": loaded.model.text,
-                "version": _VERSION,
-                "state": "READY" if loaded.state == "ready" else "UNAVAILABLE",
-                "reason": "" if loaded.state == "ready" else loaded.state,
-            }
-            for loaded in node.workers.loaded()
-            if loaded.state == "ready" or not only_ready
-        ]
+        asked = unsigned_object(await incoming_of(request.scope, request.receive))
+        only_ready = truth_in(asked, "ready", default=False)
+        states = ((loaded.model.text, loaded.state) for loaded in node.workers.loaded())
+        rows = index(states, only_ready=only_ready)
         return Response(orjson.dumps(rows), 200, {"cache-control": "no-store"}, JSON)
 
     @router.post(
@@ -130,7 +126,7 @@ def _add_repository(router: APIRouter, node: Node) -> None:
     async def load(request: Request, model_id: str) -> Response:
         """Fetch, verify, open and load a model. Signed in headers or of a session; the gate must be open."""
         incoming = await incoming_of(request.scope, request.receive)
-        _require_no_parameters(incoming.raw, {})
+        _require_no_parameters(incoming, {})
         await node.service.load(node.envelopes.foreign(incoming, ModelId.parse(model_id)))
         return json_response({})
 
@@ -140,7 +136,7 @@ def _add_repository(router: APIRouter, node: Node) -> None:
     async def unload(request: Request, model_id: str) -> Response:
         """End the model's worker. Signed in headers by an operator or the model's owner."""
         incoming = await incoming_of(request.scope, request.receive)
-        _require_no_parameters(incoming.raw, {"unload_dependents": False})
+        _require_no_parameters(incoming, {"unload_dependents": False})
         await node.service.unload(node.envelopes.foreign(incoming, ModelId.parse(model_id)))
         return json_response({})
 
@@ -155,26 +151,15 @@ def _loaded(node: Node, model_id: str) -> Loaded:
     )
 
 
-def _require_no_parameters(raw: bytes, neutral: dict[str, Any]) -> None:
-    """Return only if a body changes nothing of what the vault names. Raises BadRequest."""
-    for name, value in (_object(raw).get("parameters") or {}).items():
+def _require_no_parameters(incoming: Incoming, neutral: dict[str, Any]) -> None:
+    """Return only if a body changes nothing of what the vault names. Raises BadRequest, TooLarge."""
+    for name, value in object_in(unsigned_object(incoming), "parameters").items():
         if name not in neutral or value is not neutral[name]:
             raise BadRequest(
                 f"{name[:80]} is not taken here: a node loads what the vault names, as it is", field="parameters"
             )
 
 
-def _object(raw: bytes) -> dict[str, Any]:
-    """A body that may be left out. Raises BadRequest where it is anything but an object, or its parameters are."""
-    most = MAX_SELF_SIGNED_BYTES  # as of every body that is read before anybody is known to have sent it
-    if len(raw) > most:
-        raise TooLarge(f"the body has at most {most} bytes", limit_bytes=most, have_bytes=len(raw))
-    found = strict_object(raw) if raw else {}
-    if not isinstance(found.get("parameters") or {}, dict):
-        raise BadRequest("parameters is an object", field="parameters")
-    return found
-
-
 def _require_version(version: str) -> None:
-    if version != _VERSION:
-        raise RouteUnknown(f"a model has the version {_VERSION} and no other here")
+    if version != VERSION:
+        raise RouteUnknown(f"a model has the version {VERSION} and no other here")

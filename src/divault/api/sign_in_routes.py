@@ -12,11 +12,10 @@ from starlette.responses import Response
 
 from divault.api import schemas
 from divault.api.describing import body_of, documented, json_response
-from divault.api.envelope import Incoming, require_json, session_token, single_headers
+from divault.api.envelope import Incoming, require_json, session_token, single_headers, unsigned_object
 from divault.api.hot import incoming_of
 from divault.api.node import Node
-from divault.errors import BadRequest, SessionInvalid, TooLarge
-from divault.messages import strict_object
+from divault.errors import BadRequest, SessionInvalid
 from divault.messages.sign_in import time_text
 from divault.sessions import IDLE_S, NONCE_S, Challenge
 from divault.values import Address, TokenParts, Usdc
@@ -114,14 +113,9 @@ def _shown(challenge: Challenge) -> dict[str, Any]:
 
 def _object(incoming: Incoming) -> dict[str, Any]:
     """The body's members, none where there is no body."""
-    if len(incoming.raw) > _MAX_BYTES:
-        raise TooLarge(
-            f"this body has at most {_MAX_BYTES} bytes", limit_bytes=_MAX_BYTES, have_bytes=len(incoming.raw)
-        )
-    if not incoming.raw:
-        return {}
-    require_json(incoming)
-    return strict_object(incoming.raw)
+    if incoming.raw:
+        require_json(incoming)
+    return unsigned_object(incoming, _MAX_BYTES)
 
 
 def _text(body: dict[str, Any], name: str) -> str:
