@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import get_type_hints
+
 import pytest
 
 from divault.errors import SettingsInvalid
 from divault.settings import Settings
 
 URLS = [name for name in Settings.model_fields if name.endswith(("_url", "_urls", "_endpoint"))]
+
+
+def test_each_setting_that_is_a_url_is_one_of_these() -> None:
+    hints = get_type_hints(Settings, include_extras=True)
+    checked = {
+        name for name, hint in hints.items() if "function _url " in str(hint) or "function _public " in str(hint)
+    }
+
+    assert checked | {"web3_provider_url"} == set(URLS)
 
 
 def shown(**values: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ Rules:
 2. Text that a stranger controls is escaped and cut, so that a log line stays one line.
 3. Of an exception its type and where it came from are logged, never its words: they may repeat what a caller sent.
    The same goes for what libraries log, of which there is one line each: their sentence, with numbers and types in it.
-4. Lines that a stranger can cause are so many a second (`Lines`), whoever writes them.
+4. Lines that a stranger can cause are so many a second (`Lines`), whoever writes them; those of faults are all there.
 5. Logs go to stdout and, when a log directory is configured, to `div-backend.log` in it.
 """
 

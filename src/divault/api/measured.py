@@ -98,11 +98,9 @@ class Measured:
 
     def refused(self, status: int, seconds: float) -> None:
         """Count what the server in front refused before it was a request, and write its line."""
-        seen = _Seen(_to_nobody)
-        seen.status, seen.code = status, BadRequest.code
-        self._tell("other", "other", seen, seconds)
+        self._tell("other", "other", _Facts(status, BadRequest.code, new_request_id()), seconds)
 
-    def _tell(self, route: str, method: str, seen: _Seen, seconds: float) -> None:
+    def _tell(self, route: str, method: str, seen: _Facts, seconds: float) -> None:
         self._metrics.request(route, method, seen.status, seconds, seen.code)
         good = seen.status < 400 and seen.code is None
         if good and not self._verbose:  # making a line that nobody reads costs more than the rest
@@ -135,27 +133,32 @@ async def _end(error: Exception, seen: _Seen, scope: Scope, receive: Receive) ->
         seen.code = DivaultError.code
 
 
-async def _to_nobody(_: Message) -> None:
-    """Sends nothing: the answer is out."""
-
-
 def _parent(scope: Scope) -> dict[str, str]:
     """The header that says which trace a request belongs to; `tracestate` is any text, and stays here."""
     found = [value for name, value in scope["headers"] if name == b"traceparent"]
     return {"traceparent": found[0].decode("latin-1")} if len(found) == 1 else {}
 
 
-class _Seen:
+class _Facts:
+    """What is told of an answer."""
+
+    __slots__ = ("bytes", "code", "id", "status")
+
+    def __init__(self, status: int, code: str | None, request_id: str) -> None:
+        self.status = status
+        self.code = code
+        self.id = request_id
+        self.bytes = 0
+
+
+class _Seen(_Facts):
     """Passes an answer on, and remembers what it is. Status 499: the client left before there was one."""
 
-    __slots__ = ("_send", "bytes", "code", "id", "kept", "status")
+    __slots__ = ("_send", "kept")
 
     def __init__(self, send: Send) -> None:
+        super().__init__(499, None, "")
         self._send = send
-        self.status = 499
-        self.code: str | None = None
-        self.id = ""
-        self.bytes = 0
         self.kept: list[Message] | None = None
         """All of an answer that is not passed on yet."""
 
