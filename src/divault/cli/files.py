@@ -7,8 +7,6 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +14,7 @@ import typer
 
 from divault import keyfiles
 from divault.cli.console import progress, say, show
+from divault.cli.outputs import writing
 from divault.errors import BadRequest
 from divault.publishing import seal_path
 from divault.values import ModelId, Secret
@@ -48,7 +47,7 @@ def seal(
     to: list[Recipient | Passphrase] = [Recipient.parse(text) for text in recipient or []]
     if passphrase:
         to.append(Passphrase(_ask_passphrase(confirm=True)))
-    with progress(f"sealing {path.name}"), _writing(output):
+    with progress(f"sealing {path.name}"), writing(output, "output"):
         size = seal_path(path, output, to, None if model is None else ModelId.parse(model))
     say(f"sealed {path} into {output}")
     show({"output": str(output), "bytes": size, "recipients": [str(r) for r in recipient or []]})
@@ -73,20 +72,10 @@ def open_command(
     )
     if not path.is_file():
         raise BadRequest(f"{path} is no file", field="path")
-    with _source(path) as sealed, _writing(output):
+    with _source(path) as sealed, writing(output, "output"):
         size = _open_into(sealed, output, source)
     say(f"opened {path} into {output}")
     show({"output": str(output), "bytes": size})
-
-
-@contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileExistsError as err:
-        raise BadRequest(f"{output} exists already", field="output") from err
-    except OSError as err:
-        raise BadRequest(f"{output} can't be written: {err.strerror}", field="output") from err
 
 
 def _source(path: Path) -> io.BufferedReader:

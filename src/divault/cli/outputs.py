@@ -13,6 +13,17 @@ from typing import Self
 from divault.errors import BadRequest
 
 
+@contextmanager
+def writing(path: Path, field: str) -> Iterator[None]:
+    """For what makes or fills a file that an option names. Raises BadRequest where that can't be done."""
+    try:
+        yield
+    except FileExistsError as err:
+        raise BadRequest(f"{path} exists already", field=field) from err
+    except OSError as err:
+        raise BadRequest(f"{path} can't be written: {err.strerror}", field=field) from err
+
+
 class Output:
     """A file that can be written, and is as it was until `write`. Use it in a `with` block; `field` names the option.
 
@@ -23,7 +34,7 @@ class Output:
         """Raises BadRequest when it can't be written."""
         self._path = path
         self._field = field
-        with self._refusing():
+        with writing(path, field):
             try:
                 self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
                 self._made = True
@@ -33,7 +44,7 @@ class Output:
 
     def write(self, content: bytes) -> None:
         """Make this what the file holds. Raises BadRequest, for example when the disk is full."""
-        with self._refusing():
+        with writing(self._path, self._field):
             if stat.S_ISREG(os.fstat(self._fd).st_mode):  # a device or pipe takes it as it comes
                 os.ftruncate(self._fd, 0)
             self._made = False
@@ -50,10 +61,3 @@ class Output:
         if self._made:
             with suppress(FileNotFoundError):
                 self._path.unlink()
-
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as err:
-            raise BadRequest(f"{self._path} can't be written: {err.strerror}", field=self._field) from err
