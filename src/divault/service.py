@@ -159,8 +159,9 @@ class Service:
                         description = self._workers.description(opened)
                         self._ledger.opened(hold, opened.plaintext_sha256, description.runtime)
                         lap("open")
-                        asked = await dialect.asked(call, description)
-                        output = await self._workers.run(opened, hold, asked, dialect.on_piece)
+                        output = await self._workers.run(
+                            opened, hold, await dialect.asked(call, description), dialect.on_piece
+                        )
                         lap("run")
                         answer = await self._ledger.charge(hold, call, await dialect.told(output), dialect.wording)
                         lap("charge")
