@@ -1,15 +1,13 @@
-"""What no signed call can do without, each part alone and warm: the least that a call could cost on this machine.
+"""What no signed call can do without: the least that a call could cost on this machine.
 
 The parts are those of `bench_serve`'s call: an HTTP request, a body that is read strictly, a signature, the model's
-pass, the ledger's rows on disk and a signed receipt. What a whole call costs beside their sum is Python between them,
-and caches that 64 calls at once share.
+pass, the ledger's rows on disk and a signed receipt. First each alone and warm, then all in one program with nothing
+between them, beside plain FastAPI. What a whole call costs beyond that is what is checked and told.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import sqlite3
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,19 +19,14 @@ import orjson
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression
 
-from bench.serving import load, plain_server, raw_request
-from divault import models
-from divault.messages import SigningKey, body_hash, recover, signature_text, strict_object
-from divault.models.base import CPU
+from bench.parts import BODY, DIGEST, ROW, SIGNATURE, SIGNER, model_pass, rows_of_call
+from bench.serving import Load, load, plain_server, raw_request
+from divault.messages import body_hash, recover, strict_object
 from divault.state import State
-from divault.values import Digest, MemoryFile, Secret
-from divault.workers import child, wire
 
-_KEY, _DIGEST = Secret(b"\x4c" * 32), Digest.keccak(b"a request")
-_TOGETHER, _WRITES = 18, 5400
-"""Calls that share a commit when 64 come at once, and how many are measured."""
+_TOGETHER = 18
+"""Calls that share a commit when 64 come at once."""
 _PASS = 16
-_ENVELOPE = os.urandom(640)
 
 
 def _cpu_us(work: Callable[[], Any], rounds: int = 2000) -> float:
@@ -54,79 +47,87 @@ async def _http() -> float:
         return (await asyncio.to_thread(load, url, pid, [request], connections=64)).cpu_us
 
 
-def _rows(number: int, *, signed: bool) -> Callable[[sqlite3.Connection], object]:
-    """What an answered free call writes: its receipt, and where it was signed its nonce."""
-    user, nonce, request = os.urandom(20), os.urandom(32), os.urandom(32)
-
-    def work(db: sqlite3.Connection) -> None:
-        db.execute(
-            "INSERT INTO receipt(log, sequence, hash, previous, request, user, model, status, envelope)"
-            " VALUES (1, ?, ?, ?, ?, ?, ?, 1, ?)",
-            (number, request, request, request, user, nonce, _ENVELOPE),
-        )
-        if signed:
-            db.execute(
-                "INSERT INTO request(user, nonce, digest, stage, priced, keep_until) VALUES (?, ?, ?, 'done', 0, ?)",
-                (user, nonce, request, 1_790_000_000 + number // 1000),
-            )
-
-    return work
-
-
 async def _ledger(path: Path, *, signed: bool) -> float:
     async with State(path) as state:
         for number in range(1200):  # until the log is written over
-            works = [_rows(number * _TOGETHER + each, signed=signed) for each in range(_TOGETHER)]
+            works = [rows_of_call(number * _TOGETHER + each, signed=signed) for each in range(_TOGETHER)]
             await asyncio.gather(*(state.write(work, guarded=False) for work in works))
             if number == 900:
                 began = time.process_time()
         return (time.process_time() - began) / (299 * _TOGETHER) * 1e6
 
 
-def _model(row: list[float]) -> Callable[[], Any]:
+async def _together(folder: Path, how: str, *connections: int) -> list[Load]:
+    """All parts in one program, after two seconds to warm up."""
+    async with plain_server("parts_together", str(folder), how) as (url, pid):
+        request = raw_request(url, "/", BODY)
+        await asyncio.to_thread(load, url, pid, [request], connections=64, seconds=2)
+        return [await asyncio.to_thread(load, url, pid, [request], connections=count) for count in connections]
+
+
+async def _plain(folder: Path) -> list[Load]:
+    """Plain FastAPI with 64 connections, and with one."""
     data = load_breast_cancer()
-    fd = os.memfd_create("model")
-    with os.fdopen(os.dup(fd), "wb") as file:
-        joblib.dump(LogisticRegression(max_iter=5000).fit(data.data, data.target), file)
-    model = models.load([MemoryFile("model.joblib", fd, os.fstat(fd).st_size)], CPU)
-    items = [wire.Item(orjson.dumps({"features": row}), None)] * _PASS
-    return lambda: child._answers(model, items)  # noqa: SLF001 - what a worker does between two frames
+    joblib.dump(LogisticRegression(max_iter=5000).fit(data.data, data.target), folder / "model.joblib")
+    async with plain_server("plain_fastapi", str(folder / "model.joblib")) as (url, pid):
+        request = raw_request(url, "/predict", orjson.dumps({"features": ROW}))
+        await asyncio.to_thread(load, url, pid, [request], connections=64, seconds=1)
+        return [await asyncio.to_thread(load, url, pid, [request], connections=count) for count in (64, 1)]
 
 
-def _row(name: str, figure: float, asked_us: int | None = None) -> dict[str, Any]:
+def _row(name: str, figure: float, unit: str, against: str = "none", asked: float | None = None) -> dict[str, Any]:
     return {
         "name": name,
-        "figure": round(figure, 1),
-        "unit": "us CPU",
-        "yardstick": "none" if asked_us is None else f"asked of a whole call: {asked_us} us",
-        "ratio": None if asked_us is None else round(figure / asked_us, 2),
+        "figure": round(figure, 2 if figure < 10 else 1),
+        "unit": unit,
+        "yardstick": against,
+        "ratio": None if asked is None else round(figure / asked, 2),
         "target": None,
         "holds": None,
     }
 
 
+def _rows_together(folder: Path) -> list[dict[str, Any]]:
+    many, one = asyncio.run(_plain(folder))
+    found = []
+    for how, name, asked_us, times in (
+        ("signed", "all parts in one program, EIP-712", 250, 1.5),
+        ("session", "all but hash and signer in one program, a session's token", 125, 3),
+    ):
+        together, alone = asyncio.run(_together(folder, how, 64, 1))
+        asked = f"asked of a whole call: {asked_us} us"
+        found.append(_row(f"{name}, 64 connections", together.cpu_us, "us CPU", asked, asked_us))
+        asked = f"plain FastAPI: {many.per_second:.0f}/s; asked of a whole call: {times:g} x"
+        found.append(_row("the same: rate", together.per_second, "/s", asked, many.per_second))
+        asked = f"plain FastAPI, asked of a whole call: {one.p50_ms:.2f} ms"
+        found.append(_row("the same, one connection: p50", alone.p50_ms, "ms", asked, one.p50_ms))
+    return found
+
+
 def run() -> list[dict[str, Any]]:
-    """Microseconds of CPU of each part, and their sums."""
-    row = load_breast_cancer().data[0].tolist()
-    body = orjson.dumps({"model_id": "m1", "user_address": "0x" + "ab" * 20, "input_data": {"features": row}})
-    members, signer, signature = strict_object(body), SigningKey(_KEY), signature_text(_KEY, _DIGEST)
+    """Microseconds of CPU of each part, their sums, and what they take when one program does them all."""
+    members, answers = strict_object(BODY), model_pass()
+    inputs = [orjson.dumps(members["input_data"])] * _PASS
     http = asyncio.run(_http())
-    read = _cpu_us(lambda: strict_object(body))
-    hashed, recovered = _cpu_us(lambda: body_hash(members)), _cpu_us(lambda: recover(_DIGEST, signature))
-    passed = _cpu_us(_model(row), 100) / _PASS
-    with tempfile.TemporaryDirectory(dir=Path(__file__).parent, prefix=".parts-") as folder:
-        nonce, receipt = (asyncio.run(_ledger(Path(folder, str(how)), signed=how)) for how in (True, False))
-    signed = _cpu_us(lambda: signer.text(_DIGEST))
-    both = http + read + passed + signed
+    read = _cpu_us(lambda: strict_object(BODY))
+    hashed, recovered = _cpu_us(lambda: body_hash(members)), _cpu_us(lambda: recover(DIGEST, SIGNATURE))
+    passed = _cpu_us(lambda: answers(inputs), 100) / _PASS
+    with tempfile.TemporaryDirectory(dir=Path(__file__).parent, prefix=".parts-") as text:
+        folder = Path(text)
+        nonce, receipt = (asyncio.run(_ledger(folder / str(how), signed=how)) for how in (True, False))
+        together = _rows_together(folder)
+    signed = _cpu_us(lambda: SIGNER.text(DIGEST))
+    both, us = http + read + passed + signed, "us CPU"
     return [
-        _row("an HTTP request and an answer of 4 kB, 64 connections", http),
-        _row("a body of 30 numbers, read strictly", read),
-        _row("its canonical hash", hashed),
-        _row("the signer, recovered", recovered),
-        _row(f"a row of the model, {_PASS} in a pass, JSON to JSON", passed),
-        _row(f"the rows of a signed, free call, {_TOGETHER} in a commit, synced", nonce),
-        _row("the row of one by a session's token", receipt),
-        _row("a receipt's signature", signed),
-        _row("all of these, EIP-712", both + hashed + recovered + nonce, 250),
-        _row("all but hash and signer, a session's token", both + receipt, 125),
+        _row("an HTTP request and an answer of 4 kB, 64 connections", http, us),
+        _row("a body of 30 numbers, read strictly", read, us),
+        _row("its canonical hash", hashed, us),
+        _row("the signer, recovered", recovered, us),
+        _row(f"a row of the model, {_PASS} in a pass, JSON to JSON", passed, us),
+        _row(f"the rows of a signed, free call, {_TOGETHER} in a commit, synced", nonce, us),
+        _row("the row of one by a session's token", receipt, us),
+        _row("a receipt's signature", signed, us),
+        _row("all of these, EIP-712", both + hashed + recovered + nonce, us, "asked of a whole call: 250 us", 250),
+        _row("all but hash and signer, a session's token", both + receipt, us, "asked of a whole call: 125 us", 125),
+        *together,
     ]
