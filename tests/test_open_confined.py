@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import divault
-from divault.errors import ModelFailed
+from divault.errors import DivaultError, ModelFailed, TooLarge
 from divault.vault.keys import NodeIdentity
 from divault.workers import opening
 from divault.workers.opening import Opener
@@ -123,6 +123,13 @@ socket.socket = Wary
 {without}
 opening_child.main()
 """
+SAYS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from divault.workers import opening_child
+opening_child._open = lambda *_: (_ for _ in ()).throw(opening_child.{error})
+opening_child.main()
+"""
 NO_FILTER = "seccomp.install = lambda rules: None"
 
 
@@ -151,3 +158,33 @@ async def test_where_it_is_not_confined_it_takes_no_key_and_says_so(
 
     assert caught.value.data["kind"] == "opening"
     assert all(name in caught.value.detail for name in passed)
+
+
+async def _said_by_one_that(raises: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DivaultError:
+    monkeypatch.setattr(opening, "_COMMAND", (sys.executable, "-I", "-c", SAYS.format(error=raises), ROOT))
+    opener = Opener(max_model_bytes=10**6, timeout_s=20)
+    try:
+        with pytest.raises(DivaultError) as caught:
+            await opener.open(blob(tmp_path, sealed(b"weights")), grant(), [NodeIdentity(ME)])
+    finally:
+        opener.close()
+    return caught.value
+
+
+async def test_what_it_says_of_a_file_is_printable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raises = r"TooLarge('a\x1b[2Jname \u202e of a Größe', limit='x\x1b]0;y\x07', limit_bytes=7)"
+
+    error = await _said_by_one_that(raises, tmp_path, monkeypatch)
+
+    assert type(error) is TooLarge
+    assert error.detail == r"a\x1b[2Jname \u202e of a Größe"
+    assert error.data == {"limit": r"x\x1b]0;y\x07", "limit_bytes": 7}
+
+
+async def test_it_can_report_no_error_of_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raises = "DivaultError('the node is ill')"
+
+    error = await _said_by_one_that(raises, tmp_path, monkeypatch)
+
+    assert type(error) is ModelFailed
+    assert "ill" not in error.detail

@@ -51,6 +51,7 @@ from divault.values import Cid, Digest, Grant, MemoryFile, OpenedModel, Secret, 
 from divault.vault.archive import MAX_FILES, MAX_NAME_BYTES
 from divault.vault.keys import KeySearch, KeySource, SealFormat, costs_a_derivation
 from divault.vault.sealed import Preamble, Spelling, payload_key, plain_size, read_preamble
+from divault.workers import wire
 from divault.workers.opening_child import MAX_MESSAGE_BYTES, PLACE_BYTES, VERIFIED
 from divault.workers.opening_folder import Budget, OpenedFile, merged, model_names
 from divault.workers.process import command_of, no_room_is_not_ready
@@ -468,7 +469,8 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
 
 
 def _refusal(answer: _Refused) -> DivaultError:
-    error = from_code(answer.code, answer.detail, dict(answer.data))
+    """The error that it may report; it read a stranger's file, so its texts are made printable."""
+    error = from_code(answer.code, wire.printable(answer.detail), wire.printable(answer.data))
     return error if isinstance(error, _EXPECTED) else _crashed("it reported an error that it can't have")
 
 

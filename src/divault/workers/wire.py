@@ -260,20 +260,20 @@ def _facts(raw: bytes) -> dict[str, Any]:
         if isinstance(value, str):
             found[name] = escaped(value, MAX_TEXT)
         elif name == "example" and isinstance(value, dict):
-            found[name] = _printable(value)
+            found[name] = printable(value)
         else:
             raise broken("the data of an error is no text")
     return found
 
 
-def _printable(value: Any) -> Any:
+def printable(value: Any) -> Any:
     """The same value with all that is not printable in its texts escaped; letters of any language stay."""
     if isinstance(value, str):
         return value if value.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
     if isinstance(value, list):
-        return [_printable(inner) for inner in value]
+        return [printable(inner) for inner in value]
     if isinstance(value, dict):
-        return {_printable(key): _printable(inner) for key, inner in value.items()}
+        return {printable(key): printable(inner) for key, inner in value.items()}
     return value
 
 
