@@ -193,6 +193,18 @@ def test_files_of_older_versions_load(version: list[int]) -> None:
     assert np.array_equal(given_by(loaded(as_json(document))), booster.predict(xgboost.DMatrix(X)))
 
 
+def test_dart_loads_in_the_form_of_later_versions() -> None:
+    """Since 3.4 its trees are those of gbtree, with their weights beside them."""
+    booster = xgb(REAL, booster="dart", rate_drop=0.5)
+    document = json.loads(bytes(booster.save_raw("json")))
+    told = document["learner"]["gradient_booster"]
+    if "gbtree" in told:
+        model = told["gbtree"]["model"] | {"weight_drop": told["weight_drop"]}
+        document["learner"]["gradient_booster"] = {"model": model, "name": "gbtree"}
+
+    assert np.array_equal(given_by(loaded(as_json(document))), booster.predict(xgboost.DMatrix(X)))
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_after_early_stopping_the_file_answers_as_what_wrote_it(kept: bool, tmp_path: Any) -> None:
     """XGBModel stops at its best iteration, Booster takes all."""
@@ -362,6 +374,10 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a newer XGBoost": (lambda: bytes(xgb().save_raw("json")).replace(b'"version":[3,', b'"version":[9,'), "newer"),
     "a newer LightGBM": (lambda: text(lgb()).replace(b"version=v4", b"version=v9"), "version 9"),
+    "what a later XGBoost brings": (
+        lambda: altered(lambda learner, _: learner["gradient_booster"]["model"].update(tree_scales=[1, 2])),
+        "unknown field `tree_scales`",
+    ),
     "too many features of XGBoost": (
         lambda: altered(lambda learner, _: learner["learner_model_param"].update(num_feature="999999999")),
         "999999999 features",

@@ -71,7 +71,7 @@ CALLS: dict[str, tuple[Any, str]] = {
     "eval": (Calls(eval, "1"), "builtins.eval"),
     "getattr": (Calls(getattr, "x", "upper"), "builtins.getattr"),
     "import": (Calls(__import__, "os"), "builtins.__import__"),
-    "a file": (Calls(open, "/etc/passwd"), "io.open"),
+    "a file": (Calls(open, "/etc/passwd"), f"{open.__module__}.open"),
     "a process": (Calls(subprocess.Popen, "true"), "subprocess.Popen"),
     "much memory": (Calls(bytearray, 10 << 30), "builtins.bytearray"),
     "a long range": (Calls(range, 10 << 30), "builtins.range"),

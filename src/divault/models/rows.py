@@ -71,10 +71,15 @@ class Column:
     """A value for the example; without one any number."""
     null: bool = False
     """null is taken for a missing value."""
-    missing: float | None = math.nan
-    """What null is to the model."""
+    none: bool = False
+    """null is None to the model, and otherwise NaN, which this class can't hold: it equals nothing, itself neither."""
     objects: bool = False
     """The model learned this column as Python objects, and compares with those."""
+
+    @property
+    def missing(self) -> float | None:
+        """What null is to the model."""
+        return None if self.none else math.nan
 
     @property
     def expected(self) -> str:

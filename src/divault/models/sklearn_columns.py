@@ -115,8 +115,7 @@ class _Seen:
         learned = iter((taken if self.learned else ()) if known is None else known)
         first = next(learned, EXAMPLE_TEXT if kinds == _TEXT else None)
         none = None in values
-        missing = None if none else math.nan
-        return Column(name, kinds, known, first, null=known == {}, missing=missing, objects=self.objects or none)
+        return Column(name, kinds, known, first, null=known == {}, none=none, objects=self.objects or none)
 
     def _kinds(self, values: list[Any]) -> frozenset[str]:
         if self.computed or self.read:

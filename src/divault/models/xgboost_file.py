@@ -42,13 +42,17 @@ _NO_PARENT = 2**31 - 1
 T = TypeVar("T")
 
 
-class _Model(msgspec.Struct, Generic[T]):
+class _Model(msgspec.Struct, Generic[T], forbid_unknown_fields=True):
     trees: list[T] = []
     tree_info: Any = ()
     iteration_indptr: Any = None
     gbtree_model_param: dict[str, str] = {}
     cats: dict[str, Any] = {}
+    weight_drop: Any = None
+    """Of dart's trees, where 3.4 and later have them."""
     weights: Any = None
+    boosted_rounds: Any = None
+    param: Any = None
 
 
 class _Inner(msgspec.Struct, Generic[T]):
@@ -107,7 +111,11 @@ def read(file: MemoryFile) -> XgboostModel:
     try:
         return _checked(*_parsed(data))
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, AttributeError) as err:  # the last: of an array
-        _damaged(str(err).encode("ascii", "backslashreplace").decode()[:120])
+        words = str(err).encode("ascii", "backslashreplace").decode()[:120]
+        # What a later version brings may change answers: it is never left out without a word.
+        if "unknown field" in words:
+            _refused(f"an XGBoost model that is not known here: {words}")
+        _damaged(words)
 
 
 def _checked(version: tuple[int, int, int], learner: _Learner[Any]) -> XgboostModel:
@@ -229,16 +237,18 @@ def _booster(learner: _Learner[Any], sizes: _Sizes) -> tuple[dict[str, Any], int
         _refused("an XGBoost model with another booster than gbtree, dart or gblinear")
     if found.name == "gblinear" and found.model is not None:
         return _linear(found.model, sizes), 0
-    if found.name == "gbtree" and found.model is not None:
-        model, rounds = _trees(found.model, sizes)
-        return {"model": model, "name": "gbtree"}, _best(learner.attributes, rounds)
-    if found.name == "dart" and found.gbtree is not None:
-        model, rounds = _trees(found.gbtree.model, sizes)
-        weights = _floats(found.weight_drop, len(model["trees"]), "weight_drop")
-        inner = {"model": model, "name": "gbtree"}
-        # The library reads this one list as values, never as an array.
-        return {"gbtree": inner, "name": "dart", "weight_drop": weights.tolist()}, _best(learner.attributes, rounds)
-    return _damaged("a booster without a model")
+    inner = found.gbtree.model if found.name == "dart" and found.gbtree is not None else found.model
+    if inner is None or found.name == "gblinear":
+        return _damaged("a booster without a model")
+    model, rounds = _trees(inner, sizes)
+    best = _best(learner.attributes, rounds)
+    written = {"model": model, "name": "gbtree"}
+    dropped = found.weight_drop if found.name == "dart" else inner.weight_drop
+    if dropped is None and found.name == "gbtree":
+        return written, best
+    # The library reads this one list as values, never as an array. All versions take dart's trees in this form.
+    weights = _floats(dropped, len(model["trees"]), "weight_drop").tolist()
+    return {"gbtree": written, "name": "dart", "weight_drop": weights}, best
 
 
 def _linear(model: _Model[Any], sizes: _Sizes) -> dict[str, Any]:
