@@ -35,6 +35,7 @@ from divault.models.huggingface_files import (
 )
 from divault.models.images import LoadedImages, Preparation
 from divault.models.pooling import Pooling, pooling_of
+from divault.models.score_rules import GENERATION_CONFIG, ScoreRules
 from divault.models.text_encoder import TextEncoder
 from divault.models.text_generation import Language, LoadedGenerator
 from divault.models.text_heads import (
@@ -113,9 +114,18 @@ def _mask_token(folder: Folder, encoder: TextEncoder) -> str:
 def _language(folder: Folder, config: PretrainedConfig) -> Language:
     tokenizer = tokenizer_of(folder, config)
     tokenizer.no_truncation()
-    told = folder.json_object("generation_config.json").get("eos_token_id", config.eos_token_id)
-    ends = [one for one in (told if isinstance(told, list) else [told]) if type(one) is int]
-    return Language(tokenizer, ChatTemplate.of(folder), frozenset(ends), max_tokens(folder, config))
+    told = folder.json_object(GENERATION_CONFIG).get("eos_token_id", config.eos_token_id)
+    ends = frozenset(one for one in (told if isinstance(told, list) else [told]) if type(one) is int)
+    rules = ScoreRules.of(folder, raw_config(folder), ends, config.vocab_size)
+    return Language(tokenizer, ChatTemplate.of(folder), ends, max_tokens(folder, config), rules, _turn_of(config))
+
+
+def _turn_of(config: PretrainedConfig) -> int | None:
+    """Up to how many tokens a network turns positions by its short factors; None for one that has no others."""
+    told = getattr(config, "rope_parameters", None)
+    if config.model_type != "phi3" or not isinstance(told, dict) or told.get("rope_type") != "longrope":
+        return None
+    return int(config.original_max_position_embeddings)
 
 
 def _architectures(folder: Folder) -> list[str]:

@@ -17,6 +17,7 @@ from divault.errors import InputInvalid, ModelFailed
 from divault.models.base import Answer, Description, Inputs, Piece
 from divault.models.chat_template import ChatTemplate
 from divault.models.rows import MAX_TEXT_CHARS
+from divault.models.score_rules import ScoreRules
 from divault.models.torch_runtime import Hardware, runtime
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _MAX_STOPS, _MAX_STOP_CHARS = 4, 100
 _HALF_CHARACTER = "\ufffd"
 _LIBRARIES = ("transformers", "tokenizers", "safetensors")
 _EXAMPLE = {"prompt": "Once upon a time"}
+_NO_RULES = ScoreRules({}, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,9 @@ class Language:
     """Tokens that end a text."""
     room: int
     """Most tokens of prompt and text together."""
+    rules: ScoreRules = _NO_RULES
+    turn: int | None = None
+    """Of so many tokens, one more makes the model see all of them in another way: what it kept of them is void."""
 
 
 class LoadedGenerator:
@@ -89,17 +94,21 @@ class LoadedGenerator:
         """The pieces of each text in turn, then the answer. Raises InputInvalid, ModelFailed."""
         sampling = _sampling(inputs.parameters)
         prompts = self._prompts(inputs.data)
+        goes_on = "messages" not in inputs.data
         texts = []
         for index, ids in enumerate(prompts):
-            texts.append((yield from self._write(index, ids, sampling)))
+            writer = _Writer(self._language.tokenizer, sampling.stop, ids if goes_on else ())
+            texts.append((yield from self._write(index, ids, sampling, writer)))
         yield Answer({"texts": texts}, len(texts))
 
-    def _write(self, index: int, ids: list[int], sampling: Sampling) -> Generator[Piece, None, dict[str, Any]]:
-        writer, made, reason = _Writer(self._language.tokenizer, sampling.stop), 0, "length"
-        said = []
+    def _write(
+        self, index: int, ids: list[int], sampling: Sampling, writer: _Writer
+    ) -> Generator[Piece, None, dict[str, Any]]:
+        made, reason, said = 0, "length", []
+        ends = self._language.ends | writer.ends
         for token in self._tokens(ids, sampling, index):
             made += 1
-            if token in self._language.ends:
+            if token in ends:
                 reason = "stop"
                 break
             if text := writer.add(token):
@@ -126,18 +135,25 @@ class LoadedGenerator:
         from transformers import DynamicCache
 
         generator = torch.Generator(self._device).manual_seed((sampling.seed + index) % 2**63)
+        rules = self._language.rules.processors(len(ids), self._device)
         cache = {self._cache_name: DynamicCache()}
-        step = torch.tensor([ids], device=self._device)
+        so_far = torch.tensor([ids], device=self._device)
+        step = so_far
         for _ in range(min(sampling.max_tokens, self._language.room - len(ids))):
             with torch.inference_mode():
                 # Scores of the last token alone: those of a whole prompt would take gigabytes.
                 output: Any = self._module(input_ids=step, use_cache=True, logits_to_keep=1, **cache)
-                scores = output.logits[0, -1].float()
+                scores = output.logits[:, -1].float()
+                for rule in rules:
+                    scores = rule(so_far, scores)
                 if not torch.isfinite(scores).any() or torch.isnan(scores).any():
                     raise ModelFailed("the model gave a number that is not finite", kind="not_finite")
-                token = _chosen(scores, sampling, generator)
+                token = _chosen(scores[0], sampling, generator)
+                step = torch.tensor([[token]], device=self._device)
+                so_far = torch.cat([so_far, step], dim=1)
+            if so_far.shape[1] - 1 == self._language.turn:
+                cache, step = {self._cache_name: DynamicCache()}, so_far
             yield token
-            step = torch.tensor([[token]], device=self._device)
 
     def _prompts(self, data: Any) -> list[list[int]]:
         if not isinstance(data, dict) or len(data) != 1:
@@ -184,11 +200,15 @@ class LoadedGenerator:
 class _Writer:
     """Tokens to text as it can be shown: never half a character, nothing of a stop text."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], before: Sequence[int] = ()) -> None:
+        """`before`: tokens that the text goes on from; without them it begins anew, without a blank before its word."""
         self._tokenizer = tokenizer
         self._stop = stop
-        self._ids: list[int] = []
-        self._from = self._read = 0
+        numbers = [tokenizer.token_to_id(text) for text in stop]
+        self.ends = {number for number in numbers if number is not None and not tokenizer.decode([number])}
+        """Stop texts that are tokens which no text shows."""
+        self._ids = list(before)
+        self._from, self._read = 0, len(self._ids)
         """Tokens before `from` play no part any more; those before `read` are written."""
         self._held = ""
         self.stopped = False
