@@ -174,37 +174,6 @@ def test_names_of_features_and_line_ends_of_windows_change_nothing() -> None:
     assert np.array_equal(given_by(loaded(text(light).replace(b"\n", b"\r\n"))), light.predict(X))
 
 
-@pytest.mark.parametrize("version", [[1, 0, 0], [1, 7, 6], [2, 1, 0], [3, 0, 0]])
-def test_files_of_older_versions_load(version: list[int]) -> None:
-    """They lack members that came later, have one base score, and truth values where numbers are now."""
-    booster = xgb(objective="binary:logistic")
-    document = json.loads(bytes(booster.save_raw("json")))
-    learner, document["version"] = document["learner"], version
-    learner["learner_model_param"]["base_score"] = learner["learner_model_param"]["base_score"].strip("[]")
-    model = learner["gradient_booster"]["model"]
-    del model["cats"]
-    if version < [2]:
-        del learner["learner_model_param"]["num_target"], learner["learner_model_param"]["boost_from_average"]
-        del model["iteration_indptr"], model["gbtree_model_param"]["num_parallel_tree"]
-        for tree in model["trees"]:
-            tree["default_left"] = [bool(side) for side in tree["default_left"]]
-            del tree["split_type"], tree["categories"], tree["categories_nodes"]
-
-    assert np.array_equal(given_by(loaded(as_json(document))), booster.predict(xgboost.DMatrix(X)))
-
-
-def test_dart_loads_in_the_form_of_later_versions() -> None:
-    """Since 3.4 its trees are those of gbtree, with their weights beside them."""
-    booster = xgb(REAL, booster="dart", rate_drop=0.5)
-    document = json.loads(bytes(booster.save_raw("json")))
-    told = document["learner"]["gradient_booster"]
-    if "gbtree" in told:
-        model = told["gbtree"]["model"] | {"weight_drop": told["weight_drop"]}
-        document["learner"]["gradient_booster"] = {"model": model, "name": "gbtree"}
-
-    assert np.array_equal(given_by(loaded(as_json(document))), booster.predict(xgboost.DMatrix(X)))
-
-
 @pytest.mark.parametrize("kept", [True, False])
 def test_after_early_stopping_the_file_answers_as_what_wrote_it(kept: bool, tmp_path: Any) -> None:
     """XGBModel stops at its best iteration, Booster takes all."""

@@ -18,6 +18,7 @@ from divault.models.base import Inputs, LoadedModel
 from divault.models.huggingface import HuggingFace
 from divault.models.torch_state import TorchState
 from tests.memory_models import answer, as_json, json_of, load, memory_files, mini_lm, state_dict_file, tiny_classifier
+from tests.schemas import mismatch
 
 TEXTS = ["the film was good", "the book was very very bad a bad book it is not good", "a"]
 Content = dict[str, bytes]
@@ -201,6 +202,34 @@ def test_mean_max_and_first_token_pooling_differ_and_hold(classifier_files: Cont
     refusal(encoder | {"1_Pooling/config.json": as_json({"pooling_mode": "lasttoken"})})
     refusal(encoder | {"modules.json": as_json([{"type": "custom.Module", "path": ""}])})
     refusal(encoder | {"modules.json": as_json("x")})
+
+
+def test_vectors_are_cut_where_the_folder_says_so(classifier_files: Content) -> None:
+    """Matryoshka: the first numbers of a vector stand for it."""
+    encoder = pooled(classifier_files, "mean")
+    whole = answer(load(HuggingFace(), encoder), {"text": TEXTS})["embeddings"]
+
+    def cut(width: Any) -> Content:
+        return encoder | {"config_sentence_transformers.json": as_json({"truncate_dim": width})}
+
+    loaded = load(HuggingFace(), cut(5))
+    result = answer(loaded, {"text": TEXTS})
+    assert result["embeddings"] == [vector[:5] for vector in whole]
+    assert mismatch(result, loaded.description.output_schema) == ""
+    assert answer(load(HuggingFace(), cut(None)), {"text": TEXTS})["embeddings"] == whole
+    for wrong in (0, "5", 2.5, True):
+        assert "truncate_dim" in refusal(cut(wrong)).detail
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
+def test_what_is_said_of_texts_may_stand_in_a_file_of_another_type(classifier_files: Content, kind: str) -> None:
+    encoder = pooled(classifier_files, "mean")
+    said = {f"sentence_{kind}_config.json": as_json({"max_seq_length": 4})}
+
+    assert answer(load(HuggingFace(), encoder | said), {"text": "the film was good"})["tokens"] == [4]
+    first = {"sentence_bert_config.json": as_json({"max_seq_length": 3})}
+    assert answer(load(HuggingFace(), encoder | said | first), {"text": "the film was good"})["tokens"] == [3]
+    assert answer(load(HuggingFace(), encoder), {"text": "the film was good"})["tokens"] == [6]
 
 
 def pooled(files: Content, mode: str) -> Content:

@@ -140,6 +140,33 @@ def test_a_word_of_several_tokens_is_no_two_entities(tmp_path: Path) -> None:
     assert [one["text"] for one in found] == ["Lyon", "Rome"], "although the model begins an entity with both halves"
 
 
+@pytest.mark.parametrize(
+    ("text", "entities"),
+    [
+        ("Elodie", ["Elodie"]),
+        ("Élodie", ["Élodie"]),
+        ("né à Ørsted 👋", ["né", "à", "Ørsted", "👋"]),
+        ("北京", ["北", "京"]),
+    ],
+)
+def test_pieces_of_one_character_are_one_entity(text: str, entities: list[str]) -> None:
+    """A tokenizer of bytes has several for a letter with an accent, with the same offsets."""
+    from tokenizers import models, pre_tokenizers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(sorted(alphabet))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens = tokenizer.encode(text)
+    always = _entities(["O", "B-PER", "I-PER"], text, tokens, [[0.0, 0.8, 0.2]] * len(tokens))
+    mixed = [[0.1, 0.8, 0.1] if place % 2 else [0.8, 0.1, 0.1] for place in range(len(tokens))]
+    found = _entities(["O", "B-PER", "LOC"], text, tokens, mixed)
+
+    assert [one["text"] for one in always] == entities
+    assert all(abs(one["score"] - 0.8) < 1e-9 for one in always)
+    ends = [0, *(one["end"] for one in found)]
+    assert all(one["start"] >= end for one, end in zip(found, ends, strict=False)), "none lies within another"
+
+
 @pytest.mark.parametrize("text", ["Alice Bob met Alice", "met Alice", "Alice"])
 def test_the_blank_before_a_word_is_no_part_of_an_entity(text: str) -> None:
     from tokenizers import models, pre_tokenizers
@@ -432,6 +459,15 @@ def test_other_processors_and_sizes_are_refused_by_name(told: dict[str, Any]) ->
 def prepared(told: dict[str, Any], model_type: str) -> Preparation:
     with memory_files({"preprocessor_config.json": as_json(told)}) as files:
         return Preparation.of(Folder(files), model_type)
+
+
+def test_a_crop_after_that_of_convnext_is_refused_by_name() -> None:
+    told = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 64}}
+    crop = {"do_center_crop": True, "crop_size": SIZE}
+
+    assert prepared(told, "convnext").crop == (64, 64)
+    with pytest.raises(UnsupportedModel, match="do_center_crop beside crop_pct"):
+        prepared(told | crop, "convnext")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from divault.errors import InputInvalid, SealedFileDamaged
 from divault.models.files import Folder
-from divault.models.huggingface_files import special_tokens
+from divault.models.huggingface_tokenizer import special_tokens
 from divault.models.rows import MAX_TEXT_CHARS
 
 if TYPE_CHECKING:

@@ -25,14 +25,12 @@ from divault.models.huggingface_files import (
     TYPES_BY_HEAD,
     config_of,
     is_one,
-    max_tokens,
     model_type_of,
     padding_of,
     raw_config,
-    special_tokens,
-    tokenizer_of,
     weights_of,
 )
+from divault.models.huggingface_tokenizer import max_tokens, special_tokens, tokenizer_of
 from divault.models.images import LoadedImages, Preparation
 from divault.models.pooling import Pooling, pooling_of
 from divault.models.score_rules import GENERATION_CONFIG, ScoreRules

@@ -25,7 +25,6 @@ from divault.models.files import Folder
 from divault.values import MemoryFile
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PretrainedConfig
 
 _TYPE_NAMES = """
@@ -81,14 +80,6 @@ _AS_DECODER = ("is_decoder", "add_cross_attention")
 MAX_LAYERS = 256
 MAX_LABELS = 32_768
 """Of a classifier; ImageNet-22k has 21,841."""
-MAX_TOKENIZER_BYTES = 64 << 20
-_LONGEST_TOKEN = 100
-_MAX_TOKENS = 8192
-_DEFAULT_TOKENS = 512
-_WITHOUT_TABLE = {"bloom": 2048}
-"""Texts that models of these types were trained on; their positions have no table that would say it."""
-_OFFSET_BY_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
-"""Positions of these start behind the padding id, so that many of the table's rows can't be used."""
 _MIXED_WITH_PADDING = frozenset({"convbert", "mobilebert"})
 """Networks whose convolutions, or windows of three tokens, mix padding into the words beside it."""
 _DROPPED_NAMES = """
@@ -209,65 +200,9 @@ def _check_numbers(value: Any) -> None:
         raise ValueError(f"a number over {MAX_NUMBER}")
 
 
-def special_tokens(folder: Folder) -> dict[str, str]:
-    """Texts of the special tokens that the tokenizer's files name, by their names: `bos_token`, `mask_token`, ...
-
-    Folders that older libraries wrote have them in a file of their own.
-    """
-    told = folder.json_object("tokenizer_config.json")
-    more = told.get("extra_special_tokens")
-    named = {name: value for name, value in told.items() if name.endswith("_token")}
-    named |= more if isinstance(more, dict) else {}
-    if "added_tokens_decoder" not in told:
-        named |= folder.json_object("special_tokens_map.json")
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str) and len(text) <= _LONGEST_TOKEN}
-
-
 def padding_of(config: PretrainedConfig) -> int | None:
     """The token that fills up a text; None where texts of several lengths can't share a pass."""
     if config.model_type in _MIXED_WITH_PADDING:
         return None
     told = config.pad_token_id or 0
     return told if 0 <= told < config.vocab_size else 0
-
-
-def max_tokens(folder: Folder, config: PretrainedConfig) -> int:
-    """Most tokens of one text, special ones included: the least of what model, tokenizer and sentence config say."""
-    positions = getattr(config, "max_position_embeddings", _WITHOUT_TABLE.get(config.model_type, _DEFAULT_TOKENS))
-    if config.model_type in _OFFSET_BY_PADDING:
-        positions -= (config.pad_token_id if config.pad_token_id is not None else 1) + 1
-    told = [
-        folder.json_object("tokenizer_config.json").get("model_max_length"),
-        folder.json_object("sentence_bert_config.json").get("max_seq_length"),
-    ]
-    # Tokenizers without a limit say 10^30.
-    limits = [int(limit) for limit in told if isinstance(limit, int | float) and 1 <= limit <= MAX_NUMBER]
-    return max(1, min([positions, _MAX_TOKENS, *limits]))
-
-
-def tokenizer_of(folder: Folder, config: PretrainedConfig) -> Tokenizer:
-    """The tokenizer, set to cut at the model's limit. Raises UnsupportedModel, SealedFileDamaged."""
-    from tokenizers import Tokenizer
-
-    text = folder.text("tokenizer.json", MAX_TOKENIZER_BYTES)
-    if text is None:
-        raise UnsupportedModel(
-            "a Hugging Face folder needs tokenizer.json: save the tokenizer with a fast class",
-            seen="a Hugging Face folder without tokenizer.json",
-            supported="tokenizer.json of the tokenizers library",
-        )
-    try:
-        tokenizer = Tokenizer.from_str(text.decode())
-        tokenizer.no_padding()
-        side = folder.json_object("tokenizer_config.json").get("truncation_side")
-        side = (tokenizer.truncation or {}).get("direction", "right") if side is None else side
-        tokenizer.enable_truncation(max_tokens(folder, config), direction=side)
-        highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    except Exception as err:  # noqa: BLE001 - the library raises bare Exception for every broken file
-        raise SealedFileDamaged(f"tokenizer.json doesn't hold: {str(err)[:200]}", stage="payload") from None
-    if not 0 <= highest < config.vocab_size:
-        raise SealedFileDamaged(
-            f"tokenizer.json has ids up to {highest}, the model {config.vocab_size} embeddings", stage="payload"
-        )
-    return tokenizer

@@ -92,6 +92,8 @@ class Preparation:
             cut = _size(told.get("crop_size"), shorter=False)
             crop = (cut.get("height", cut.get("shortest_edge", 0)), cut.get("width", cut.get("shortest_edge", 0)))
         share = told.get("crop_pct")
+        if share is not None and told.get("do_center_crop"):
+            raise unsupported("a second crop (do_center_crop beside crop_pct)", "save an image processor with one crop")
         if shortest is not None and isinstance(share, int | float) and 0.1 <= share <= 1:
             crop = (shortest, shortest)
             shortest = int(shortest / share) if shortest < _SMALL else None
@@ -99,7 +101,7 @@ class Preparation:
         return cls(
             size.get("height", edge),
             size.get("width", edge),
-            crop if crop is None or shortest is not None or told.get("do_center_crop") else None,
+            crop if shortest is not None or told.get("do_center_crop") else None,
             shortest,
             _choice(told["resample"]),
             _number(told["rescale_factor"]) if told["do_rescale"] else 1.0,

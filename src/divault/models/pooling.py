@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from divault.errors import UnsupportedModel
 from divault.models.files import Folder
+from divault.models.huggingface_tokenizer import sentence_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,8 @@ class Pooling:
     lower_case: bool
     prompt: str
     """Put before every text."""
+    width: int | None = None
+    """How many of a vector's numbers are told; without it all."""
 
     def apply(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """float32 [n, width] of `hidden` [n, tokens, width]; tokens count where `mask` [n, tokens] is 1."""
@@ -49,7 +52,7 @@ class Pooling:
             pooled = hidden.masked_fill(weight == 0, -torch.inf).amax(dim=1)
         else:
             pooled = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1e-9)
-        return torch.nn.functional.normalize(pooled, dim=1) if self.normalise else pooled
+        return (torch.nn.functional.normalize(pooled, dim=1) if self.normalise else pooled)[:, : self.width]
 
 
 def pooling_of(folder: Folder) -> Pooling | None:
@@ -60,12 +63,13 @@ def pooling_of(folder: Folder) -> Pooling | None:
     kinds = [_kind(module) for module in modules] if isinstance(modules, list) else []
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]) or modules[0].get("path"):
         _refuse(f"modules {' + '.join(kinds)[:100] or 'that are no list'}")
-    sentence = folder.json_object("sentence_bert_config.json")
+    library = folder.json_object("config_sentence_transformers.json")
     return Pooling(
         mode=_mode(folder.json_object(f"{modules[1].get('path')}/config.json")),
         normalise=len(kinds) == 3,
-        lower_case=sentence.get("do_lower_case") is True,
-        prompt=_prompt(folder),
+        lower_case=sentence_config(folder).get("do_lower_case") is True,
+        prompt=_prompt(library),
+        width=_width(library),
     )
 
 
@@ -91,8 +95,14 @@ def _mode(config: dict[str, Any]) -> Mode:
     return Mode(modes[0])
 
 
-def _prompt(folder: Folder) -> str:
-    config = folder.json_object("config_sentence_transformers.json")
+def _width(config: dict[str, Any]) -> int | None:
+    told = config.get("truncate_dim")
+    if told is not None and (type(told) is not int or told < 1):
+        _refuse(f"vectors of {str(told)[:80]} numbers (truncate_dim)")
+    return told
+
+
+def _prompt(config: dict[str, Any]) -> str:
     name = config.get("default_prompt_name")
     if name is None:
         return ""

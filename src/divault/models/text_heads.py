@@ -198,11 +198,15 @@ def _entities(labels: Sequence[str], text: str, tokens: Encoding, rows: list[lis
             continue
         best = max(range(len(row)), key=row.__getitem__)
         begins, label = labels[best].startswith("B-"), labels[best].removeprefix("B-").removeprefix("I-")
+        within = not special and bool(found) and start < found[-1]["end"]  # another piece of its last character
+        if within and label != open_label:
+            continue
         if special or label == "O" or start == end:
             open_label = ""
             continue
         # The rest of a word goes on with it. Chinese has no blanks, and many words in what a tokenizer takes for one.
-        if begins and open_label and word == last_word and start == found[-1]["end"] and not _is_wide(text[start]):
+        follows = bool(found) and word == last_word and start == found[-1]["end"] and not _is_wide(text[start])
+        if begins and open_label and (within or follows):
             begins = False
         if label == open_label and not begins:
             scores.append(row[best])

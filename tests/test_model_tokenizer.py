@@ -1,0 +1,134 @@
+"""What `tokenizer_config.json` says otherwise than `tokenizer.json`: the tokens of the library's own classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from divault.errors import SealedFileDamaged
+from divault.models.base import Inputs
+from divault.models.chat_template import ChatTemplate
+from divault.models.files import Folder
+from divault.models.huggingface import HuggingFace
+from divault.models.huggingface_tokenizer import tokenizer_of
+from tests.memory_models import folder_content, load, memory_files, tiny_classifier, tiny_language_model
+
+ROOM = 264
+"""Rows of the table of embeddings; the vocabulary has 257."""
+
+
+def token(content: str, *, special: bool = True, **flags: bool) -> dict[str, Any]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"content": content, "special": special} | plain | flags
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    tiny_language_model(path)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(7)
+    config = AutoConfig.for_model("llama", vocab_size=ROOM, **sizes, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+def ids(folder: Path, text: str, config: dict[str, Any], words: int = ROOM) -> tuple[list[int], list[int]]:
+    """Of the node, and of the library."""
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    with memory_files(folder_content(folder)) as files:
+        ours = tokenizer_of(Folder(files), AutoConfig.for_model("llama", vocab_size=words))
+    return ours.encode(text).ids, list(AutoTokenizer.from_pretrained(folder)(text).input_ids)
+
+
+TOLD: dict[str, tuple[dict[str, Any], str]] = {
+    "a token of its own": ({"added_tokens_decoder": {"257": token("<|im_start|>")}}, "<|im_start|>a"),
+    "one that is no special": ({"added_tokens_decoder": {"257": token("<b>", special=False)}}, "<b>a"),
+    "several, by their numbers": ({"added_tokens_decoder": {"258": token("<c>"), "257": token("<b>")}}, "<b>a<c>"),
+    "other flags": ({"added_tokens_decoder": {"0": token("<end>", rstrip=True)}}, "<end>  a"),
+    "a list": ({"extra_special_tokens": ["<|im_start|>"]}, "<|im_start|>a"),
+    "named ones": ({"extra_special_tokens": {"image_token": "<img>"}}, "<img>a"),
+    "a list of old": ({"additional_special_tokens": ["<x>", "<y>"]}, "<y>a<x>"),
+    "padding": ({"pad_token": "<pad>"}, "<pad>a"),
+    "special tokens split": ({"split_special_tokens": True}, "<end>a"),
+}
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_a_text_has_the_tokens_of_the_library(folder: Path, kind: str) -> None:
+    config, text = TOLD[kind]
+    plain, _ = ids(folder, text, {})
+    ours, theirs = ids(folder, text, config)
+
+    assert ours == theirs != plain
+
+
+def test_a_token_that_the_model_has_no_number_for_stays_text(folder: Path) -> None:
+    ours, _ = ids(folder, "<pad>a", {"pad_token": "<pad>"}, words=257)
+
+    assert ours == ids(folder, "<pad>a", {})[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"added_tokens_decoder": {"257": {"special": True}}},
+        {"added_tokens_decoder": {"one": token("<b>")}},
+        {"added_tokens_decoder": {"257": token("<b>", lstrip=7)}},  # type: ignore[arg-type]
+        {"extra_special_tokens": [f"<{number}>" for number in range(5000)]},
+    ],
+)
+def test_tokens_that_are_none_are_damage(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(SealedFileDamaged, match="tokenizer"):
+        load(HuggingFace(), folder_content(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "lower"), [("BertTokenizer", True), ("BertTokenizer", False), ("PreTrainedTokenizerFast", False)]
+)
+def test_lower_case_is_what_the_class_makes_of_it(tmp_path: Path, kind: str, lower: bool) -> None:
+    tiny_classifier(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "do_lower_case": lower}))
+    text = "The FILM was Good"
+    with memory_files(folder_content(tmp_path)) as files:
+        config = AutoConfig.from_pretrained(tmp_path)
+        ours = tokenizer_of(Folder(files), config).encode(text).ids
+
+    assert ours == AutoTokenizer.from_pretrained(tmp_path)(text).input_ids
+    load(HuggingFace(), folder_content(tmp_path)).predict([Inputs({"text": text}, {})])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "GPT2Tokenizer",
+        "Qwen2TokenizerFast",
+        "GPTNeoXTokenizerFast",
+        "CohereTokenizer",
+        "GemmaTokenizerFast",
+        "BloomTokenizerFast",
+        "LlamaTokenizer",
+        "PreTrainedTokenizerFast",
+    ],
+)
+@pytest.mark.parametrize("told", [{}, {"eos_token": "<end>"}])
+def test_a_template_has_the_special_tokens_that_the_class_names(folder: Path, kind: str, told: dict[str, str]) -> None:
+    template = "{% for m in messages %}{{ bos_token }}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": kind, "chat_template": template} | told)
+    )
+    messages = [{"role": "user", "content": "hi"}]
+    with memory_files(folder_content(folder)) as files:
+        found = ChatTemplate.of(Folder(files))
+
+    assert found is not None
+    assert found.rendered(messages) == AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        messages, tokenize=False
+    )
