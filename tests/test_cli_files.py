@@ -11,8 +11,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperGroup
 
-from divault.cli import app
+from divault.cli import app_for
+from divault.cli.commands import COMMANDS as COMMANDS_OF
+from divault.cli.commands import GROUPS
 from divault.values import Digest
 from divault.vault.age import Identity
 from tests.test_receipts import DRAFT, issuer
@@ -34,10 +38,36 @@ def divault(*words: str | Path, cwd: Path, typed: str = "", **environment: str) 
 def test_help_shows_an_example(words: list[str]) -> None:
     from typer.testing import CliRunner
 
-    done = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    done = CliRunner().invoke(app_for(words), [*words, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
 
     assert done.exit_code == 0
     assert f"divault {' '.join(words)}" in done.output.split("Example:", 1)[1]
+
+
+def test_each_command_is_found_alone_as_among_all() -> None:
+    """What a command needs is imported when it is called, so the map says where each of them is."""
+    everything = names_of(app_for(()))
+
+    assert set(everything) == {name for names in COMMANDS_OF.values() for name in names} | set(GROUPS)
+    for name in everything:
+        assert name in names_of(app_for(["--version", name, "x"]))
+        assert len(names_of(app_for([name]))) < len(everything)
+    for line in ([], ["--help"], ["sreve"], ["--help", "sreve"]):
+        assert names_of(app_for(line)) == everything
+
+
+def names_of(app: typer.Typer) -> list[str]:
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperGroup)
+    return list(command.commands)
+
+
+def test_keys_of_wallets_need_nothing_of_a_node(tmp_path: Path) -> None:
+    code = "import sys; from divault.cli import main; sys.argv = ['divault', 'keys', 'new', 'me.key']\ntry: main()\n"
+    code += "except SystemExit: pass\nprint([name for name in ('fastapi', 'aiohttp', 'uvloop') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_keys_are_private_and_never_overwritten(tmp_path: Path) -> None:

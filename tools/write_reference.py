@@ -247,9 +247,9 @@ def env_example() -> str:
 
 def cli_page() -> str:
     """Text of docs/reference/cli.md, out of the commands' own help."""
-    from divault.cli import app
+    from divault.cli import app_for
 
-    root: Any = typer.main.get_command(app)
+    root: Any = typer.main.get_command(app_for(()))
     parts = ["# Command line", f"<!-- {_generated('the help of the commands')} -->"]
     parts += ["`divault COMMAND --help` says the same."]
     parts += [_command(path, command) for path, command in _commands(root, "divault")]

@@ -18,7 +18,7 @@ import tritonclient.http as triton
 from typer.testing import CliRunner
 
 from divault import messages, receipts
-from divault.cli.commands import app as commands
+from divault.cli import app_for
 from divault.errors import BadRequest, ReceiptInvalid
 from divault.receipts import Outcome, redact
 from divault.values import Secret, Usdc
@@ -308,11 +308,11 @@ async def test_the_command_line_signs_in_and_out(world: World, tmp_path: Path) -
     file.chmod(0o600)
     told = ["--node", world.node.url, "--key", str(file)]
     runner = CliRunner(env={"HOME": str(tmp_path)})
-    wrong = await asyncio.to_thread(runner.invoke, commands, ["sign-in", *told, "--spend", "1,5"])
-    signed_in = await asyncio.to_thread(runner.invoke, commands, ["sign-in", *told])
+    wrong = await asyncio.to_thread(runner.invoke, app_for(()), ["sign-in", *told, "--spend", "1,5"])
+    signed_in = await asyncio.to_thread(runner.invoke, app_for(()), ["sign-in", *told])
     token = signed_in.stdout.strip()
     found = await world.request("GET", "/api/v1/results/0x" + "11" * 32, headers=bearer(token))
-    signed_out = await asyncio.to_thread(runner.invoke, commands, ["sign-out", *told])
+    signed_out = await asyncio.to_thread(runner.invoke, app_for(()), ["sign-out", *told])
     after = await world.request("GET", "/api/v1/results/0x" + "11" * 32, headers=bearer(token))
 
     assert isinstance(wrong.exception, BadRequest), "which the command prints in a line"

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import sys
 
-from divault.cli.commands import app
+from divault.cli.commands import app_for
 from divault.cli.console import fail
 from divault.errors import DivaultError, SettingsInvalid
 
-__all__ = ["app", "main"]
+__all__ = ["app_for", "main"]
 
 
 def main() -> None:
     """Run the command line. Exit status: 0 done, 1 a typed error (its code is printed), 2 wrong usage."""
     try:
-        app()
+        app_for(sys.argv[1:])()
     except DivaultError as err:
         fail(err)
         sys.exit(1)

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from divault import keyfiles
-from divault.app import Identities
 from divault.cli.console import say, show
 from divault.errors import SettingsInvalid
 from divault.messages import address_of
@@ -57,5 +56,7 @@ def node() -> None:
 
     Example: divault keys node
     """
+    from divault.app import Identities  # with all of a node, which the other commands do without
+
     who = Identities.of(Settings.load())
     show({"address": str(who.address), "age_recipient": str(who.age.recipient)})
