@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -79,6 +81,28 @@ async def test_a_device_is_looked_for_in_a_worker(tmp_path: Path) -> None:
 
     assert not found.ok
     assert "the device 'cuda:99' is not here" in found.detail
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+async def test_a_cache_that_cannot_be_written_is_told_with_the_fix(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write = Path.write_bytes
+
+    def fail(path: Path, content: bytes) -> int:
+        if path.name.startswith(".doctor-"):
+            path.touch()  # a full disk takes the name and no content
+            raise OSError(number, os.strerror(number), str(path))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    found = await finding("disk", tmp_path)
+
+    assert not found.ok
+    assert "set MODEL_CACHE_DIR" in found.detail
+    assert ("there is no room, free some" in found.detail) is (number == errno.ENOSPC)
+    assert "Errno" not in found.detail
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 async def test_the_log_is_opened_where_the_node_writes_it(tmp_path: Path) -> None:

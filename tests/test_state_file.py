@@ -518,6 +518,73 @@ async def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         State(tmp_path / "ledger.sqlite3")
 
 
+@pytest.mark.parametrize("code", ["SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"])
+async def test_a_full_disk_is_not_taken_for_a_damaged_ledger(
+    code: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is what a full disk is called where the index of the log is made."""
+    with monkeypatch.context() as patched:
+        patched.setattr(divault.state, "_begin", failing(code))
+        with pytest.raises(SettingsInvalid, match=r"there is no room, free some or set DIVAULT_STATE_DIR") as caught:
+            State(path)
+
+    assert "damaged" not in caught.value.detail
+    await State(path).close()
+
+
+async def test_a_new_file_that_finds_no_room_is_told_as_that(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = divault.state._connect
+
+    def full(path: Path, *, query_only: bool = False) -> sqlite3.Connection:
+        db = connect(path, query_only=query_only)
+        db.execute("PRAGMA max_page_count = 1")
+        return db
+
+    with monkeypatch.context() as patched:
+        patched.setattr(divault.state, "_connect", full)
+        with pytest.raises(SettingsInvalid, match="there is no room"):
+            State(path)
+
+    await State(path).close()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [("SQLITE_IOERR_READ", "can't be used"), ("SQLITE_CORRUPT", "nothing was changed")]
+)
+def test_a_disk_that_fails_is_told_from_a_file_that_is_damaged(
+    code: str, words: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divault.state, "_begin", failing(code))
+    with pytest.raises(SettingsInvalid, match=words) as caught:
+        State(path)
+
+    assert "no room" not in caught.value.detail
+
+
+async def test_a_disk_that_takes_no_sync_keeps_the_ledger_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(divault.state.os, "fsync", full)
+        with pytest.raises(SettingsInvalid, match="there is no room"):
+            State(path)
+
+    await State(path).close()
+
+
+def failing(code: str):
+    """In place of what opens the file's content."""
+
+    def fail(*_: object) -> None:
+        error = sqlite3.DatabaseError if code == "SQLITE_CORRUPT" else sqlite3.OperationalError
+        err = error("as SQLite says it")
+        err.sqlite_errorcode = getattr(sqlite3, code)
+        raise err
+
+    return fail
+
+
 @pytest.mark.parametrize("table", ["receipt", "charge", "spent"])
 @pytest.mark.parametrize("change", ["DELETE FROM {}", "UPDATE {} SET request = x'00'"])
 async def test_money_and_receipts_are_append_only(state: State, table: str, change: str) -> None:

@@ -82,8 +82,15 @@ class Identities:
     def of(cls, settings: Settings) -> Identities:
         """Read the key files, or make them at the first start, where models can't read them. Raises SettingsInvalid."""
         require_apart(settings)
-        key = keyfiles.signing_key(settings.node_key_file)
-        return cls(key, messages.address_of(key), keyfiles.identity(settings.age_identity_file))
+        key_by, age_by = (
+            "DIVAULT_STATE_DIR" if file is None else name
+            for name, file in (
+                ("DIVAULT_NODE_KEY_FILE", settings.divault_node_key_file),
+                ("DIVAULT_AGE_IDENTITY_FILE", settings.divault_age_identity_file),
+            )
+        )
+        key = keyfiles.signing_key(settings.node_key_file, key_by)
+        return cls(key, messages.address_of(key), keyfiles.identity(settings.age_identity_file, age_by))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,32 +1,36 @@
 """Key files on disk: a wallet's or node's signing key, and an age identity. Always mode 0600, never overwritten.
 
+A file is there whole or not at all: it is written under another name, brought to the disk and linked to its own.
+
 A signing key file holds `0x` and 64 hex digits. An age identity file is what the `age-keygen` command writes: comment
 lines and one `AGE-SECRET-KEY-1...` line, so that `age -d -i FILE` opens the same models.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
-from typing import TypeVar
 
 from divault.errors import BadRequest, SettingsInvalid
 from divault.messages import parse_key
 from divault.values import Secret
 from divault.vault.age import Identity
 
-T = TypeVar("T")
 _MAX_BYTES = 4096  # a key file is two lines
 
 
-def new_signing_key(path: Path) -> Secret:
-    """Make a secp256k1 key in a new file. Raises SettingsInvalid when the file exists."""
+def new_signing_key(path: Path, setting: str | None = None) -> Secret:
+    """Make a secp256k1 key in a new file. Raises SettingsInvalid when the file exists or can't be written.
+
+    `setting`: the one that names the place, for what is said then.
+    """
     text = "0x" + secrets.token_bytes(32).hex()
     key = parse_key(text)
-    _create(path, text + "\n")
+    _create(path, text + "\n", setting)
     return key
 
 
@@ -38,10 +42,10 @@ def read_signing_key(path: Path) -> Secret:
         raise SettingsInvalid(f"{path} holds no signing key: one line, 0x and 64 hex digits") from err
 
 
-def new_identity(path: Path) -> Identity:
-    """Make an age identity in a new file. Raises SettingsInvalid when the file exists."""
+def new_identity(path: Path, setting: str | None = None) -> Identity:
+    """Make an age identity in a new file; `setting` and errors are those of `new_signing_key`."""
     identity = Identity.generate()
-    _create(path, f"# public key: {identity.recipient}\n{identity.reveal_text()}\n")
+    _create(path, f"# public key: {identity.recipient}\n{identity.reveal_text()}\n", setting)
     return identity
 
 
@@ -55,35 +59,42 @@ def read_identity(path: Path) -> Identity:
         raise SettingsInvalid(f"{path} holds no age identity: one line AGE-SECRET-KEY-1...") from err
 
 
-def signing_key(path: Path) -> Secret:
-    """Read the key at `path`, or make it at the first start."""
-    return _read_or_make(path, read_signing_key, new_signing_key)
+def signing_key(path: Path, setting: str | None = None) -> Secret:
+    """Read the key at `path`, or make it at the first start; `setting` names the place. Raises SettingsInvalid."""
+    return read_signing_key(path) if path.exists() else new_signing_key(path, setting)
 
 
-def identity(path: Path) -> Identity:
-    """Read the age identity at `path`, or make it at the first start."""
-    return _read_or_make(path, read_identity, new_identity)
+def identity(path: Path, setting: str | None = None) -> Identity:
+    """Read the age identity at `path`, or make it at the first start; `setting` likewise. Raises SettingsInvalid."""
+    return read_identity(path) if path.exists() else new_identity(path, setting)
 
 
-def _read_or_make(path: Path, read: Callable[[Path], T], make: Callable[[Path], T]) -> T:
-    return read(path) if path.exists() else make(path)
-
-
-def _create(path: Path, text: str) -> None:
+def _create(path: Path, text: str, setting: str | None) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as err:
-        raise SettingsInvalid(f"the folder of {path} can't be made: {err.strerror}") from err
+        raise _unwritten(f"the folder of {path} can't be made", err, setting) from err
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd, draft = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)  # mode 0600
+        try:
+            with os.fdopen(fd, "w", encoding="ascii") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(draft, path)  # unlike a rename it never replaces a file
+        finally:
+            Path(draft).unlink()
     except FileExistsError as err:
         raise SettingsInvalid(f"{path} exists; a key file is never overwritten: name another or remove it") from err
     except OSError as err:
-        raise SettingsInvalid(f"{path} can't be written: {err.strerror}") from err
-    with os.fdopen(fd, "w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        raise _unwritten(f"{path} can't be written", err, setting) from err
+
+
+def _unwritten(what: str, err: OSError, setting: str | None) -> SettingsInvalid:
+    elsewhere = "name another place" if setting is None else f"set {setting} to another place"
+    full = err.errno in (errno.ENOSPC, errno.EDQUOT)
+    fix = f"there is no room, free some or {elsewhere}" if full else f"{err.strerror}; make it writable or {elsewhere}"
+    return SettingsInvalid(f"{what}: {fix}", **({} if setting is None else {"setting": setting}))
 
 
 def _read(path: Path) -> str:
@@ -93,6 +104,11 @@ def _read(path: Path) -> str:
             raw = file.read(_MAX_BYTES + 1)
     except OSError as err:
         raise SettingsInvalid(f"{path} can't be read: {err.strerror}") from err
+    if not raw:
+        raise SettingsInvalid(
+            f"{path} is empty, as a start that was broken off leaves it: remove it, and a new key is made; if there "
+            "was a key in it, put that back from a backup first"
+        )
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise SettingsInvalid(f"{path} may be read by others: chmod 600 {path}")
     try:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import math
 import os
@@ -203,12 +204,15 @@ class State:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _Lock(path.with_name(path.name + ".lock"))
         except OSError as err:
-            raise _out_of_reach(path, err.strerror or type(err).__name__) from err
+            raise _out_of_reach(path, err) from err
         with ExitStack() as undo:
             undo.callback(self._lock.release)
             self._writer = _open(path)
             undo.callback(self._writer.close)
-            self._disk = _Disk(path)
+            try:
+                self._disk = _Disk(path)
+            except (OSError, sqlite3.Error) as err:
+                raise _out_of_reach(path, err) from err
             undo.pop_all()
         self._looked_at = _LookedAt(self._writer)
         self._open: list[_Waiting] = []
@@ -585,15 +589,13 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         _prepare(path)
         db = _connect(path)
-    except OSError as err:
-        raise _out_of_reach(path, err.strerror or type(err).__name__) from err
-    except sqlite3.Error as err:
-        raise _out_of_reach(path, str(err)) from err
+    except (OSError, sqlite3.Error) as err:
+        raise _out_of_reach(path, err) from err
     try:
         _begin(db, path)
     except sqlite3.DatabaseError as err:
         db.close()
-        raise _damaged(path, str(err)) from err
+        raise (_out_of_reach(path, err) if _is_of_the_disk(err) else _damaged(path, str(err))) from err
     except DivaultError:
         db.close()
         raise
@@ -624,7 +626,11 @@ def _begin(db: sqlite3.Connection, path: Path) -> None:
         raise _damaged(path, str(found))
     db.execute(f"PRAGMA page_size = {_PAGE}")  # of a new file; one that has pages keeps their size
     if _pragma(db, "journal_mode = WAL") != "wal":
-        raise _out_of_reach(path, "this file system can't keep a write-ahead log")
+        raise SettingsInvalid(
+            f"the ledger {path} can't be used: this file system can't keep a write-ahead log; set {_SETTING} to a "
+            "folder on a local disk",
+            setting=_SETTING,
+        )
     # The log is synced by `_Disk` before anybody learns of a write; a checkpoint syncs both files by itself.
     db.execute("PRAGMA synchronous = NORMAL")
     db.execute("PRAGMA wal_autocheckpoint = 0")
@@ -660,5 +666,22 @@ def _damaged(path: Path, why: str) -> SettingsInvalid:
     )
 
 
-def _out_of_reach(path: Path, why: str) -> SettingsInvalid:
-    return SettingsInvalid(f"the ledger {path} can't be used: {why}", setting=_SETTING)
+def _is_of_the_disk(err: sqlite3.Error) -> bool:
+    """Whether it tells of the disk or its rights, and nothing of what the file holds."""
+    codes = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+    return _code(err) & 0xFF in codes  # the rest of an extended code says where
+
+
+def _code(err: sqlite3.Error) -> int:
+    return getattr(err, "sqlite_errorcode", 0)  # what Python itself refuses has none
+
+
+def _out_of_reach(path: Path, err: OSError | sqlite3.Error) -> SettingsInvalid:
+    if isinstance(err, OSError):
+        full, why = err.errno in (errno.ENOSPC, errno.EDQUOT), err.strerror or type(err).__name__
+    else:  # the second is how a full disk shows where the log's index is made
+        full, why = _code(err) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE), str(err)
+    fix = "there is no room, free some" if full else f"{why}; make it writable"
+    return SettingsInvalid(
+        f"the ledger {path} can't be used: {fix} or set {_SETTING} to another folder", setting=_SETTING
+    )

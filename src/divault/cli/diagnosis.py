@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -97,14 +98,28 @@ async def _state(settings: Settings) -> str:
 
 
 async def _disk(settings: Settings) -> str:
-    settings.model_cache_dir.mkdir(parents=True, exist_ok=True)
-    probe = settings.model_cache_dir / f".doctor-{os.getpid()}"
-    probe.write_bytes(b"x")
-    probe.unlink()
-    room = os.statvfs(settings.model_cache_dir)
+    folder = settings.model_cache_dir
+    probe = folder / f".doctor-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"x")
+        finally:
+            probe.unlink(missing_ok=True)
+        room = os.statvfs(folder)
+    except OSError as err:
+        why = (
+            "there is no room, free some"
+            if err.errno in (errno.ENOSPC, errno.EDQUOT)
+            else f"{err.strerror}; make it writable"
+        )
+        raise SettingsInvalid(f"the cache {folder} can't be written: {why} or set MODEL_CACHE_DIR elsewhere") from err
     free = room.f_bavail * room.f_frsize // MB
     if free < _MIN_FREE_MB:
-        raise SettingsInvalid(f"{free} MB are free for the cache, {_MIN_FREE_MB} MB are needed: free some or move it")
+        raise SettingsInvalid(
+            f"{free} MB are free for the cache, {_MIN_FREE_MB} MB are needed: free some or set "
+            "MODEL_CACHE_DIR elsewhere"
+        )
     return f"the cache can be written, {free} MB are free"
 
 
