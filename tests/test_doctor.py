@@ -63,6 +63,14 @@ async def test_a_silent_gateway_is_at_fault_although_another_serves(gateway: Fau
     assert f"{_host(gateway)} (trustless)" in found.detail
 
 
+async def test_no_gateway_at_all_is_a_fault_unless_lighthouse_has_one(gateway: FaultGateway, tmp_path: Path) -> None:
+    none = await finding("gateways", tmp_path, DIVAULT_GATEWAY_URLS=",")
+    own = await finding("gateways", tmp_path, DIVAULT_GATEWAY_URLS=",", DIVAULT_LIGHTHOUSE_GATEWAY_URLS=gateway.url)
+
+    assert (none.ok, "name one in DIVAULT_GATEWAY_URLS" in none.detail) == (False, True)
+    assert own.ok, own.detail
+
+
 async def test_key_nodes_are_asked_where_the_node_uses_them(tmp_path: Path) -> None:
     async with LighthouseDouble(tmp_path / "lighthouse") as double:
         host = double.settings()["DIVAULT_LIGHTHOUSE_ENCRYPTION_URL"]

@@ -1,8 +1,8 @@
 """The composition root: settings in, a running node out.
 
 A node that can't keep its promises refuses to start and says why: chain out of reach or another one than configured, no
-vault at its address, a payment token with other decimals, a sandbox level or a device that is not there, a state
-that another process uses.
+vault at its address, no payment token or one with other decimals, a sandbox level or a device that is not there, a
+state that another process uses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from divault.api.connection import Connection
 from divault.api.envelope import MAX_SELF_SIGNED_BYTES, Envelopes
 from divault.api.measured import Measured
 from divault.auth import Authenticator
-from divault.chain import erc20
+from divault.chain import configured
 from divault.chain.chain import Chain
 from divault.chain.contract_wallets import ContractWallets
 from divault.chain.gates import Gates
@@ -53,7 +53,7 @@ from divault.storage.gateway import GatewayStorage
 from divault.storage.kavach import Kavach, KeyAccess
 from divault.telemetry import configure_logs, log
 from divault.traces import Traces
-from divault.values import Address, Digest, Receipt, Secret, Usdc
+from divault.values import Address, Digest, Receipt, Secret
 from divault.vault.age import Identity
 from divault.vault.keys import NodeIdentity
 from divault.workers.confinement import Confinement
@@ -235,26 +235,10 @@ async def _contracts(settings: Settings, stack: AsyncExitStack) -> Contracts:
         max_head_age_s=settings.divault_head_max_age_seconds,
     )
     stack.push_async_callback(chain.close)
-    await require_contracts(chain, vault, (token, *settings.divault_payment_tokens))
+    head = await configured.newest(chain)
+    await configured.require_vault(chain, vault, head)
+    await configured.require_tokens(chain, token, settings.divault_payment_tokens, head)
     return Contracts(chain, vault, token)
-
-
-async def require_contracts(chain: Chain, vault: Address, tokens: tuple[Address, ...]) -> None:
-    """Return only if the vault has code and every token reports 6 decimals. Raises SettingsInvalid."""
-    await chain.rpc.connect()
-    head = await chain.head(fresh=True)
-    if not await chain.code(vault, head):
-        raise SettingsInvalid(
-            f"there is no contract at {vault} on chain {chain.chain_id}: check the address and the RPC endpoint",
-            setting="VAULT_CONTRACT_ADDRESS",
-        )
-    for token in tokens:
-        decimals = erc20.parse_uint(await chain.call(token, erc20.decimals(), head))
-        if decimals != Usdc.DECIMALS:
-            raise SettingsInvalid(
-                f"the token {token} has {decimals} decimals; prices are in tokens with {Usdc.DECIMALS}",
-                setting="USDC_CONTRACT_ADDRESS",
-            )
 
 
 async def _node(
@@ -423,6 +407,8 @@ def _probes(
         return "signed and verified a message"
 
     async def storage() -> str:
+        if not gateways:
+            raise StorageFailed("no gateway is set to fetch from: DIVAULT_GATEWAY_URLS is empty", reason="no_source")
         found = await asyncio.gather(*map(_reachable, gateways))
         if not any(answers for answers, _ in found):
             raise StorageFailed(f"no gateway answers: {'; '.join(words for _, words in found)}")

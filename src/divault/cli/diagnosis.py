@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from divault import app
-from divault.chain import contracts, erc20
+from divault.chain import configured
 from divault.chain.chain import Chain
 from divault.chain.rpc import Rpc
 from divault.errors import DivaultError, SettingsInvalid, StorageFailed
@@ -40,12 +40,14 @@ class Finding:
 
 async def diagnose(settings: Settings) -> list[Finding]:
     """Run every test; they don't depend on each other's success. Raises nothing for what a test finds."""
-    chain = Chain(Rpc.parse(settings.web3_provider_url, settings.divault_chain_id), head_ttl_s=0)
+    rpc = Rpc.parse(settings.web3_provider_url, settings.divault_chain_id)
+    chain = Chain(rpc, head_ttl_s=0)
+    strict = Chain(rpc, head_ttl_s=0, max_head_age_s=settings.divault_head_max_age_seconds)  # for one test: one fault
     try:
         tests: list[tuple[str, Callable[[], Awaitable[str]]]] = [
             *((name, _written(settings, test)) for name, test in _WRITE.items()),
             ("address", lambda: _address(settings)),
-            ("rpc", lambda: _rpc(chain)),
+            ("rpc", lambda: _rpc(strict)),
             ("vault", lambda: _vault(chain, settings)),
             ("payment token", lambda: _token(chain, settings)),
             ("clock", lambda: _clock(chain)),
@@ -145,30 +147,24 @@ async def _traces(endpoint: str) -> str:
 
 
 async def _rpc(chain: Chain) -> str:
-    chain_id = await chain.rpc.connect()
-    head = await chain.head(fresh=True)
-    return f"chain {chain_id}, block {head.number}"
+    head = await configured.newest(chain)
+    return f"chain {chain.chain_id}, block {head.number}"
 
 
 async def _vault(chain: Chain, settings: Settings) -> str:
     vault = settings.vault
-    head = await chain.head(fresh=True)
-    contract = contracts.load("ModelVault")
-    total = contract.decode("totalModels", await chain.call(vault, contract.encode("totalModels"), head))
-    return f"{vault} answers and lists {total} models"
+    found = await configured.require_vault(chain, vault, await configured.newest(chain))
+    return f"{vault} answers and lists {found.models} models"
 
 
 async def _token(chain: Chain, settings: Settings) -> str:
-    token = settings.payment_token
-    head = await chain.head(fresh=True)
-    decimals = erc20.parse_uint(await chain.call(token, erc20.decimals(), head))
-    if decimals != Usdc.DECIMALS:
-        raise SettingsInvalid(f"{token} has {decimals} decimals; prices need {Usdc.DECIMALS}")
-    return f"{token} has {decimals} decimals"
+    token, others = settings.payment_token, settings.divault_payment_tokens
+    await configured.require_tokens(chain, token, others, await configured.newest(chain))
+    return f"{', '.join(map(str, (token, *others)))}: {Usdc.DECIMALS} decimals"
 
 
 async def _clock(chain: Chain) -> str:
-    head = await chain.head(fresh=True)
+    head = await configured.newest(chain)
     ahead = head.timestamp - time.time()
     if ahead > _MAX_CLOCK_OFFSET_S:
         raise SettingsInvalid(f"this clock is {ahead:.0f} s behind the newest block: set it (NTP)")
@@ -177,6 +173,10 @@ async def _clock(chain: Chain) -> str:
 
 async def _gateways(settings: Settings) -> str:
     """Each of them: one that does not answer costs every load time, so it is a fault although others serve."""
+    if not settings.gateway_urls:
+        raise SettingsInvalid(
+            "none is set, so no model can be fetched: name one in DIVAULT_GATEWAY_URLS", setting="DIVAULT_GATEWAY_URLS"
+        )
     answers, silent = [], []
     for url in settings.gateway_urls:
         gateway = GatewayStorage(url)
