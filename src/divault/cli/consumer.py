@@ -12,6 +12,7 @@ import typer
 
 from divault import keyfiles, receipts
 from divault.cli.console import say, show
+from divault.cli.naming import named_node
 from divault.cli.offer import price
 from divault.cli.outputs import Output
 from divault.client import Client, Result
@@ -133,8 +134,8 @@ def redact(
 
 
 def _client(node: str, key: Path, rpc: str | None = None) -> Client:
-    url, _, pinned = node.partition("#")
-    return Client(url, keyfiles.read_signing_key(key), node=pinned or None, rpc=rpc)
+    url, pinned = named_node(node)
+    return Client(url, keyfiles.read_signing_key(key), node=pinned, rpc=rpc)
 
 
 def _input(text: str) -> Any:

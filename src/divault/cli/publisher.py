@@ -13,11 +13,13 @@ from typing import Annotated, Any
 import typer
 
 from divault import keyfiles
+from divault.chain import configured
 from divault.chain.chain import Chain
 from divault.chain.rpc import Rpc
 from divault.chain.wallet import Wallet
 from divault.cli import offer
 from divault.cli.console import progress, say, show
+from divault.cli.naming import named_node
 from divault.client import AsyncClient
 from divault.client.asynchronous import NodeInfo
 from divault.errors import BadRequest, SettingsInvalid, TransactionFailed
@@ -194,8 +196,8 @@ def store_place(settings: Settings, store: str | None) -> str:
 
 async def node_info(node: str, key: Secret) -> NodeInfo:
     """Who the node is, after it proved it. Raises NodeUntrusted, NotReady (nobody there)."""
-    url, _, pinned = node.partition("#")
-    async with AsyncClient(url, key, node=pinned or None) as client:
+    url, pinned = named_node(node)
+    async with AsyncClient(url, key, node=pinned) as client:
         return await client.node()
 
 
@@ -212,7 +214,7 @@ def _vault(settings: Settings, nodes: list[NodeInfo]) -> Address:
 
 async def require_chain(chain: Chain, nodes: list[NodeInfo]) -> None:
     """Connect the chain. Raises BadRequest for a node of another chain, ChainUnavailable."""
-    chain_id = await chain.connect()
+    chain_id = await configured.connect(chain)
     for node in nodes:
         if node.chain_id != chain_id:
             raise BadRequest(
