@@ -248,6 +248,35 @@ async def test_words_that_mean_nothing(world: World, tmp_path: Path) -> None:
     assert "field=price" in await refused(world, tmp_path, "--price", "free")
 
 
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("wallet", "is no contract"), ("vault", "answers balanceOf with nothing that counts: reverted")],
+)
+async def test_a_gate_that_would_let_nobody_in(what: str, words: str, world: World, tmp_path: Path) -> None:
+    gate = {"wallet": world.chain.consumer.address, "vault": world.chain.vault}[what]
+    told = await refused(world, tmp_path, "--id", "for-nobody", "--gate", f"{gate}:1")
+
+    assert f"the gate would let nobody in: on chain {world.chain.chain.chain_id} {gate} {words}" in told
+    assert "code: bad_request  field=gate" in told
+    assert "recognised" not in told, "before any work"
+    assert not (tmp_path / "state" / "published").exists(), "not even sealed"
+
+
+async def test_a_gate_whose_owner_holds_nothing_himself(world: World, tmp_path: Path) -> None:
+    """That a token tells a balance is what counts, not how much."""
+    token = await world.chain.deploy_token()
+    done = await publish(world, tmp_path, "--id", "for-others", "--gate", f"{token}:1", "--unchecked", "--yes")
+
+    assert done.status == 0, done.err
+
+
+async def test_a_chain_out_of_reach(world: World, tmp_path: Path) -> None:
+    told = await refused(world, tmp_path, WEB3_PROVIDER_URL="http://127.0.0.1:9")
+
+    assert "127.0.0.1:9 is unreachable" in told
+    assert "set WEB3_PROVIDER_URL to an endpoint that answers" in told
+
+
 async def test_unreachable_node(world: World, tmp_path: Path) -> None:
     told = await refused(world, tmp_path, "--node", "http://127.0.0.1:9")
 

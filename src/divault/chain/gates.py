@@ -92,7 +92,7 @@ class TokenGate:
     async def _balance(self, user: Address, model: ModelInfo, block: BlockRef) -> int:
         token = model.token
         key = token.raw + user.raw + block.hash.raw
-        balance = await self._balances.get(key, lambda: self._read(token, user, block))
+        balance = await self._balances.get(key, lambda: told_balance(self._chain, token, user, block))
         if isinstance(balance, int):
             return balance
         raise AccessDenied(
@@ -124,12 +124,13 @@ class TokenGate:
                 if isinstance(balance := _balance_in(returned), int):
                     self._balances.put(token.raw + user.raw + block.hash.raw, balance)
 
-    async def _read(self, token: Address, user: Address, block: BlockRef) -> int | str:
-        """The balance in raw units, or why there is none."""
-        try:
-            return _balance_in(await self._chain.call(token, erc20.balance_of(user), block))
-        except Reverted as err:
-            return _balance_in(err)
+
+async def told_balance(chain: Chain, token: Address, user: Address, block: BlockRef) -> int | str:
+    """The balance in raw units as the token tells it, or why there is none. Raises ChainUnavailable."""
+    try:
+        return _balance_in(await chain.call(token, erc20.balance_of(user), block))
+    except Reverted as err:
+        return _balance_in(err)
 
 
 def _balance_in(returned: bytes | Reverted) -> int | str:

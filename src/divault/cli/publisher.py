@@ -112,6 +112,7 @@ async def _publish(settings: Settings, order: _Order) -> tuple[Published, Recogn
         async with opened_store(settings, order.store) as store:
             records = Publications(settings.divault_state_dir / "published")
             publisher = Publisher(Wallet(order.key, chain), vault, store, settings.lighthouse_api_key, records, say)
+            await publisher.require_gate(order.listing)
             cost = await affordable(publisher, order.listing)
             found = await _recognised(settings, order)
             expected = await _agreed(publisher, order, sealed_to, (found, cost))

@@ -7,7 +7,8 @@ Rules:
 3. The seal names the model id, so that nodes open it under no other: whoever registers the same CID gets nothing.
 4. Each step is in the record before the next one begins, and a step that the record shows is not done again: the same
    plaintext for the same recipients keeps its sealed file, its CID and its registration, whatever ended the process.
-5. A model id of somebody else, or one that is offered otherwise, is refused before anything is sealed.
+5. A model id of somebody else, one that is offered otherwise, or a gate that would let nobody in is refused before
+   anything is sealed.
 """
 
 from __future__ import annotations
@@ -81,6 +82,10 @@ class Publisher:
         """
         return await self._registry.cost(listing)
 
+    async def require_gate(self, listing: Listing) -> None:
+        """Return only if somebody could pass the listing's gate. Raises BadRequest naming it, ChainUnavailable."""
+        await self._registry.require_gate(listing)
+
     def dropped(self, model: ModelId, nodes: Sequence[SealedTo]) -> list[SealedTo]:
         """Nodes that open what was registered from here, and would not open a seal for `nodes`."""
         if self.records is None:
@@ -101,10 +106,11 @@ class Publisher:
         """Seal the model at `path` (a file or a folder) to the nodes and the owner, store it, register it.
 
         `expected` is what the plaintext must be, by its sha256 as `Source` has it. Raises BadRequest (nothing there,
-        unsafe names, nobody to seal to, offered otherwise, other content than expected), StorageFailed (also: the
-        store names another CID), TransactionFailed (someone else's id, no funds), NotReady (another publish of this
-        model is at work), SettingsInvalid (the records), ChainUnavailable.
+        unsafe names, nobody to seal to, offered otherwise, a gate for nobody, other content than expected),
+        StorageFailed (also: the store names another CID), TransactionFailed (someone else's id, no funds), NotReady
+        (another publish of this model is at work), SettingsInvalid (the records), ChainUnavailable.
         """
+        await self.require_gate(listing)
         await self._registry.require_offer(listing)
         chain_id = self.wallet.chain.chain_id
         with self._kept() as records, records.locked(chain_id, self.vault, listing.model):

@@ -7,6 +7,8 @@ Rules:
    case with the same nonce, so that one of the two at most is ever mined.
 3. An entry that names the CID already is left alone. One of another owner, or with another price or gate than asked
    for, is refused before anything leaves this machine.
+4. So is a gate that tells no balance: nodes would let nobody in. An entry that has such a gate already may be sealed to
+   other nodes, since a token may be at rest for a while.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from divault.chain import contracts
+from divault.chain.gates import told_balance
 from divault.chain.records import TransactionReceipt
 from divault.chain.vault import VaultReader
 from divault.chain.wallet import Wallet
@@ -98,6 +101,25 @@ class Registry:
                 field="price" if info.price != listing.price else "gate",
             )
         return info
+
+    async def require_gate(self, listing: Listing) -> None:
+        """Return only if the gate's token tells the owner's balance, as nodes read callers'. An open gate has none.
+
+        Raises BadRequest, ChainUnavailable.
+        """
+        if listing.token is None:
+            return
+        chain = self.wallet.chain
+        head = await chain.head(fresh=True)
+        told = await told_balance(chain, listing.token, self.wallet.address, head)
+        if isinstance(told, str):
+            there = bool(await chain.code(listing.token, head))
+            why = f"answers balanceOf with nothing that counts: {told}" if there else "is no contract"
+            raise BadRequest(
+                f"the gate would let nobody in: on chain {chain.chain_id} {listing.token} {why}. Name the token that "
+                "callers have to hold, or say open",
+                field="gate",
+            )
 
     async def cost(self, listing: Listing) -> Cost:
         """What the registration would cost now. Raises as `require_offer`, and TransactionFailed, ChainUnavailable."""
