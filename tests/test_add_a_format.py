@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,17 @@ CENTRES = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
 
 
 @pytest.fixture(scope="module")
-def form() -> Any:
-    names: dict[str, Any] = {}
+def form(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """From a file of its own: nothing of this one, nor of its `__future__`, helps it."""
     (code,) = [block.code for block in blocks(PAGE) if block.language == "python"]
-    exec(code, names)
-    return names["Centres"]()
+    file = tmp_path_factory.mktemp("page") / "centres.py"
+    file.write_text(code)
+    spec = importlib.util.spec_from_file_location("centres", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Centres()
 
 
 def saved(array: Any) -> bytes:
@@ -72,12 +79,10 @@ def test_other_arrays_are_damaged(form: Any, array: Any) -> None:
 
 @given(st.integers(6, 150), st.binary(min_size=1, max_size=4))
 @settings(max_examples=100, deadline=None)
-def test_any_bytes_are_a_model_or_damaged(place: int, other: bytes) -> None:
-    names: dict[str, Any] = {}
-    exec(next(block.code for block in blocks(PAGE) if block.language == "python"), names)
+def test_any_bytes_are_a_model_or_damaged(form: Any, place: int, other: bytes) -> None:
     raw = bytearray(saved(CENTRES))
     raw[place : place + len(other)] = other
     try:
-        load(names["Centres"](), {"centres.npy": bytes(raw)})
+        load(form, {"centres.npy": bytes(raw)})
     except SealedFileDamaged:
         return
