@@ -7,10 +7,11 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-_BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
 _SAVED = re.compile(r"[Ss]ave this as `([\w.]+)`[^`]*$", re.DOTALL)
 
 
@@ -29,7 +30,7 @@ def blocks(page: Path) -> list[Block]:
     found = []
     for match in _BLOCK.finditer(text):
         saved = _SAVED.search(text[: match.start()])
-        found.append(Block(match["language"], match["code"], saved[1] if saved else None))
+        found.append(Block(match["language"], textwrap.dedent(match["code"]), saved[1] if saved else None))
     return found
 
 

@@ -51,3 +51,26 @@ def test_page_of_ones_own_gateway_fetches_and_refuses(tmp_path: Path) -> None:
     assert "300000 bytes, verified" in done.stdout
     assert "storage_failed HashMismatch" in done.stdout
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+_COPY = "cp -p state-before/age.key state/\n"
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_page_of_keys_gives_a_node_another_key_that_opens_what_the_old_one_did(copied: bool, tmp_path: Path) -> None:
+    """And without the step that the page insists on it opens nothing, as the page says."""
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    before = "divault keys node > before.json\n"
+    steps = script(ROOT / "docs/how-to/rotate-keys.md")
+    assert _COPY in steps
+    after = "divault keys node > after.json; stat -c %a state state/*.key\n"
+    done = run_script(before + (steps if copied else steps.replace(_COPY, "")) + after, tmp_path, timeout_s=55)
+    old, new = (json.loads((tmp_path / name).read_text()) for name in ("before.json", "after.json"))
+
+    assert done.returncode == 0, done.stdout
+    assert old["address"] != new["address"]
+    assert (old["age_recipient"] == new["age_recipient"]) is copied
+    assert done.stdout.splitlines()[-3:] == ["700", "600", "600"]
+    seal = f"divault seal model.bin -o model.age -r {old['age_recipient']}\n"
+    opened = run_script(seal + "divault open model.age -o again.bin -i state/age.key\n", tmp_path, timeout_s=55)
+    assert (opened.returncode == 0, "wrong_key" in opened.stdout) == (copied, not copied), opened.stdout
