@@ -143,6 +143,16 @@ def test_the_first_failure_is_growth_for_every_alert_of_the_page() -> None:
         assert {before[key] for key in series} == {0}, (name, value)
 
 
+def test_the_alert_for_an_old_head_asks_for_calls_since_nothing_else_reads_it() -> None:
+    page = (ROOT / "docs/how-to/watch-a-node.md").read_text()
+    (told,) = re.findall(r"^\| `(divault_chain_head_age_seconds[^`]*)`", page, re.MULTILINE)
+    older, calls = told.split(" and on (instance) ")
+    (step,) = re.findall(r'increase\(divault_step_seconds_count\{step="(\w+)"\}\[2m\]\)\) > 0$', calls)
+
+    assert int(older.split(" > ")[1]) > 120 + 12, "two minutes without a call, and a block's time"
+    assert read(of_a_node())["divault_step_seconds_count", (("step", step),)] == 0
+
+
 def test_a_load_for_want_of_memory_or_a_device_wakes_somebody_and_one_that_was_left_does_not() -> None:
     told = alerts()["divault_load_seconds_count outcome"].split("|")
 

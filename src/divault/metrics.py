@@ -29,7 +29,7 @@ Rules:
 | `divault_cache_bytes` | gauge | | ciphertext on disk |
 | `divault_cache_entries` | gauge | | files and folders in the cache |
 | `divault_chain_head_block` | gauge | | number of the newest block that was seen |
-| `divault_chain_head_age_seconds` | gauge | | time since that block's own time |
+| `divault_chain_head_age_seconds` | gauge | | time since that block's own time (grows while nobody asks) |
 | `divault_process_...` | | | CPU, memory and files of the node's own process |
 """
 
