@@ -25,7 +25,7 @@ from divault.values import MemoryFile
 
 _NOT_ROWWISE = frozenset(
     {
-        *("DummyClassifier", "FunctionTransformer", "IterativeImputer", "MiniBatchNMF", "NMF"),
+        *("DummyClassifier", "IterativeImputer", "MiniBatchNMF", "NMF"),
         *("MiniBatchSparsePCA", "SparsePCA"),  # these take no single row
     }
 )
@@ -93,7 +93,7 @@ class Estimator:
         self._classes = _listed(getattr(estimator, "classes_", None))
         reached = list(native.reachable(estimator))
         parts = [part for part in reached if isinstance(part, BaseEstimator)]
-        self._rowwise = not any(type(part).__name__ in _NOT_ROWWISE for part in parts)
+        self._rowwise = all(map(_is_rowwise, parts))
         self._sample: dict[str, Any] = {}
         """What it answered to the first row that it took."""
         self._spec, groups = specification(estimator)
@@ -224,6 +224,15 @@ class Estimator:
             if properties["classes"].get("items") is None:  # labels of several kinds: another row may have another
                 properties["predictions"] = {"type": "array"}
         return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _is_rowwise(part: Any) -> bool:
+    """Whether a part's answer for a row is the same whatever stands beside it."""
+    from sklearn.preprocessing import FunctionTransformer
+
+    if isinstance(part, FunctionTransformer):  # one without functions is what "passthrough" is once it is fitted
+        return part.func is None and part.inverse_func is None
+    return type(part).__name__ not in _NOT_ROWWISE
 
 
 def _fit_together(rows: list[Any]) -> bool:
