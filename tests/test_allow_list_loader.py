@@ -15,6 +15,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
+import skops.io
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -41,6 +42,14 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge, SGDClassifier
+from sklearn.metrics import (
+    cohen_kappa_score,
+    fbeta_score,
+    get_scorer,
+    get_scorer_names,
+    make_scorer,
+    pairwise_distances,
+)
 from sklearn.model_selection import GridSearchCV
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.naive_bayes import GaussianNB, MultinomialNB
@@ -53,6 +62,7 @@ from sklearn.tree import DecisionTreeClassifier
 
 from divault.errors import UnsupportedModel
 from divault.models import pickles
+from divault.models.skops import check_name
 from divault.values import MemoryFile
 
 RANDOM = np.random.RandomState(0)
@@ -72,6 +82,7 @@ ORDINARY: dict[str, tuple[Any, Any, Any]] = {
     "imputed": (make_pipeline(SimpleImputer(), PCA(2), LogisticRegression()), ROWS, LABELS),
     "selected": (make_pipeline(SelectKBest(f_classif, k=2), GaussianNB()), ROWS, LABELS),
     "logarithm": (make_pipeline(FunctionTransformer(np.log1p), Ridge()), ROWS, NUMBERS),
+    "hyperbola": (make_pipeline(FunctionTransformer(np.sinh), Ridge()), ROWS, NUMBERS),
     "sgd": (SGDClassifier(loss="log_loss"), ROWS, LABELS),
     "hinge": (SGDClassifier(), ROWS, LABELS),
     "svc": (SVC(), ROWS, THREE),
@@ -198,6 +209,7 @@ REFUSED_NAMES = [
     ("sklearn.utils._testing", "MinimalClassifier"), ("sklearn.utils.fixes", "sp_version"), ("sklearn", "pipeline"),
     ("sklearn.pipeline", "defaultdict"), ("sklearn.pipeline", "os.system"), ("sklearn.base", "BaseEstimator.__init__"),
     ("sklearn.externals._packaging.version", "parse"), ("sklearn.metrics._dist_metrics", "PyFuncDistance64"),
+    ("sklearn.metrics._scorer", "get_scorer"), ("sklearn.metrics.pairwise", "pairwise_kernels"),
     ("sklearn.no_such_module", "Model"), ("sklearn.linear_model._logistic", "NoSuchModel"),
     ("sklearn.linear_model._logistic", "LogisticRegression.fit"), ("sklearn\n.svm", "SVC"), ("", ""),
 ]  # fmt: skip
@@ -235,6 +247,24 @@ def test_a_payload_is_refused_before_it_runs(wrap: Callable[[Any], bytes], tmp_p
             loaded(wrap(model))
         assert "posix.mkdir" in refused.value.data["seen"]
     assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("form", ["pickle", "skops"])
+def test_a_search_loads_with_each_of_the_librarys_own_scores(form: str) -> None:
+    scorers = [*map(get_scorer, get_scorer_names()), make_scorer(fbeta_score, beta=2), make_scorer(cohen_kappa_score)]
+    for scorer in scorers:
+        if form == "pickle":
+            assert loaded(pickle.dumps(scorer))._score_func is scorer._score_func
+        else:
+            for name in skops.io.get_untrusted_types(data=skops.io.dumps(scorer)):
+                check_name(*name.rpartition(".")[::2])
+
+
+def test_what_is_beside_the_scores_is_refused_and_the_refusal_says_what_to_pickle_instead() -> None:
+    search = GridSearchCV(LogisticRegression(), {"C": [1]}, scoring=make_scorer(pairwise_distances))
+
+    with pytest.raises(UnsupportedModel, match=r"pairwise_distances.*pickle search\.best_estimator_"):
+        loaded(pickle.dumps(search))
 
 
 # --- what allowed names could be made to do ------------------------------------------------------------------------

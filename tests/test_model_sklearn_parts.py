@@ -8,21 +8,36 @@ from typing import Any
 
 import numpy as np
 import pytest
+import skops.io
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
+from sklearn.experimental import enable_iterative_imputer  # noqa: F401 - the import is the permission
+from sklearn.impute import IterativeImputer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from divault.models.base import LoadedModel
+from divault.models.base import LoadedModel, ModelFormat
 from divault.models.sklearn import SklearnPickle
-from tests.memory_models import load
+from divault.models.skops import SkopsFile
+from tests.memory_models import answer, load
 
 X = np.random.default_rng(7).random((60, 3))
 Y = (X[:, 0] > 0.5).astype(int)
 
 
-def loaded(estimator: Any) -> LoadedModel:
-    return load(SklearnPickle(), {"model": pickle.dumps(estimator)})
+WRITTEN: dict[str, tuple[ModelFormat, Callable[[Any], bytes]]] = {
+    "pickle": (SklearnPickle(), pickle.dumps),
+    "skops": (SkopsFile(), skops.io.dumps),
+}
+
+
+def loaded(estimator: Any, form: str = "pickle") -> LoadedModel:
+    kind, written = WRITTEN[form]
+    return load(kind, {"model": written(estimator)})
+
+
+def near(one: Any, other: Any) -> None:
+    np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
 
 
 # --- who shares a pass --------------------------------------------------------------------------------------------
@@ -49,3 +64,19 @@ def test_a_function_that_is_only_applied_backwards_keeps_callers_apart() -> None
     ours = TransformedTargetRegressor(Ridge(), transformer=backwards, check_inverse=False).fit(X, X[:, 0])
 
     assert loaded(ours).description.together == 1
+
+
+# --- records of parts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_gaps_are_filled_by_the_estimators_that_an_iterative_imputer_keeps(form: str) -> None:
+    gaps = X.copy()
+    gaps[::5, 1] = np.nan
+    ours = make_pipeline(IterativeImputer(max_iter=2), LogisticRegression()).fit(gaps, Y)
+    model = loaded(ours, form)
+
+    result = answer(model, {"features": [[0.2, None, 0.9], [None, 0.5, 0.1]]})
+
+    near(ours.predict_proba([[0.2, np.nan, 0.9], [np.nan, 0.5, 0.1]]), result["probabilities"])
+    assert model.description.together == 1

@@ -24,21 +24,33 @@ _SKLEARN = re.compile(r"sklearn(\.[a-z_][a-z0-9_]*){1,4}", re.ASCII)
 _BARRED = frozenset({"tests", "conftest", "externals", "datasets", "utils", "experimental", "inspection"})
 
 _UFUNCS = (
-    "abs", "absolute", "arcsinh", "arctan", "cbrt", "ceil", "clip", "cos", "exp", "exp2", "expm1", "floor", "log",
-    "log10", "log1p", "log2", "maximum", "minimum", "negative", "reciprocal", "rint", "sign", "sin", "sqrt", "square",
-    "tanh",
+    "abs", "absolute", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctanh", "cbrt", "ceil", "clip", "cos",
+    "cosh", "deg2rad", "degrees", "exp", "exp2", "expm1", "fabs", "floor", "log", "log10", "log1p", "log2", "maximum",
+    "minimum", "negative", "positive", "rad2deg", "radians", "reciprocal", "rint", "sign", "sin", "sinh", "sqrt",
+    "square", "tan", "tanh", "trunc",
 )  # fmt: skip
 _SCALARS = (
     "bool", "bool_", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "number", "str_",
     "uint16", "uint32", "uint64", "uint8",
 )  # fmt: skip
 _METRICS = (
-    "accuracy_score", "average_precision_score", "balanced_accuracy_score", "brier_score_loss", "f1_score", "log_loss",
-    "matthews_corrcoef", "precision_score", "recall_score", "roc_auc_score",
+    "accuracy_score", "average_precision_score", "balanced_accuracy_score", "brier_score_loss", "cohen_kappa_score",
+    "d2_brier_score", "d2_log_loss_score", "f1_score", "fbeta_score", "hamming_loss", "hinge_loss", "jaccard_score",
+    "log_loss", "matthews_corrcoef", "precision_score", "recall_score", "roc_auc_score", "zero_one_loss",
+)  # fmt: skip
+_RANKINGS = (
+    "average_precision_score", "coverage_error", "dcg_score", "label_ranking_average_precision_score",
+    "label_ranking_loss", "ndcg_score", "roc_auc_score", "top_k_accuracy_score",
 )  # fmt: skip
 _ERRORS = (
-    "max_error", "mean_absolute_error", "mean_absolute_percentage_error", "mean_squared_error",
-    "mean_squared_log_error", "median_absolute_error", "r2_score", "root_mean_squared_error",
+    "d2_absolute_error_score", "d2_pinball_score", "d2_tweedie_score", "explained_variance_score", "max_error",
+    "mean_absolute_error", "mean_absolute_percentage_error", "mean_gamma_deviance", "mean_pinball_loss",
+    "mean_poisson_deviance", "mean_squared_error", "mean_squared_log_error", "mean_tweedie_deviance",
+    "median_absolute_error", "r2_score", "root_mean_squared_error", "root_mean_squared_log_error",
+)  # fmt: skip
+_AGREEMENTS = (
+    "adjusted_mutual_info_score", "adjusted_rand_score", "completeness_score", "fowlkes_mallows_score",
+    "homogeneity_score", "mutual_info_score", "normalized_mutual_info_score", "rand_score", "v_measure_score",
 )  # fmt: skip
 
 EXACT: dict[str, tuple[str, ...]] = {
@@ -55,10 +67,13 @@ EXACT: dict[str, tuple[str, ...]] = {
     "sklearn.feature_extraction.text": ("strip_accents_ascii", "strip_accents_unicode"),
     "sklearn.feature_selection._mutual_info": ("mutual_info_classif", "mutual_info_regression"),
     "sklearn.feature_selection._univariate_selection": ("chi2", "f_classif", "f_regression", "r_regression"),
+    "sklearn.impute._iterative": ("_ImputerTriplet",),
     "sklearn.metrics._classification": _METRICS,
     "sklearn.metrics._dist_metrics": ("newObj",),
-    "sklearn.metrics._ranking": ("average_precision_score", "roc_auc_score"),
+    "sklearn.metrics._ranking": _RANKINGS,
     "sklearn.metrics._regression": _ERRORS,
+    "sklearn.metrics._scorer": ("negative_likelihood_ratio", "positive_likelihood_ratio"),
+    "sklearn.metrics.cluster._supervised": _AGREEMENTS,
     "sklearn.neighbors._ball_tree": ("BallTree", "newObj"),
     "sklearn.neighbors._kd_tree": ("KDTree", "newObj"),
     "sklearn.tree._tree": ("Tree",),
@@ -160,6 +175,6 @@ def refused(module: str, name: str, what: str = "the pickle") -> NoReturn:
     seen = f"{module}.{name}".encode("ascii", "backslashreplace").decode()[:200]
     raise UnsupportedModel(
         f"{what} needs {seen}, which is not among the classes that this node loads; keep to estimators of"
-        " scikit-learn itself, without functions of your own",
+        " scikit-learn itself, without functions of your own, or pickle search.best_estimator_",
         seen=f"{what.replace('the ', 'a ')} that needs {seen}",
     )

@@ -98,11 +98,11 @@ def _loaded(path: str) -> Any:
         warnings.simplefilter("ignore")
         names = get_untrusted_types(file=path)
         for name in names:
-            _check_name(*name.rpartition(".")[::2])
+            check_name(*name.rpartition(".")[::2])
         return load(path, trusted=names)
 
 
-def _check_name(module: str, name: str) -> None:
+def check_name(module: str, name: str) -> None:
     """Raises UnsupportedModel unless pickles get just this object for the name."""
     if f"{module}.{name}" in _REPLACED_IN_PICKLES:
         return
