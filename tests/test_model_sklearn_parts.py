@@ -14,7 +14,7 @@ from sklearn.experimental import enable_iterative_imputer  # noqa: F401 - the im
 from sklearn.impute import IterativeImputer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, SplineTransformer, StandardScaler
 
 from divault.models.base import LoadedModel, ModelFormat
 from divault.models.sklearn import SklearnPickle
@@ -80,3 +80,18 @@ def test_gaps_are_filled_by_the_estimators_that_an_iterative_imputer_keeps(form:
 
     near(ours.predict_proba([[0.2, np.nan, 0.9], [np.nan, 0.5, 0.1]]), result["probabilities"])
     assert model.description.together == 1
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize("beyond", ["constant", "linear", "periodic"])
+def test_splines_answer_as_the_library_does(form: str, beyond: str) -> None:
+    ours = make_pipeline(SplineTransformer(extrapolation=beyond), Ridge()).fit(X, X[:, 0] ** 2)
+    rows = [[0.2, 0.5, 0.9], [-2.0, 3.0, 0.1]]
+    expected = ours.predict(rows)
+
+    near(expected, answer(loaded(ours, form), {"features": rows})["predictions"])
+    for spline in ours[0].bsplines_:  # as older versions of scipy wrote them
+        held = vars(spline)
+        held["t"], held["c"] = held.pop("_t"), held.pop("_c")
+        del held["_asarray"]
+    near(expected, answer(loaded(ours, form), {"features": rows})["predictions"])

@@ -30,9 +30,9 @@ from sklearn.cluster import DBSCAN
 from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor, RandomForestClassifier
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, SplineTransformer, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
 from divault import models
@@ -193,6 +193,31 @@ def test_a_sparse_matrix_that_points_outside_itself_is_refused() -> None:
     ours.coef_.indices[0] = 1000
 
     assert "damaged" in seen(pickle.dumps(ours))
+
+
+def another_spline(**changed: Any) -> Any:
+    ours = make_pipeline(SplineTransformer(n_knots=3, degree=2), Ridge()).fit([[0.0], [1.0], [2.0]], [0, 1, 2])
+    vars(ours[0].bsplines_[0]).update(changed)
+    return ours
+
+
+SPLINES: dict[str, dict[str, Any]] = {
+    "fewer coefficients than knots": {"_c": np.eye(2)},
+    "no numbers": {"_c": np.zeros((4, 4), dtype=np.int64)},
+    "a degree above its knots": {"k": 40},
+    "a degree below zero": {"k": -1},
+    "knots in disorder": {"_t": np.arange(7.0)[::-1].copy()},
+    "another axis": {"axis": 1},
+    "a method of its own": {"_ensure_c_contiguous": np.abs},
+}
+
+
+@pytest.mark.parametrize("name", SPLINES)
+@pytest.mark.parametrize("written", [pickle.dumps, skops.io.dumps], ids=["pickle", "skops"])
+def test_a_spline_that_contradicts_itself_is_refused(name: str, written: Callable[[Any], bytes]) -> None:
+    assert models_load(written(another_spline())).description.task == "regression"
+
+    assert "damaged" in seen(written(another_spline(**SPLINES[name])))
 
 
 @pytest.mark.parametrize("cut", [20, 100, 0.5])

@@ -57,6 +57,7 @@ EXACT: dict[str, tuple[str, ...]] = {
     "builtins": ("bool", "complex", "float", "frozenset", "int", "set", "slice", "str"),
     "collections": ("OrderedDict", "defaultdict"),
     "numpy": (*_UFUNCS, *_SCALARS, "mean", "median"),
+    "scipy.interpolate._bsplines": ("BSpline",),
     "scipy.sparse._csr": ("csr_matrix", "csr_array"),
     "scipy.sparse._csc": ("csc_matrix", "csc_array"),
     "sklearn.calibration": ("_CalibratedClassifier",),
@@ -101,6 +102,8 @@ _REPLACED: dict[tuple[str, str], Any] = {
     # How it was fitted; calling it would only take time.
     ("sklearn.cluster._kmeans", "_kmeans_single_elkan"): rebuilding.Forgotten,
     ("sklearn.cluster._kmeans", "_kmeans_single_lloyd"): rebuilding.Forgotten,
+    # A function that every spline holds; `native` gives it back.
+    ("scipy._lib.array_api_compat.numpy._aliases", "asarray"): rebuilding.ASARRAY,
     ("numpy", "dtype"): rebuilding.dtype,
     ("numpy", "ndarray"): rebuilding.NDARRAY,
     ("numpy._core.multiarray", "_reconstruct"): rebuilding.reconstruct,

@@ -1,4 +1,4 @@
-"""Objects whose compiled code trusts the numbers in them: trees and sparse matrices, checked once all is built.
+"""Objects whose compiled code trusts the numbers in them: trees, splines, sparse matrices, checked when all is built.
 
 An index that points outside would read foreign memory, and a tree that leads back to itself would never end.
 """
@@ -14,6 +14,9 @@ _TREES = {
     ("sklearn.tree._tree", "Tree"),
     ("sklearn.ensemble._hist_gradient_boosting.predictor", "TreePredictor"),
 }
+_SPLINE = ("scipy.interpolate._bsplines", "BSpline")
+_SPLINE_STATE = frozenset({"_asarray", "_t", "_c", "t", "c", "k", "extrapolate", "axis"})
+"""Attributes of a spline, without the underscore in older versions; any other could stand in the place of a method."""
 _LEAF = -1
 _MAX_OBJECTS = 2_000_000
 """Objects of one model; a forest of 10,000 trees has some 100,000."""
@@ -24,11 +27,11 @@ def is_native(value: Any) -> bool:
     from scipy import sparse
 
     kind = type(value)
-    return (kind.__module__, kind.__name__) in _TREES or bool(sparse.issparse(value))
+    return (kind.__module__, kind.__name__) in {*_TREES, _SPLINE} or bool(sparse.issparse(value))
 
 
 def check(value: Any) -> None:
-    """Raises UnsupportedModel where a number points outside the object; ValueError for a broken sparse matrix."""
+    """Raises UnsupportedModel where a number points outside the object; ValueError for a broken matrix or spline."""
     from scipy import sparse
 
     if sparse.issparse(value):
@@ -40,8 +43,25 @@ def check(value: Any) -> None:
         if value.capacity != value.node_count:
             rebuilding.damaged("a tree that has another number of nodes than it says")
         check_nodes(value.children_left, value.children_right, value.feature, value.n_features)
+    elif type(value).__name__ == "BSpline":
+        _check_spline(value)
     else:
         _check_histogram_tree(value)
+
+
+def _check_spline(value: Any) -> None:
+    """Its constructor looks at knots, coefficients and degree; what that makes of them takes the place of the state."""
+    import numpy as np
+
+    held = vars(value)
+    knots, factors = (held.get(f"_{name}", held.get(name)) for name in ("t", "c"))
+    if not held.keys() <= _SPLINE_STATE or held.get("axis") != 0 or type(held.get("k")) is not int:
+        rebuilding.damaged("a spline with strange attributes")
+    if any(type(part) is not np.ndarray or part.dtype != np.float64 for part in (knots, factors)):
+        rebuilding.damaged("a spline without numbers")
+    made = type(value)(knots, factors, held["k"], extrapolate=held.get("extrapolate"))
+    held.clear()
+    held.update(vars(made))
 
 
 def check_nodes(left: Any, right: Any, feature: Any, features: int) -> None:

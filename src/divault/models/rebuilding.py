@@ -21,7 +21,7 @@ _MAX_DIMENSIONS = 32
 
 
 class Token:
-    """Stands for a class that only the functions of this module may use."""
+    """Stands for a class or function that only this node's own code may use."""
 
     __slots__ = ("name",)
 
@@ -31,6 +31,7 @@ class Token:
 
 NDARRAY = Token("numpy.ndarray")
 MASKED = Token("numpy.ma.MaskedArray")
+ASARRAY = Token("numpy.asarray")
 
 
 class Forgotten:

@@ -28,6 +28,7 @@ from divault.values import MemoryFile
 _REPLACED_IN_PICKLES = frozenset(
     {
         "numpy.dtype",
+        "scipy._lib.array_api_compat.numpy._aliases.asarray",
         "sklearn.cluster._kmeans._kmeans_single_elkan",
         "sklearn.cluster._kmeans._kmeans_single_lloyd",
     }
