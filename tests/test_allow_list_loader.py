@@ -311,6 +311,7 @@ FORGED = {
     "state for a class": ESTIMATOR + b"}" + text("predict") + b"K\x00sb",
     "state with a reserved name": ESTIMATOR + b")\x81}" + text("__class__") + b"K\x00sb",
     "a call of what was built": ESTIMATOR + b")R)R",
+    "a call of a function that partial alone may take": named("sklearn.utils.validation", "check_array") + b")R",
     "an instance of a function": named("numpy._core.multiarray", "scalar") + b")\x81",
     "a reference outside": b"K\x01Q",
     "an extension code": b"\x82\x01",

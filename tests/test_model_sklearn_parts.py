@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import skops.io
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
+from sklearn.ensemble import HistGradientBoostingClassifier, StackingClassifier
 from sklearn.experimental import enable_iterative_imputer  # noqa: F401 - the import is the permission
 from sklearn.impute import IterativeImputer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, SplineTransformer, StandardScaler
 
+from divault.errors import InputInvalid
 from divault.models.base import LoadedModel, ModelFormat
 from divault.models.sklearn import SklearnPickle
 from divault.models.skops import SkopsFile
@@ -95,3 +97,32 @@ def test_splines_answer_as_the_library_does(form: str, beyond: str) -> None:
         held["t"], held["c"] = held.pop("_t"), held.pop("_c")
         del held["_asarray"]
     near(expected, answer(loaded(ours, form), {"features": rows})["predictions"])
+
+
+CATEGORIES: dict[str, tuple[Callable[[], Any], Any]] = {
+    "numbers": (HistGradientBoostingClassifier, 3.0),
+    "texts": (HistGradientBoostingClassifier, "c"),
+    "texts, stacked": (lambda **how: StackingClassifier([("h", HistGradientBoostingClassifier(**how))], cv=2), "c"),
+}
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize("name", CATEGORIES)
+def test_histogram_boosting_takes_categories_as_it_was_fitted_on_them(name: str, form: str) -> None:
+    made, first = CATEGORIES[name]
+    rows = X.astype(object) if isinstance(first, str) else X.copy()
+    rows[:, 1] = np.array(["c", "d", "e"] if isinstance(first, str) else [3.0, 5.0, 9.0])[np.arange(60) % 3]
+    ours = made(max_iter=3, min_samples_leaf=4, categorical_features=[1]).fit(rows, Y ^ (np.arange(60) % 3 == 1))
+    model = loaded(ours, form)
+
+    result = answer(model, {"features": [*rows[:6].tolist(), [None, first, 0.5]]})
+
+    near(ours.predict_proba([*rows[:6].tolist(), [np.nan, first, 0.5]]), result["probabilities"])
+    columns = model.description.input_schema["properties"]["features"]["anyOf"][0]["prefixItems"]
+    kinds = ["number", "string" if isinstance(first, str) else "number", "number"]
+    assert [column["type"][0] for column in columns] == kinds
+    assert model.description.example["features"][1] == first
+    assert model.description.together > 1
+    for wrong in ([0.5, "c", "c"], [0.5, 3.0 if isinstance(first, str) else "c", 0.5]):
+        with pytest.raises(InputInvalid):
+            answer(model, {"features": wrong})

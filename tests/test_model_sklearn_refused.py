@@ -34,6 +34,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, SplineTransformer, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
+from sklearn.utils import check_array
 
 from divault import models
 from divault.errors import DivaultError, UnsupportedModel
@@ -75,7 +76,7 @@ CALLS: dict[str, tuple[Any, str]] = {
     "a process": (Calls(subprocess.Popen, "true"), "subprocess.Popen"),
     "much memory": (Calls(bytearray, 10 << 30), "builtins.bytearray"),
     "a long range": (Calls(range, 10 << 30), "builtins.range"),
-    "a partial": (Calls(functools.partial, print), "functools.partial"),
+    "a partial": (Calls(functools.partial, print), "builtins.print"),
     "numpy reading a file": (Calls(np.load, "/etc/passwd"), "numpy.load"),
     "memory by numpy": (Calls(np.zeros, 10 << 30), "numpy.zeros"),
     "a memory map": (Calls(np.memmap, "/etc/passwd"), "numpy.memmap"),
@@ -117,6 +118,30 @@ def test_a_function_of_ones_own_inside_a_pipeline_is_named() -> None:
     ours = make_pipeline(FunctionTransformer(own_function), DecisionTreeClassifier()).fit([[0.0], [1.0]], [0, 1])
 
     assert seen(pickle.dumps(ours)) == f"a pickle that needs {__name__}.own_function"
+
+
+PARTIALS: dict[str, Callable[[], Any]] = {
+    "another function": lambda: functools.partial(np.clip, a_min=0, a_max=1),
+    "a class": lambda: functools.partial(LogisticRegression),
+    "more arguments": lambda: functools.partial(check_array, False, dtype=[np.float64], ensure_all_finite=False),
+    "another dtype": lambda: functools.partial(check_array, dtype="U100000000", ensure_all_finite=False),
+    "another word": lambda: functools.partial(check_array, dtype=[np.float64], ensure_all_finite=False, copy=True),
+    "fewer words": lambda: functools.partial(check_array, dtype=[np.float64]),
+    "no word": lambda: functools.partial(check_array),
+    "the function itself": lambda: check_array,
+}
+
+
+@pytest.mark.parametrize("name", PARTIALS)
+@pytest.mark.parametrize("written", [pickle.dumps, skops.io.dumps], ids=["pickle", "skops"])
+def test_a_partial_that_is_not_the_librarys_own_is_refused(name: str, written: Callable[[Any], bytes]) -> None:
+    theirs = functools.partial(check_array, dtype=[np.float64], ensure_all_finite=False)
+    ours = make_pipeline(FunctionTransformer(theirs), LogisticRegression()).fit([[0.0], [1.0]], [0, 1])
+    assert models_load(written(ours))
+    ours.steps[0][1].func = PARTIALS[name]()
+
+    with memory_files({"model": written(ours)}) as files, pytest.raises(UnsupportedModel):
+        models.load(files)
 
 
 def test_empty_bytes_are_data_and_sized_bytes_are_not() -> None:

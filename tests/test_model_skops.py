@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
+from sklearn.utils import check_array
 
 from divault import models
 from divault.errors import InputInvalid, UnsupportedModel
@@ -95,7 +97,7 @@ HOSTILE: dict[str, Callable[[], Any]] = {
     "tests.test_model_skops.stranger": lambda: make_pipeline(FunctionTransformer(stranger), LogisticRegression()),
     "builtins.eval": lambda: make_pipeline(FunctionTransformer(eval), LogisticRegression()),
     "posix.system": lambda: make_pipeline(FunctionTransformer(__import__("posix").system), LogisticRegression()),
-    "functools.partial": lambda: FunctionTransformer(__import__("functools").partial(print, 1)),
+    "functools.partial": lambda: FunctionTransformer(functools.partial(print, 1)),
 }
 
 
@@ -124,6 +126,32 @@ def test_a_forged_schema_is_refused(loader: str) -> None:
 
     with pytest.raises(UnsupportedModel):
         load(SkopsFile(), {"m": altered(data, lambda text: text.replace('"ObjectNode"', f'"{loader}"', 1))})
+
+
+def test_a_function_that_a_partial_names_can_not_be_had_elsewhere_in_the_file() -> None:
+    partial = functools.partial(check_array, dtype=[np.float64], ensure_all_finite=False)
+    steps = [FunctionTransformer(partial), FunctionTransformer(np.exp)]
+    ours = make_pipeline(*steps, LogisticRegression()).fit(X, Y)
+    assert load(SkopsFile(), {"m": skops.io.dumps(ours)})
+
+    def change(text: str) -> str:
+        """The second step's function is a reference to the one within the first step's partial."""
+        schema = json.loads(text)
+        first, second = (state for state in states(schema) if state.get("__class__") == "FunctionTransformer")
+        named = first["content"]["content"]["func"]["content"]["func"]
+        second["content"]["content"]["func"] = {**named, "__loader__": "CachedNode"}
+        return json.dumps(schema)
+
+    with pytest.raises(UnsupportedModel, match="unknown object id"):
+        load(SkopsFile(), {"m": altered(skops.io.dumps(ours), change)})
+
+
+def states(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a schema, in order."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from states(inner)
 
 
 @pytest.mark.parametrize(

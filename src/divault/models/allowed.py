@@ -7,7 +7,8 @@ Rules:
    datasets, utilities or bundled libraries.
 3. numpy's own reconstruction is replaced by stricter functions (`rebuilding`): called with chosen arguments,
    `numpy.ndarray` makes objects out of arbitrary memory.
-4. Random generators are forgotten: prediction needs none, and their state is not checked by numpy.
+4. `functools.partial` is that of scikit-learn's own histogram boosting, or refused.
+5. Random generators are forgotten: prediction needs none, and their state is not checked by numpy.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ _REPLACED: dict[tuple[str, str], Any] = {
     # How it was fitted; calling it would only take time.
     ("sklearn.cluster._kmeans", "_kmeans_single_elkan"): rebuilding.Forgotten,
     ("sklearn.cluster._kmeans", "_kmeans_single_lloyd"): rebuilding.Forgotten,
+    ("functools", "partial"): rebuilding.NumbersOnly,
+    ("sklearn.utils.validation", "check_array"): rebuilding.CHECK_ARRAY,
     # A function that every spline holds; `native` gives it back.
     ("scipy._lib.array_api_compat.numpy._aliases", "asarray"): rebuilding.ASARRAY,
     ("numpy", "dtype"): rebuilding.dtype,

@@ -32,6 +32,7 @@ class Token:
 NDARRAY = Token("numpy.ndarray")
 MASKED = Token("numpy.ma.MaskedArray")
 ASARRAY = Token("numpy.asarray")
+CHECK_ARRAY = Token("sklearn.utils.validation.check_array")
 
 
 class Forgotten:
@@ -41,6 +42,45 @@ class Forgotten:
 
     def __init__(self, *_: Any) -> None:
         pass
+
+
+class NumbersOnly:
+    """Stands for the one `functools.partial` that scikit-learn holds itself, in histogram boosting with categories.
+
+    It takes that function and those arguments alone, so what it does is nothing that a file chooses.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, *functions: Any) -> None:
+        if len(functions) != 1 or functions[0] is not CHECK_ARRAY:
+            _other_partial()
+
+    def __setstate__(self, state: Any) -> None:
+        import numpy as np
+
+        if not isinstance(state, tuple) or len(state) != 4 or state[0] is not CHECK_ARRAY:
+            _other_partial()
+        _, args, words, attributes = state
+        told = dict(words) if isinstance(words, dict) else {}
+        # Until version 1.5 the word was another one.
+        finite = told.pop("ensure_all_finite", told.pop("force_all_finite", None))
+        if args != () or attributes or finite is not False or told != {"dtype": [np.float64]}:
+            _other_partial()
+
+    def __call__(self, rows: Any) -> Any:
+        """float64 [rows, columns], as the estimator has its columns of numbers."""
+        import numpy as np
+        from sklearn.utils.validation import check_array
+
+        return check_array(rows, dtype=[np.float64], ensure_all_finite=False)
+
+
+def _other_partial() -> NoReturn:
+    raise UnsupportedModel(
+        "the model needs a functools.partial of its own; keep to estimators of scikit-learn itself",
+        seen="a model that needs functools.partial",
+    )
 
 
 class StoredArray:

@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 from divault.errors import UnsupportedModel
-from divault.models import native, pickles
+from divault.models import native, pickles, rebuilding
 from divault.models.base import Answer, Description, Inputs, LoadedModel, Place, words_of
 from divault.models.files import only_file, the_file
 from divault.models.rows import MAX_ROWS, RowSpec, TextSpec, rows_of, schema_of
@@ -231,7 +231,8 @@ def _is_rowwise(part: Any) -> bool:
     from sklearn.preprocessing import FunctionTransformer
 
     if isinstance(part, FunctionTransformer):  # one without functions is what "passthrough" is once it is fitted
-        return part.func is None and part.inverse_func is None
+        plain = part.func is None or isinstance(part.func, rebuilding.NumbersOnly)
+        return plain and part.inverse_func is None
     return type(part).__name__ not in _NOT_ROWWISE
 
 

@@ -258,18 +258,22 @@ def _is_encoder(part: Any) -> bool:
 
 
 def _is_made_of_parts(part: Any) -> bool:
+    from sklearn.compose import ColumnTransformer
     from sklearn.pipeline import Pipeline
 
-    return isinstance(part, Pipeline) or bool(_inside(part, None))
+    return isinstance(part, Pipeline | ColumnTransformer) or bool(_inside(part, None))
 
 
 def _inside(part: Any, places: _Places | None) -> list[tuple[Any, _Places | None]]:
     """The fitted estimators within an estimator that see its input, each with its columns."""
     from sklearn.calibration import _CalibratedClassifier
+    from sklearn.compose import ColumnTransformer
     from sklearn.frozen import FrozenEstimator
 
     if isinstance(part, _CalibratedClassifier | FrozenEstimator):
         return [(part.estimator, places)]
+    if isinstance(first := getattr(part, "_preprocessor", None), ColumnTransformer):
+        return [(first, places)]  # of histogram boosting with categories, whose trees see what that makes of the row
     for name in ("calibrated_classifiers_", "estimators_"):
         if isinstance(found := getattr(part, name, None), list):
             some = getattr(part, "estimators_features_", None)

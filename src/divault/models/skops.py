@@ -4,7 +4,8 @@ Rules:
 
 1. Every type that a file names and skops does not trust by itself must be one that `allowed` gives to pickles.
 2. Nothing falls back to pickle or joblib.
-3. Entries may unfold to 50 times the file, or 32 MiB; no name stands twice.
+3. A `functools.partial` is built by `rebuilding`, or not at all: skops would have it take any function that is named.
+4. Entries may unfold to 50 times the file, or 32 MiB; no name stands twice.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from divault.errors import UnsupportedModel
-from divault.models import allowed
+from divault.models import allowed, rebuilding
 from divault.models.base import LoadedModel, Place
 from divault.models.containers import MAX_ENTRIES
 from divault.models.files import head, only_file, path_of, the_file
@@ -34,6 +36,7 @@ _REPLACED_IN_PICKLES = frozenset(
     }
 )
 """Pickles get something else for these; here they are read by numpy without objects, or only referred to."""
+_CHECK_ARRAY = ("sklearn.utils.validation", "check_array")
 _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RecursionError, ImportError),
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError),
@@ -94,6 +97,7 @@ def _check_sizes(file: MemoryFile) -> None:
 def _loaded(path: str) -> Any:
     from skops.io import get_untrusted_types, load
 
+    _restrict_partial()
     with warnings.catch_warnings():
         # Advice about versions, which nobody reads here.
         warnings.simplefilter("ignore")
@@ -113,3 +117,30 @@ def check_name(module: str, name: str) -> None:
         allowed.refused(module, name, "the skops file")
     if found is not getattr(allowed.imported(module, name), name, None):
         allowed.refused(module, name, "the skops file")
+
+
+@cache
+def _restrict_partial() -> None:
+    """Have skops give every `functools.partial` to `rebuilding`."""
+    from skops.io._audit import NODE_TYPE_MAPPING, Node, get_tree
+    from skops.io._protocol import PROTOCOL
+
+    class NumbersOnlyNode(Node):
+        """The function is never built, only named: what is built may be referred to from anywhere in the file."""
+
+        def __init__(self, state: Any, load_context: Any, trusted: Any = None) -> None:
+            super().__init__(state, load_context, trusted)
+            content = state["content"]
+            names = (content["func"]["__module__"], content["func"]["__class__"])
+            if names != _CHECK_ARRAY:
+                allowed.refused(*map(str, names), "the skops file")
+            parts = {name: get_tree(content[name], load_context, trusted) for name in ("args", "kwds", "namespace")}
+            self.children = {**parts}
+            self.trusted = self._get_trusted(trusted, ["functools.partial"])
+
+        def _construct(self) -> Any:
+            stand_in = rebuilding.NumbersOnly(rebuilding.CHECK_ARRAY)
+            stand_in.__setstate__((rebuilding.CHECK_ARRAY, *(part.construct() for part in self.children.values())))
+            return stand_in
+
+    NODE_TYPE_MAPPING["PartialNode", PROTOCOL] = NumbersOnlyNode
