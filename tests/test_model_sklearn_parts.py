@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import skops.io
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
+from sklearn.decomposition import NMF
+from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import HistGradientBoostingClassifier, StackingClassifier
 from sklearn.experimental import enable_iterative_imputer  # noqa: F401 - the import is the permission
 from sklearn.impute import IterativeImputer
@@ -126,3 +128,34 @@ def test_histogram_boosting_takes_categories_as_it_was_fitted_on_them(name: str,
     for wrong in ([0.5, "c", "c"], [0.5, 3.0 if isinstance(first, str) else "c", 0.5]):
         with pytest.raises(InputInvalid):
             answer(model, {"features": wrong})
+
+
+# --- generators ---------------------------------------------------------------------------------------------------
+
+DRAWING: dict[str, Callable[..., Any]] = {
+    "factors": lambda **how: make_pipeline(NMF(2, max_iter=500, **how), LogisticRegression()),
+    "gaps drawn": lambda **how: make_pipeline(
+        IterativeImputer(sample_posterior=True, max_iter=2, **how), LogisticRegression()
+    ),
+    "answers drawn": lambda **how: DummyClassifier(strategy="stratified", **how),
+}
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_model_with_a_generator_gives_the_same_answer_each_time_and_draws_as_from_the_nodes_seed(
+    name: str, form: str
+) -> None:
+    rows = X.copy()
+    rows[::5, 1] = np.nan if name == "gaps drawn" else 0.5
+    sent = [[0.1, None if name == "gaps drawn" else 0.5, 0.3]] * 9
+    model = loaded(DRAWING[name](random_state=np.random.RandomState(5)).fit(rows, Y), form)
+
+    first = answer(model, {"features": sent})
+
+    assert answer(model, {"features": sent}) == first
+    if name == "answers drawn":
+        seeds = {seed: DummyClassifier(strategy="stratified", random_state=seed).fit(rows, Y) for seed in (0, 5)}
+        drawn = {seed: ours.predict(np.zeros((9, 3))).tolist() for seed, ours in seeds.items()}
+        assert (first["predictions"] == drawn[0], drawn[0] == drawn[5]) == (True, False)
+        assert answer(loaded(seeds[5], form), {"features": sent})["predictions"] == drawn[5], "a number is kept"

@@ -19,7 +19,7 @@ from divault.models import native, pickles, rebuilding
 from divault.models.base import Answer, Description, Inputs, LoadedModel, Place, words_of
 from divault.models.files import only_file, the_file
 from divault.models.rows import MAX_ROWS, RowSpec, TextSpec, rows_of, schema_of
-from divault.models.runtimes import blas, runtime_object, seed, version
+from divault.models.runtimes import SEED, blas, runtime_object, seed, version
 from divault.models.sklearn_columns import by_position, specification
 from divault.values import MemoryFile
 
@@ -92,6 +92,7 @@ class Estimator:
         self._proba = hasattr(estimator, "predict_proba")
         self._classes = _listed(getattr(estimator, "classes_", None))
         reached = list(native.reachable(estimator))
+        _seed_all(reached)
         parts = [part for part in reached if isinstance(part, BaseEstimator)]
         self._rowwise = all(map(_is_rowwise, parts))
         self._sample: dict[str, Any] = {}
@@ -224,6 +225,18 @@ class Estimator:
             if properties["classes"].get("items") is None:  # labels of several kinds: another row may have another
                 properties["predictions"] = {"type": "array"}
         return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _seed_all(parts: Sequence[Any]) -> None:
+    """Have parts that hold a generator draw the same for each call: its state is not loaded, or would move on."""
+    import numpy as np
+
+    kinds = (rebuilding.Forgotten, np.random.RandomState, np.random.Generator)
+    for part in parts:
+        held = {} if isinstance(part, type) else getattr(part, "__dict__", {})
+        for name in ("random_state", "random_state_"):
+            if isinstance(held.get(name), kinds):
+                held[name] = SEED
 
 
 def _is_rowwise(part: Any) -> bool:

@@ -125,15 +125,15 @@ def _restrict_partial() -> None:
     from skops.io._audit import NODE_TYPE_MAPPING, Node, get_tree
     from skops.io._protocol import PROTOCOL
 
-    class NumbersOnlyNode(Node):
+    class NumbersOnlyNode(Node):  # type: ignore[misc]  # skops is an extra, unknown to the checker
         """The function is never built, only named: what is built may be referred to from anywhere in the file."""
 
         def __init__(self, state: Any, load_context: Any, trusted: Any = None) -> None:
             super().__init__(state, load_context, trusted)
             content = state["content"]
-            names = (content["func"]["__module__"], content["func"]["__class__"])
-            if names != _CHECK_ARRAY:
-                allowed.refused(*map(str, names), "the skops file")
+            module, name = content["func"]["__module__"], content["func"]["__class__"]
+            if (module, name) != _CHECK_ARRAY:
+                allowed.refused(module, name, "the skops file")
             parts = {name: get_tree(content[name], load_context, trusted) for name in ("args", "kwds", "namespace")}
             self.children = {**parts}
             self.trusted = self._get_trusted(trusted, ["functools.partial"])
