@@ -9,21 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 import skops.io
+from sklearn.cluster import BisectingKMeans, KMeans, MiniBatchKMeans
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
-from sklearn.decomposition import NMF
+from sklearn.decomposition import NMF, SparsePCA
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import HistGradientBoostingClassifier, StackingClassifier
 from sklearn.experimental import enable_iterative_imputer  # noqa: F401 - the import is the permission
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.impute import IterativeImputer
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.multioutput import ClassifierChain
+from sklearn.neighbors import KNeighborsClassifier, RadiusNeighborsClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, SplineTransformer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, SplineTransformer, StandardScaler
 
-from divault.errors import InputInvalid
+from divault.errors import InputInvalid, UnsupportedModel
 from divault.models.base import LoadedModel, ModelFormat
 from divault.models.sklearn import SklearnPickle
 from divault.models.skops import SkopsFile
 from tests.memory_models import answer, load
+from tests.schemas import mismatch
 
 X = np.random.default_rng(7).random((60, 3))
 Y = (X[:, 0] > 0.5).astype(int)
@@ -42,6 +47,87 @@ def loaded(estimator: Any, form: str = "pickle") -> LoadedModel:
 
 def near(one: Any, other: Any) -> None:
     np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
+# --- what a model runs on -----------------------------------------------------------------------------------------
+
+SINGLE: dict[str, Callable[[], Any]] = {
+    "clusters": lambda: KMeans(3, n_init=1, random_state=0),
+    "clusters of some": lambda: MiniBatchKMeans(3, n_init=1, random_state=0),
+    "clusters in halves": lambda: BisectingKMeans(3, random_state=0),
+    "factors": lambda: make_pipeline(NMF(2, max_iter=500, random_state=0), LogisticRegression()),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_model_that_was_fitted_on_float32_and_runs_on_nothing_else_gets_float32(name: str) -> None:
+    rows = X.astype(np.float32)
+    single, double = (loaded(SINGLE[name]().fit(some, Y)) for some in (rows, X))
+    ours = SINGLE[name]().fit(rows, Y)
+
+    assert answer(single, {"features": rows[:9].tolist()})["predictions"] == ours.predict(rows[:9]).tolist()
+    assert answer(single, single.description.example)["predictions"]
+    assert (single.description.runtime["dtype"], double.description.runtime["dtype"]) == ("float32", "float64")
+    assert answer(double, {"features": X[:9].tolist()})["predictions"]
+
+
+CHAINS: dict[str, tuple[Any, bool]] = {
+    "two classes": (np.c_[Y, 1 - Y], True),
+    "several classes": (np.c_[np.arange(60) % 3, Y], False),
+}
+
+
+@pytest.mark.parametrize("texts", [False, True], ids=["rows", "texts"])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_model_that_has_no_probabilities_whatever_it_says_answers_predictions_alone(
+    name: str, *, texts: bool
+) -> None:
+    targets, shares = CHAINS[name]
+    chain = ClassifierChain(LogisticRegression())
+    rows: Any = [f"word{place % 5} more" for place in range(60)] if texts else X
+    ours = (make_pipeline(TfidfVectorizer(), chain) if texts else chain).fit(rows, targets)
+    model = loaded(ours)
+
+    result = answer(model, {"text": rows[:5]} if texts else {"features": rows[:5].tolist()})
+
+    assert result["predictions"] == ours.predict(rows[:5]).tolist()
+    assert ("probabilities" in result) == shares
+    assert mismatch(result, model.description.output_schema) == ""
+    assert answer(model, model.description.example)["predictions"]
+
+
+FAR = X + 1000
+ELSEWHERE: dict[str, Callable[[], Any]] = {
+    "neighbours": lambda: RadiusNeighborsClassifier(1.0),
+    "logarithms": lambda: make_pipeline(MinMaxScaler((1, 2)), FunctionTransformer(np.log), LogisticRegression()),
+    "splines": lambda: make_pipeline(SplineTransformer(extrapolation="error"), LogisticRegression()),
+    "rows that come together": lambda: make_pipeline(SparsePCA(2, max_iter=2), LogisticRegression()),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_model_that_answers_other_rows_than_those_that_were_tried_loads(name: str) -> None:
+    ours = ELSEWHERE[name]().fit(FAR, Y)
+
+    assert answer(loaded(ours), {"features": FAR[:5].tolist()})["predictions"] == ours.predict(FAR[:5]).tolist()
+
+
+NEVER: dict[str, tuple[Callable[[], Any], str]] = {
+    "parts of other widths": (lambda: make_pipeline(fitted_of(3), fitted_of(2)), "is expecting 2 features"),
+    "fewer rows than neighbours": (lambda: KNeighborsClassifier(9).fit(X[:3], Y[:3]), "n_neighbors"),
+}
+
+
+def fitted_of(width: int) -> Any:
+    return (StandardScaler() if width == 3 else LogisticRegression()).fit(X[:, :width], Y)
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_a_model_that_answers_no_row_whatever_is_in_it_is_refused(name: str) -> None:
+    made, words = NEVER[name]
+
+    with pytest.raises(UnsupportedModel, match=rf"does not run on its own kind of input: ValueError.*{words}"):
+        loaded(made())
 
 
 # --- who shares a pass --------------------------------------------------------------------------------------------

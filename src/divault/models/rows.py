@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, repeat
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from divault.errors import InputInvalid
 from divault.models.base import Inputs
@@ -27,6 +27,9 @@ LARGEST = 3.4e38
 class TextSpec:
     """A text, or a list of texts."""
 
+    dtype: ClassVar[str] = "float64"
+    """Of what a model computes."""
+
     @property
     def expected(self) -> str:
         """What is taken, for people."""
@@ -35,6 +38,10 @@ class TextSpec:
     def example(self) -> dict[str, Any]:
         """An input that is taken."""
         return {"text": EXAMPLE_TEXT}
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Inputs that are taken, with other values in each."""
+        return [self.example(), {"text": "1"}]
 
     def schema(self) -> dict[str, Any]:
         """JSON Schema of the input."""
@@ -128,6 +135,8 @@ class RowSpec:
     each: Column = Column()
     sample: Any = None
     """Features that are known to be taken, for the example."""
+    dtype: str = "float64"
+    """Of the numbers that a model without texts gets."""
 
     @property
     def expected(self) -> str:
@@ -153,6 +162,10 @@ class RowSpec:
         if not self.columns:
             return [number] * (self.count or 3)
         return [number if column.first is None and column.known is None else column.first for column in self.columns]
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Inputs that are taken, with other values in each."""
+        return [{"features": self.row(0.0)}, {"features": self.row(1.0)}]
 
     def with_null(self, places: Iterable[int]) -> RowSpec:
         """The same with null in these places, too."""
@@ -190,7 +203,7 @@ class RowSpec:
         return any("string" in column.kinds or column.objects for column in self.columns)
 
     def parse(self, inputs: Inputs) -> Any:
-        """float64 [rows, count]; object [rows, count] where texts may be among them. Raises InputInvalid."""
+        """`dtype` [rows, count]; object [rows, count] where texts may be among them. Raises InputInvalid."""
         import numpy as np
 
         field, value = _member(self, "features", inputs)
@@ -202,11 +215,11 @@ class RowSpec:
             _refuse(self, field, f"{len(rows)} rows")
         width = self.count or (len(rows[0]) if isinstance(rows[0], list) else 0)
         if width and self._plain and (array := _numbers(rows, width)) is not None:
-            return array
+            return array.astype(self.dtype, copy=False)
         for place, row in enumerate(rows):
             self._check_row(row, width, field if alone else f"{field}[{place}]")
         if not self._objects:
-            return np.array(rows, dtype=np.float64)
+            return np.array(rows, dtype=self.dtype)
         missing = [column.missing for column in self.columns]
         return np.array(
             [[gap if value is None else value for gap, value in zip(missing, row, strict=True)] for row in rows],

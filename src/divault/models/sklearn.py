@@ -8,10 +8,11 @@ single one; classifiers add `probabilities` and `classes`. Numbers equal those o
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 from divault.errors import UnsupportedModel
@@ -32,8 +33,14 @@ _NOT_ROWWISE = frozenset(
 """Their answer for a row may depend on the rows beside it, or on chance: callers never share a pass."""
 _TOGETHER = 64
 """Callers of one pass."""
-_TOLERANCE = 1e-9
+_TOLERANCES = {"float64": 1e-9, "float32": 1e-5}
 """Products of matrices of other sizes add in another order."""
+_OF_VALUES = re.compile(
+    r"\b(nan|inf|infinity|finite|values?(?! to unpack| of an array)|neighbors|negative|positive|smaller|larger|below"
+    r"|above|range|bounds?|limits?|categor\w+|singular|converge)\b",
+    re.IGNORECASE,
+)
+"""What the library's errors say of inputs that it would answer with other numbers in them."""
 _LIBRARIES = ("scipy", "scikit-learn")
 _MOST_GROUPS = 32
 """Most tries of where null may stand, a run each."""
@@ -117,9 +124,9 @@ class Estimator:
             input_schema=self._spec.schema(),
             output_schema=self._output_schema(),
             example=self._spec.example(),
-            runtime=runtime_object(self._adapter, "cpu", "float64", libraries, {"blas": blas()}),
+            runtime=runtime_object(self._adapter, "cpu", self._spec.dtype, libraries, {"blas": blas()}),
             together=_TOGETHER if self._rowwise else 1,
-            tolerance=_TOLERANCE,
+            tolerance=_TOLERANCES[self._spec.dtype],
         )
 
     def predict(self, batch: Sequence[Inputs]) -> list[Answer]:
@@ -142,15 +149,11 @@ class Estimator:
 
         Raises what the library raises for a model that runs on nothing.
         """
-        spec = self._spec
-        if isinstance(spec, TextSpec):
-            self._answers(spec, spec.example())
+        data, spec = self._taken(), self._spec
+        if data is None or isinstance(spec, TextSpec):
             return spec
-        row = next((row for row in (spec.row(0.0), spec.row(1.0)) if self._answers(spec, {"features": row})), None)
-        if row is None:  # its numbers lie elsewhere, or it takes no single row
-            return spec
-        spec = replace(spec, sample=row)
-        everywhere = range(len(row))
+        spec = replace(spec, sample=data["features"])
+        everywhere = range(len(spec.sample))
         if self._takes_null(spec, everywhere):
             return spec.with_null(everywhere)
         for places in groups if 1 < len(groups) <= _MOST_GROUPS else ():
@@ -158,16 +161,44 @@ class Estimator:
                 spec = spec.with_null(places)
         return spec
 
-    def _answers(self, spec: RowSpec | TextSpec, data: Any) -> bool:
-        """Whether such an input gets an answer; False where its values are the reason. Raises any other."""
-        try:
-            self._try(spec, data)
-        # The library's word for what was never fitted is a ValueError, too.
-        except AttributeError:
-            raise
-        except (ValueError, ArithmeticError):
-            return False
-        return True
+    def _taken(self) -> dict[str, Any] | None:
+        """An input that gets an answer; None where the model may answer others, or several rows at once.
+
+        Where it answers none, its numbers may have to be float32, as it was fitted on them, or it has no probabilities
+        though it says so: what it then runs with is kept. Raises what the library raises for a model that never runs.
+        """
+        data, errors = self._outcome(self._spec.examples())
+        if data is not None or _lies_in_values(errors):
+            return data
+        specs = [self._spec]
+        if isinstance(self._spec, RowSpec):
+            several = [one["features"] for one in self._spec.examples()]
+            if self._outcome([{"features": several}])[0] is not None:
+                return None
+            specs.append(replace(self._spec, dtype="float32"))
+        for proba, spec in product((True, False) if self._proba else (False,), specs):
+            self._proba, self._spec = proba, spec
+            data, _ = self._outcome(spec.examples())
+            if data is not None:
+                return data
+        raise errors[0]
+
+    def _outcome(self, told: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, list[Exception]]:
+        """The first of these inputs that gets an answer, or why none does. Raises what no input is the reason for."""
+        errors: list[Exception] = []
+        for data in told:
+            try:
+                self._try(self._spec, data)
+            # The library's word for what was never fitted is a ValueError, too.
+            except AttributeError:
+                raise
+            except TypeError as err:
+                return None, [err]
+            except (ValueError, ArithmeticError) as err:
+                errors.append(err)
+            else:
+                return data, []
+        return None, errors
 
     def _takes_null(self, spec: RowSpec, places: Sequence[int]) -> bool:
         """Whether the sample gets an answer with null in these places."""
@@ -225,6 +256,15 @@ class Estimator:
             if properties["classes"].get("items") is None:  # labels of several kinds: another row may have another
                 properties["predictions"] = {"type": "array"}
         return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _lies_in_values(errors: Sequence[Exception]) -> bool:
+    """Whether a model that raised these, one for each input, might answer others: they differ, or speak of values."""
+    one, *others = errors
+    same = all((type(other), str(other)) == (type(one), str(one)) for other in others)
+    if isinstance(one, TypeError | ArithmeticError):
+        return isinstance(one, ArithmeticError)
+    return not same or bool(_OF_VALUES.search(str(one)))
 
 
 def _seed_all(parts: Sequence[Any]) -> None:
