@@ -36,7 +36,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, SGDClassi
 from sklearn.model_selection import GridSearchCV
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.naive_bayes import GaussianNB, MultinomialNB
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, RadiusNeighborsRegressor
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
@@ -172,11 +172,15 @@ def test_pickles_load_in_every_protocol(name: str, protocol: int) -> None:
     assert answer(model, {key: rows})["predictions"] == fitted(name).predict(rows).tolist()
 
 
-def test_columns_of_texts_and_numbers() -> None:
-    """A ColumnTransformer by position: texts beside numbers, unknown texts as the encoder was told."""
+def with_colours() -> Any:
     rows = np.array([["red", 1.0], ["blue", 2.0], ["red", 3.0], ["blue", 4.0]], dtype=object)
     columns = ColumnTransformer([("c", OneHotEncoder(handle_unknown="ignore"), [0]), ("n", StandardScaler(), [1])])
-    ours = make_pipeline(columns, LogisticRegression()).fit(rows, [0, 1, 0, 1])
+    return make_pipeline(columns, LogisticRegression()).fit(rows, [0, 1, 0, 1])
+
+
+def test_columns_of_texts_and_numbers() -> None:
+    """A ColumnTransformer by position: texts beside numbers, unknown texts as the encoder was told."""
+    ours = with_colours()
     model = loaded(joblib_file(ours))
 
     result = answer(model, {"features": [["red", 2.5], ["green", 1]]})
@@ -245,6 +249,43 @@ def test_a_description_says_of_what_kind_the_answers_are(name: str, kinds: dict[
     told = loaded(joblib_file(fitted(name))).description.output_schema["properties"]
 
     assert {part: schema["items"]["type"] for part, schema in told.items()} == kinds
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_an_answer_that_was_whole_for_the_example_is_promised_as_a_number() -> None:
+    """Far from all rows, which the example is, this one answers the least of all whole numbers."""
+    rows = np.arange(100.0, 120.0)[:, None]
+    model = loaded(joblib_file(RadiusNeighborsRegressor(1.5).fit(rows, np.arange(20))))
+
+    result = answer(model, {"features": [[100.0], [101.2]]})
+
+    assert result["predictions"] == [0.5, 1.0]
+    assert model.description.output_schema["properties"]["predictions"]["items"] == {"type": "number"}
+
+
+BOUNDED: dict[str, tuple[bool, list[Any]]] = {
+    "the largest numbers": (False, [3.4e38, -3.4e38, 0, 0]),
+    "too large a number": (False, [1e39, 0, 0, 0]),
+    "too small a number": (False, [[0, 0, 0, -1e39]]),
+    "the most rows": (False, [[0, 0, 0, 0]] * 65_536),
+    "too many rows": (False, [[0, 0, 0, 0]] * 65_537),
+    "the longest text": (True, ["x" * 100_000, 1e38]),
+    "too long a text": (True, ["x" * 100_001, 1.0]),
+    "too large a number beside a text": (True, ["x", 1e39]),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_the_schema_of_an_input_has_the_bounds_that_are_kept(name: str) -> None:
+    texts, features = BOUNDED[name]
+    model = loaded(joblib_file(with_colours() if texts else fitted("logistic")))
+
+    differs = mismatch({"features": features}, model.description.input_schema)
+
+    assert isinstance(outcome(model, {"features": features}), InputInvalid) == name.startswith("too") == (differs != "")
+    if texts:
+        columns = model.description.input_schema["properties"]["features"]["anyOf"][0]["prefixItems"]
+        assert (columns[0]["maxLength"], columns[1]["maximum"]) == (100_000, 3.4e38)
 
 
 def test_labels_of_several_kinds_are_promised_nothing() -> None:

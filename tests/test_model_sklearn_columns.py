@@ -411,7 +411,8 @@ def test_many_columns_are_told_by_their_kind_alone() -> None:
     model = loaded(make_pipeline(OneHotEncoder(), LogisticRegression()).fit(wide, [0, 1] * 3))
 
     row = model.description.input_schema["properties"]["features"]["anyOf"][0]
-    assert row == {"type": "array", "items": {"type": "string"}, "minItems": 400, "maxItems": 400}
+    text = {"type": "string", "maxLength": 100_000}
+    assert row == {"type": "array", "items": text, "minItems": 400, "maxItems": 400}
     assert answer(model, model.description.example)["predictions"]
 
 

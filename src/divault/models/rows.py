@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, repeat
@@ -98,8 +98,8 @@ class Column:
             kinds = [f"one of {', '.join(some)}{more}"] if some else []
         return " or ".join([*kinds, *(["null"] if self.null else [])])
 
-    def schema(self) -> dict[str, Any]:
-        """JSON Schema of a value."""
+    def schema(self, *, bounded: bool) -> dict[str, Any]:
+        """JSON Schema of a value, with its bounds or without."""
         kinds = [kind for kind in (*_WORDS, "null") if kind in self.kinds or (kind == "null" and self.null)]
         told: dict[str, Any] = {"title": self.name} if self.name else {}
         told["type"] = kinds if len(kinds) > 1 else kinds[0]
@@ -107,6 +107,8 @@ class Column:
         alike = {"number", "boolean"} <= self.kinds
         if self.known is not None and len(self.known) <= _LISTED_VALUES and not alike:
             told["enum"] = [*self.known, *([None] if self.null else [])]
+        elif bounded:
+            told |= _bounds(kinds)
         return told
 
     def wrong(self, value: Any) -> str:
@@ -180,13 +182,17 @@ class RowSpec:
         columns = self.columns or (self.each,)
         kinds = [kind for kind in _WORDS if any(kind in column.kinds for column in columns)]
         kinds += ["null"] if any(column.null for column in columns) else []
-        row: dict[str, Any] = {"type": "array", "items": {"type": kinds if len(kinds) > 1 else kinds[0]}, "minItems": 1}
+        each = {"type": kinds if len(kinds) > 1 else kinds[0], **_bounds(kinds)}
+        row: dict[str, Any] = {"type": "array", "items": each, "minItems": 1}
         if self.count is not None:
             row |= {"minItems": self.count, "maxItems": self.count}
         if self._differ:
-            told = [column.schema() for column in self.columns]
-            row |= {"prefixItems": told} if len(json.dumps(told)) <= _TOLD_BYTES else {}
-        return _one_member("features", {"anyOf": [row, {"type": "array", "items": row, "minItems": 1}]})
+            # Names go before bounds, which `items` has too.
+            ways = ([column.schema(bounded=bounded) for column in self.columns] for bounded in (True, False))
+            told = next((way for way in ways if len(json.dumps(way)) <= _TOLD_BYTES), None)
+            row |= {} if told is None else {"prefixItems": told}
+        rows = {"type": "array", "items": row, "minItems": 1, "maxItems": MAX_ROWS}
+        return _one_member("features", {"anyOf": [row, rows]})
 
     @cached_property
     def _differ(self) -> bool:
@@ -263,6 +269,12 @@ _LISTED_VALUES = 64
 """Most values of a column in a schema."""
 _TOLD_BYTES = 64 << 10
 """Most JSON about columns in a schema, which has it twice: a description has room for 256 KiB."""
+
+
+def _bounds(kinds: Sequence[str]) -> dict[str, Any]:
+    """What JSON Schema says beside the kinds of a value."""
+    numbers = {"minimum": -LARGEST, "maximum": LARGEST} if "number" in kinds else {}
+    return numbers | ({"maxLength": MAX_TEXT_CHARS} if "string" in kinds else {})
 
 
 def schema_of(value: Any) -> dict[str, Any]:
