@@ -36,8 +36,8 @@ _TOGETHER = 64
 _TOLERANCES = {"float64": 1e-9, "float32": 1e-5}
 """Products of matrices of other sizes add in another order."""
 _OF_VALUES = re.compile(
-    r"\b(nan|inf|infinity|finite|values?(?! to unpack| of an array)|neighbors|negative|positive|smaller|larger|below"
-    r"|above|range|bounds?|limits?|categor\w+|singular|converge)\b",
+    r"\b(nans?|infs?|infinity|finite|values?(?! to unpack| of an array)|neighbors|negative|positive|smaller|larger"
+    r"|below|above|range|bounds?|limits?|domain|outside|categor\w+|singular|converge|empty|zero|0 sample)\b",
     re.IGNORECASE,
 )
 """What the library's errors say of inputs that it would answer with other numbers in them."""
