@@ -27,7 +27,13 @@ import sklearn
 import skops.io
 from scipy import sparse
 from sklearn.cluster import DBSCAN
-from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor, RandomForestClassifier
+from sklearn.decomposition import PCA
+from sklearn.ensemble import (
+    GradientBoostingClassifier,
+    GradientBoostingRegressor,
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+)
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -209,6 +215,38 @@ def test_a_tree_that_reads_more_features_than_its_estimator_takes_is_refused(nam
             vars(part).update({} if told is None else {"n_features_in_": told})
 
     assert "a feature which isn't there" in seen(pickle.dumps(ours))
+
+
+def categorical() -> Any:
+    rows = np.c_[np.arange(40) % 4, np.arange(40) % 3, np.arange(40.0)]
+    boosted = HistGradientBoostingClassifier(max_iter=2, min_samples_leaf=2, categorical_features=[0])
+    return boosted.fit(rows, rows[:, 0] % 2)
+
+
+FEWER: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "no categories": (
+        lambda ours: vars(ours._bin_mapper).update(is_categorical_=np.zeros(3, np.uint8)),
+        "of categories",
+    ),
+    "fewer features": (
+        lambda ours: vars(ours._bin_mapper).update(is_categorical_=np.ones(1, np.uint8)),
+        "of categories",
+    ),
+    "fewer columns": (lambda ours: vars(ours).update(_preprocessor=PCA(1).fit(np.eye(3))), "does not run"),
+}
+
+
+@pytest.mark.parametrize("name", FEWER)
+@pytest.mark.parametrize("written", [pickle.dumps, skops.io.dumps], ids=["pickle", "skops"])
+def test_histogram_boosting_that_reads_columns_or_categories_which_nobody_made_is_refused(
+    name: str, written: Callable[[Any], bytes]
+) -> None:
+    forge, words = FEWER[name]
+    ours = categorical()
+    assert models_load(written(ours))
+    forge(ours)
+
+    assert words in seen(written(ours))
 
 
 def test_a_sparse_matrix_that_points_outside_itself_is_refused() -> None:

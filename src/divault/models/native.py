@@ -140,10 +140,42 @@ def _check_width(model: Any) -> None:
         rebuilding.damaged("a tree that reads a feature which isn't there")
 
 
+class FixedWidth:
+    """The part of histogram boosting that makes its columns, held to as many as its trees may read."""
+
+    def __init__(self, inner: Any, width: int) -> None:
+        self.inner = inner
+        self.width = width
+
+    def transform(self, rows: Any) -> Any:
+        """The columns. Raises ValueError where they are fewer or more."""
+        found = self.inner.transform(rows)
+        if found.shape[1:] != (self.width,):
+            raise ValueError(f"{found.shape} where {self.width} columns are expected")
+        return found
+
+
 def _check_predictors(model: Any) -> None:
     features = int(getattr(model, "n_features_in_", 0))
-    if any(_largest_feature(tree) >= features for tree in _flat(vars(model)["_predictors"])):
+    trees = list(_flat(vars(model)["_predictors"]))
+    if any(_largest_feature(tree) >= features for tree in trees):
         rebuilding.damaged("a tree that reads a feature which isn't there")
+    _check_categories(model, trees, features)
+    # Compiled code looks at no width, and what made the columns is whatever the file says.
+    first = vars(model).get("_preprocessor")
+    if first is not None and not isinstance(first, FixedWidth):
+        model._preprocessor = FixedWidth(first, features)  # noqa: SLF001 - the library has no other name for it
+
+
+def _check_categories(model: Any, trees: list[Any], features: int) -> None:
+    """Nodes of categories look those up that the model knows of their feature: it has to know some."""
+    import numpy as np
+
+    read = {int(one) for tree in trees for one in tree.nodes["feature_idx"][tree.nodes["is_categorical"] != 0]}
+    if read:
+        marks = vars(model)["_bin_mapper"].is_categorical_
+        if type(marks) is not np.ndarray or marks.shape != (features,) or not marks[list(read)].all():
+            rebuilding.damaged("a tree of categories that its model doesn't know")
 
 
 def _flat(found: Any) -> Iterator[Any]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from divault.errors import UnsupportedModel
+from divault.models.native import FixedWidth
 from divault.models.rows import EXAMPLE_TEXT, LARGEST, MAX_FEATURES, MAX_TEXT_CHARS, NUMBER, Column, RowSpec, TextSpec
 
 _LEVELS = 16
@@ -272,8 +273,11 @@ def _inside(part: Any, places: _Places | None) -> list[tuple[Any, _Places | None
 
     if isinstance(part, _CalibratedClassifier | FrozenEstimator):
         return [(part.estimator, places)]
-    if isinstance(first := getattr(part, "_preprocessor", None), ColumnTransformer):
-        return [(first, places)]  # of histogram boosting with categories, whose trees see what that makes of the row
+    first = getattr(part, "_preprocessor", None)
+    if isinstance(first, FixedWidth) and isinstance(first.inner, ColumnTransformer):
+        return [
+            (first.inner, places)
+        ]  # of histogram boosting with categories, whose trees see what that makes of the row
     for name in ("calibrated_classifiers_", "estimators_"):
         if isinstance(found := getattr(part, name, None), list):
             some = getattr(part, "estimators_features_", None)
