@@ -297,6 +297,23 @@ def test_an_output_without_a_shape_is_promised_nothing() -> None:
     assert answer(model, {"x": [1, 2, 3, 4], "to": [2, 2]}) == {"outputs": {"y": [[1, 2], [3, 4]]}}
 
 
+@pytest.mark.parametrize("domain", ["ai.onnx", "ai.onnx.ml"])
+def test_an_opset_that_is_too_new_is_named_with_the_newest_that_is_taken(domain: str) -> None:
+    data = onnx.load_from_string(classifier())
+    next(opset for opset in data.opset_import if (opset.domain or "ai.onnx") == domain).version = 90
+    with pytest.raises(UnsupportedModel, match=rf"opset 90 of {domain}, and onnxruntime [\d.]+ takes up to opset \d+"):
+        load(Onnx(), {"m": bytes(data.SerializeToString())})
+
+
+def test_what_onnxruntime_says_is_the_reason_and_no_place_in_its_source() -> None:
+    nodes = [helper.make_node("Reshape", ["x", "to"], ["y"])]
+    ports = ([("x", FLOAT, [4]), ("to", INT64, ["axes"])], [("y", FLOAT, None)])
+    model = load(Onnx(), {"m": model_file(nodes, ports, {})})
+    with pytest.raises(ModelFailed, match=r"cannot be reshaped to the requested shape\. Input shape:\{4\}") as caught:
+        answer(model, {"x": [1, 2, 3, 4], "to": [3]})
+    assert "/" not in caught.value.detail
+
+
 @given(st.integers(0, 10_000), st.integers(0, 255), st.booleans())
 @example(place=classifier().index(b"\x01n") + 1, byte=0x80, cut=False)  # the name of an axis, which is no UTF-8 then
 @settings(max_examples=150, deadline=None)

@@ -40,6 +40,7 @@ _DTYPES = {
 _TENSOR = re.compile(r"tensor\((\w+)\)")
 _NO_NAMES = frozenset({"?", "None", "-1"})
 """What exporters write for every axis that may have any size."""
+_TOO_NEW = re.compile(r"Opset (\d+) is under development.* support for domain (\S+) is till opset (\d+)")
 _MAX_PORTS = 256
 _TOLERANCE = 1e-5
 """Rows of one call share a pass; kernels for one row and for many add in another order."""
@@ -85,6 +86,15 @@ def _session(file: MemoryFile) -> InferenceSession:
     except (problems.NotImplemented, problems.NoSuchFile, problems.NoModel) as err:
         raise _refused(f"an ONNX model that needs what this node lacks ({words_of(err)})") from None
     except (*broken, problems.Fail, problems.RuntimeException, ValueError) as err:
+        newer = _TOO_NEW.search(str(err))
+        if newer is not None:
+            opset, domain, newest = newer.groups()
+            raise UnsupportedModel(
+                f"the ONNX model is of opset {opset} of {domain}, and onnxruntime {ort.__version__} takes up to opset "
+                f"{newest}: export it with that or an older one",
+                seen=f"an ONNX model of opset {opset} of {domain}",
+                supported=f"{domain} up to opset {newest}",
+            ) from None
         raise SealedFileDamaged(f"onnxruntime does not take the ONNX file: {words_of(err)}", stage="payload") from None
 
 
