@@ -19,7 +19,8 @@ from divault.models import onnx_file
 from divault.models.base import Inputs, LoadedModel
 from divault.models.onnx import Onnx
 from tests.memory_models import answer, as_json, load, memory_files
-from tests.onnx_models import FLOAT, INT64, classifier, iris, model_file, of_every_kind
+from tests.onnx_models import BOOL, FLOAT, INT64, TEXT, classifier, iris, model_file, of_every_kind
+from tests.schemas import mismatch
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +296,86 @@ def test_an_output_without_a_shape_is_promised_nothing() -> None:
 
     assert model.description.output_schema["properties"]["outputs"]["properties"]["y"] == {}
     assert answer(model, {"x": [1, 2, 3, 4], "to": [2, 2]}) == {"outputs": {"y": [[1, 2], [3, 4]]}}
+
+
+def decoder() -> bytes:
+    """What a decoder does with its past: the new words come after it."""
+    inputs = [("x", FLOAT, ["batch", 2, "new", 4]), ("past", FLOAT, ["batch", 2, "old", 4])]
+    outputs = [("y", FLOAT, ["batch", 2, "all", 4])]
+    return model_file([helper.make_node("Concat", ["past", "x"], ["y"], axis=2)], (inputs, outputs), {})
+
+
+@pytest.mark.parametrize("past", [[[[], []]], [[], []], {"dtype": "float32", "shape": [1, 2, 0, 4], "data": ""}])
+def test_axes_of_any_size_may_be_empty(past: Any) -> None:
+    model, x = load(Onnx(), {"m": decoder()}), np.ones((1, 2, 3, 4), np.float32)
+    forms = model.description.input_schema["properties"]["past"]["anyOf"][:2]
+
+    assert answer(model, {"x": x.tolist(), "past": past})["outputs"]["y"] == x.tolist()
+    assert isinstance(past, dict) or not mismatch(past, {"anyOf": forms})
+
+
+@pytest.mark.parametrize("past", [[], [[]], [[[]]], {"dtype": "float32", "shape": [0, 2, 0, 4], "data": ""}])
+def test_batches_and_axes_of_one_size_may_not(past: Any) -> None:
+    model = load(Onnx(), {"m": decoder()})
+    with pytest.raises(InputInvalid):
+        answer(model, {"x": np.ones((1, 2, 3, 4)).tolist(), "past": past})
+
+
+def test_an_operator_that_ends_the_process_on_nothing_gets_something() -> None:
+    """A batch of none would end the worker for everybody; it may stand in the second axis."""
+    weights = {"w": np.ones((1, 8, 4), np.float32), "r": np.ones((1, 8, 2), np.float32)}
+    node = helper.make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=2)
+    ports = ([("x", FLOAT, ["words", "batch", 4])], [("y", FLOAT, None)])
+    model = load(Onnx(), {"m": model_file([node], ports, weights)})
+
+    assert np.shape(answer(model, {"x": np.ones((3, 2, 4)).tolist()})["outputs"]["y"]) == (3, 1, 2, 2)
+    for empty in ([[]], {"dtype": "float32", "shape": [1, 0, 4], "data": ""}):
+        with pytest.raises(InputInvalid):
+            answer(model, {"x": empty})
+        assert isinstance(empty, dict) or mismatch(empty, model.description.input_schema["properties"]["x"]["anyOf"][0])
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(3, 8), (11, 32), (300, 8)])
+def test_the_example_has_a_size_that_runs_if_any_of_a_few_does(kernel: int, size: int) -> None:
+    ports = ([("x", FLOAT, ["n", 1, "h", "w"])], [("y", FLOAT, ["n", 1, "a", "b"])])
+    weight = np.ones((1, 1, kernel, 1), np.float32)
+    model = load(Onnx(), {"m": model_file([helper.make_node("Conv", ["x", "k"], ["y"])], ports, {"k": weight})})
+    told: Any = model.description.example["x"]
+
+    assert (told["shape"] if isinstance(told, dict) else list(np.shape(told))) == [1, 1, size, size]
+    assert answer(model, {"x": np.ones((1, kernel, 1)).tolist()})["outputs"]["y"] == [[[[float(kernel)]]]]
+    with contextlib.nullcontext() if size > kernel else pytest.raises(ModelFailed):
+        answer(model, dict(model.description.example))
+
+
+def test_an_optional_output_may_be_null() -> None:
+    tensor = helper.make_tensor_type_proto(FLOAT, ["n", 2])
+    nodes = [helper.make_node("Optional", [], ["y"], type=tensor), helper.make_node("Neg", ["x"], ["z"])]
+    data = onnx.load_from_string(model_file(nodes, ([("x", FLOAT, ["n", 2])], [("z", FLOAT, ["n", 2])]), {}))
+    data.graph.output.append(helper.make_value_info("y", helper.make_optional_type_proto(tensor)))
+    model = load(Onnx(), {"m": bytes(data.SerializeToString())})
+    result = answer(model, {"x": [[1, 2]]})
+
+    assert result == {"outputs": {"z": [[-1, -2]], "y": None}}
+    assert not mismatch(result, model.description.output_schema)
+
+
+def test_a_scalar_comes_as_bytes_too() -> None:
+    nodes = [helper.make_node("Neg", ["x"], ["y"])]
+    model = load(Onnx(), {"m": model_file(nodes, ([("x", FLOAT, [])], [("y", FLOAT, [])]), {})})
+    encoded = {"dtype": "float32", "shape": [], "data": "AACAPw=="}
+
+    assert answer(model, {"x": encoded}) == {"outputs": {"y": -1.0}}
+    with pytest.raises(InputInvalid):
+        answer(model, {"x": encoded | {"shape": [1]}})
+
+
+@pytest.mark.parametrize("kind", [TEXT, BOOL])
+def test_labels_are_for_numbers(kind: int) -> None:
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+    data = model_file(nodes, ([("x", kind, ["n", 2])], [("y", kind, ["n", 2])]), {})
+    with pytest.raises(UnsupportedModel, match="columns of numbers"):
+        load(Onnx(), {"m": data, "divault.json": as_json({"labels": ["a", "b"]})})
 
 
 @pytest.mark.parametrize("domain", ["ai.onnx", "ai.onnx.ml"])

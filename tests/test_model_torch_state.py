@@ -20,6 +20,7 @@ from divault.errors import DivaultError, InputInvalid, SealedFileDamaged, Unsupp
 from divault.models.base import CPU, Inputs, LoadedModel
 from divault.models.torch_state import TorchState
 from tests.memory_models import answer, as_json, load, memory_files, state_dict_file
+from tests.schemas import mismatch
 
 MLP = {"type": "mlp", "sizes": [4, 8, 3], "activation": "relu"}
 CONV = [
@@ -116,8 +117,12 @@ def test_an_embedding_takes_whole_numbers_below_its_size() -> None:
     ]
     loaded = model(save(ours.state_dict()), layers, input_shape=[2])
 
-    assert ours(torch.tensor([[1, 9]])).tolist() == answer(loaded, {"tensor": [1, 9]})["predictions"]
+    for right in ([1, 9], [1.0, 9]):
+        assert ours(torch.tensor([[1, 9]])).tolist() == answer(loaded, {"tensor": right})["predictions"]
+    item = loaded.description.input_schema["properties"]["tensor"]["anyOf"][0]
+    assert not mismatch([1, 9], item)
     for wrong in ([1, 10], [-1, 0], [0.5, 1], [True, 1], [2**70, 1]):
+        assert mismatch(wrong, item)
         with pytest.raises(InputInvalid):
             answer(loaded, {"tensor": wrong})
 

@@ -9,6 +9,7 @@ Callers never share a pass: what a graph does with its first axis is its own aff
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,16 @@ from divault.models.base import Answer, Description, Inputs, Place, words_of
 from divault.models.files import Folder, path_of
 from divault.models.labels import labelled, labelled_schema, labels_of
 from divault.models.runtimes import runtime_object, seed, threads
-from divault.models.tensors import TensorSpec, answered, nested_schema, written
+from divault.models.tensors import (
+    MOST_TRIED,
+    SIZES,
+    TensorSpec,
+    answered,
+    leaf_schema,
+    nested_schema,
+    written,
+    zeros,
+)
 from divault.values import MemoryFile
 
 if TYPE_CHECKING:
@@ -42,6 +52,8 @@ _NO_NAMES = frozenset({"?", "None", "-1"})
 """What exporters write for every axis that may have any size."""
 _TOO_NEW = re.compile(r"Opset (\d+) is under development.* support for domain (\S+) is till opset (\d+)")
 _MAX_PORTS = 256
+_ENDS_ON_NOTHING = ("LSTM", "GRU")
+"""Given a batch of none, onnxruntime 1.32 ends the process in these and in those that are made of them."""
 _TOLERANCE = 1e-5
 """Rows of one call share a pass; kernels for one row and for many add in another order."""
 
@@ -62,7 +74,8 @@ class Onnx:
         told = Folder(files).json_object("divault.json")
         seed()
         task = str(told.get("task") or "prediction")[:80]
-        return LoadedOnnx(_session(file), onnx_file.shapeless(file), labels_of(told), task)
+        empty = not any(name in operator for operator in onnx_file.operators(file) for name in _ENDS_ON_NOTHING)
+        return LoadedOnnx(_session(file), onnx_file.shapeless(file), labels_of(told), task, empty=empty)
 
 
 def _models(files: Sequence[MemoryFile]) -> list[MemoryFile]:
@@ -111,6 +124,8 @@ class _Port:
     shape: tuple[int | None, ...]
     axes: tuple[str | None, ...] = ()
     """What the model calls its axes, where they may have any size: those of one name have one size."""
+    form: str = ""
+    """What it is, in onnxruntime's words: `seq(map(string,tensor(float)))`."""
 
     @property
     def batched(self) -> bool:
@@ -140,31 +155,40 @@ def _told(node: Any) -> _Port:
         dtype = None
     shape = tuple(size if isinstance(size, int) and size >= 0 else None for size in node.shape or ())
     axes = tuple(size if isinstance(size, str) and size not in _NO_NAMES else None for size in node.shape or ())
-    return _Port(node.name, dtype, shape, axes)
+    return _Port(node.name, dtype, shape, axes, node.type)
 
 
 class LoadedOnnx:
     """A session, ready to run."""
 
     def __init__(
-        self, session: InferenceSession, shapeless: Container[str], labels: tuple[str, ...], task: str
+        self, session: InferenceSession, shapeless: Container[str], labels: tuple[str, ...], task: str, *, empty: bool
     ) -> None:
-        """`shapeless`: inputs and outputs whose number of axes the model does not say."""
+        """`shapeless`: inputs and outputs whose number of axes the model does not say.
+
+        `empty`: whether axes of any size, but for that of the batch, may have no members.
+        """
         self._session = session
         self._shapeless = shapeless
         self._labels = labels
         self._task = task
+        self._empty = empty
         self._outputs = [_output(node) for node in session.get_outputs()]
         inputs = [_port(node) for node in session.get_inputs()]
         self._axes = {port.name: port.axes for port in inputs}
         self._specs = self._input_specs(inputs)
-        if labels and (len(self._outputs) != 1 or self._outputs[0].shape[1:] not in {(None,), (len(labels),)}):
+        if labels and not self._has_columns(len(labels)):
             raise UnsupportedModel(
-                f"divault.json has {len(labels)} labels, the model no single output with as many columns",
+                f"divault.json has {len(labels)} labels, the model no single output with as many columns of numbers",
                 seen="labels that don't fit the output",
                 supported="one label for each column of the one output",
             )
         self._description = self._described()
+
+    def _has_columns(self, count: int) -> bool:
+        first = self._outputs[0]
+        numbers = first.dtype is not None and leaf_schema(first.dtype)["type"] in {"number", "integer"}
+        return len(self._outputs) == 1 and numbers and first.shape[1:] in {(None,), (count,)}
 
     def _input_specs(self, ports: list[_Port]) -> dict[str, TensorSpec]:
         if not 1 <= len(ports) <= _MAX_PORTS or not 1 <= len(self._outputs) <= _MAX_PORTS:
@@ -177,9 +201,22 @@ class LoadedOnnx:
                     f"an ONNX model that does not say how many axes its input {port.name[:80]!r} has (export it with "
                     "the shape of each input; sizes may stay open)"
                 )
+        example = {name: written(array) for name, array in self._tried(ports).items()}
+        return {port.name: _spec(port, example, empty=self._empty) for port in ports}
+
+    def _tried(self, ports: Sequence[_Port]) -> dict[str, NDArray[Any]]:
+        """An input of zeros that runs, of a few sizes where any may be; that of the first where none runs."""
         alone = {axis for port in ports if port.batched and (axis := port.axes[0]) is not None}
-        example = {port.name: written(_zeros(port, alone)) for port in ports}
-        return {port.name: _spec(port, example) for port in ports}
+        first, second = ({port.name: _zeros(port, size, alone) for port in ports} for size in SIZES[:2])
+        if all(array.shape == second[name].shape for name, array in first.items()):
+            return first
+        for size in SIZES:
+            tried = {port.name: _zeros(port, size, alone) for port in ports}
+            if sum(array.size for array in tried.values()) <= MOST_TRIED:
+                with contextlib.suppress(ModelFailed):
+                    self._ran([port.name for port in self._outputs], tried)
+                    return tried
+        return first
 
     @property
     def description(self) -> Description:
@@ -255,13 +292,18 @@ class LoadedOnnx:
             example=dict(self._example),
         )
 
-    def _answer(self, arrays: dict[str, NDArray[Any]], names: list[str]) -> Answer:
+    def _ran(self, names: list[str], arrays: dict[str, NDArray[Any]]) -> Sequence[Any]:
+        """These outputs, as onnxruntime gives them. Raises ModelFailed."""
         from onnxruntime.capi import onnxruntime_pybind11_state as problems
 
         try:
-            found = self._session.run(names, arrays)
+            found: Sequence[Any] = self._session.run(names, arrays)
         except (problems.InvalidArgument, problems.Fail, problems.RuntimeException) as err:
             raise ModelFailed(f"onnxruntime: {words_of(err)}", kind="raised") from None
+        return found
+
+    def _answer(self, arrays: dict[str, NDArray[Any]], names: list[str]) -> Answer:
+        found = self._ran(names, arrays)
         outputs = {name: _plain(value) for name, value in zip(names, found, strict=True)}
         result: dict[str, Any] = {"outputs": outputs}
         if self._labels:
@@ -270,24 +312,26 @@ class LoadedOnnx:
         return Answer(result, batched[0] if batched else 1)
 
 
-def _zeros(port: _Port, alone: Container[str]) -> NDArray[Any]:
+def _zeros(port: _Port, size: int, alone: Container[str]) -> NDArray[Any]:
     """One item of a batch, or a whole tensor; axes of one name have one size, and that of a batch is 1."""
-    spec = _spec(port, {})
-    shape = tuple(1 if axis in alone else size for axis, size in zip(port.axes, spec.zeros().shape, strict=True))
-    return TensorSpec(shape, None, {}, spec.dtype, batched=False).zeros()
+    known = (1, *port.shape[1:]) if port.batched else port.shape
+    shape = [
+        1 if axis in alone else size if have is None else have for axis, have in zip(port.axes, known, strict=True)
+    ]
+    return zeros(shape, str(port.dtype))
 
 
-def _spec(port: _Port, example: Mapping[str, Any]) -> TensorSpec:
+def _spec(port: _Port, example: Mapping[str, Any], *, empty: bool) -> TensorSpec:
     shape = port.shape[1:] if port.batched else port.shape
-    return TensorSpec(shape, None, example, str(port.dtype), port.batched)
+    return TensorSpec(shape, None, example, str(port.dtype), port.batched, empty)
 
 
 def _output_schema(port: _Port) -> dict[str, Any]:
-    if port.dtype is None:
+    if port.dtype is not None:
+        return nested_schema(leaf_schema(port.dtype), port.shape)
+    if port.form.startswith("seq("):
         return {"type": "array"}
-    kind = TensorSpec((), None, {}, port.dtype).kind
-    leaf = {"f": "number", "i": "integer", "u": "integer", "b": "boolean", "U": "string"}[kind]
-    return nested_schema({"type": leaf}, port.shape)
+    return {}  # an optional one may be null, a map is an object
 
 
 def _plain(value: Any) -> Any:

@@ -34,6 +34,7 @@ _INSIDE: dict[str, dict[int, str]] = {
 }
 """Which fields of a message hold messages that lead to tensors."""
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
+_OPERATOR = 4  # of a node
 _MAX_DEPTH = 64
 """Subgraphs inside subgraphs; real ones have a handful."""
 
@@ -57,19 +58,35 @@ def is_onnx(file: MemoryFile) -> bool:
 def check(file: MemoryFile) -> None:
     """Raises UnsupportedModel where a tensor's data are not inside the file; SealedFileDamaged for broken content."""
     with opened(file) as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        todo = [("model", 0, len(data), 0)]
-        while todo:
-            kind, start, end, depth = todo.pop()
-            if depth > _MAX_DEPTH:
-                raise _damaged("its graphs are nested too deep")
-            for number, wire, begin, stop in _fields(data, start, end):
-                if kind == "tensor" and _points_elsewhere(number, data, begin):
-                    raise _external()
-                inner = _INSIDE[kind].get(number)
-                if inner is not None and wire != _MESSAGE:
-                    raise _damaged("a message is no message")
-                if inner is not None:
-                    todo.append((inner, begin, stop, depth + 1))
+        for kind, number, begin, _ in _inside(data):
+            if kind == "tensor" and _points_elsewhere(number, data, begin):
+                raise _external()
+
+
+def operators(file: MemoryFile) -> frozenset[str]:
+    """Names of the operators that any of its graphs has. Raises SealedFileDamaged."""
+    with opened(file) as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return frozenset(
+            data[begin:end].decode("utf-8", "replace")
+            for kind, number, begin, end in _inside(data)
+            if (kind, number) == ("node", _OPERATOR)
+        )
+
+
+def _inside(data: mmap.mmap) -> Iterator[tuple[str, int, int, int]]:
+    """(kind of message, number, first byte, end) of each field that leads to tensors, and of what stands beside it."""
+    todo = [("model", 0, len(data), 0)]
+    while todo:
+        kind, start, end, depth = todo.pop()
+        if depth > _MAX_DEPTH:
+            raise _damaged("its graphs are nested too deep")
+        for number, wire, begin, stop in _fields(data, start, end):
+            yield kind, number, begin, stop
+            inner = _INSIDE[kind].get(number)
+            if inner is not None and wire != _MESSAGE:
+                raise _damaged("a message is no message")
+            if inner is not None:
+                todo.append((inner, begin, stop, depth + 1))
 
 
 def shapeless(file: MemoryFile) -> frozenset[str]:

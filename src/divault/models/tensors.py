@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NoReturn
@@ -26,9 +26,15 @@ MAX_RANK = 8
 _WIDTHS = {"float": ("16", "32", "64"), "int": ("8", "16", "32", "64"), "uint": ("8", "16", "32", "64")}
 DTYPES = (*(f"{kind}{width}" for kind, widths in _WIDTHS.items() for width in widths), "bool")
 """Names of numpy that callers may send bytes of; models may take text (`str`) as well, in lists."""
-_LEAVES: dict[str, set[type]] = {"f": {int, float}, "i": {int}, "u": {int}, "b": {bool}, "U": {str}}
+_LEAVES: dict[str, set[type]] = {kind: {int, float} for kind in "fiu"} | {"b": {bool}, "U": {str}}
 _MAX_TEXT = 100_000
-_ANY_SIZE_IN_EXAMPLE = 8
+_MOST_EXACT = 1 << 53
+"""Up to here a float64 tells whole numbers apart."""
+SIZES = (8, 32, 64, 224, 4, 1)
+"""Where any size may be, a model is tried with these in turn while it is loaded, until it runs: few words or pixels, as
+many as networks for images need, and less."""
+MOST_TRIED = 1 << 20
+"""Numbers of an item that a model is tried with; an image of 224 pixels each way has 150,528."""
 _LONGEST_LISTED_EXAMPLE = 256
 _LONGEST_EXAMPLE_BYTES = 64 << 10
 """Longer ones stand in the description without their bytes, which all are zero."""
@@ -47,6 +53,8 @@ class TensorSpec:
     dtype: str = "float32"
     """numpy's name, or `str`."""
     batched: bool = True
+    empty: bool = False
+    """Whether axes of any size, but for the batch, may have no members."""
 
     @property
     def expected(self) -> str:
@@ -64,18 +72,28 @@ class TensorSpec:
     @property
     def kind(self) -> str:
         """Numpy's letter: f, i, u, b or U."""
-        return "U" if self.dtype == "str" else np.dtype(self.dtype).kind
+        return _kind(self.dtype)
 
     def schema(self) -> dict[str, Any]:
         """JSON Schema of the tensor."""
-        leaf = {"f": "number", "i": "integer", "u": "integer", "b": "boolean", "U": "string"}[self.kind]
-        item = nested_schema({"type": leaf}, self.item_shape)
+        item = nested_schema(leaf_schema(self.dtype) | self._limits(), self.item_shape, least=0 if self.empty else 1)
         ways = [item]
         if self.batched:
             ways.append({"type": "array", "items": item, "minItems": 1})
         if self.kind != "U":
             ways.append(_ENCODED)
         return {"anyOf": ways}
+
+    def _limits(self) -> dict[str, Any]:
+        """What stands in the schema; limits of 64 bits are beyond what readers of JSON hold exactly."""
+        if self.below is not None:
+            return {"minimum": 0, "maximum": self.below - 1}
+        if self.kind not in "iu":
+            return {}
+        limits = np.iinfo(self.dtype)
+        if limits.bits < 64:
+            return {"minimum": int(limits.min), "maximum": int(limits.max)}
+        return {"minimum": 0} if self.kind == "u" else {}
 
     def parse(self, value: Any, field: str) -> NDArray[Any]:
         """The batch in its dtype [n, *item_shape], n >= 1; texts as objects. Raises InputInvalid."""
@@ -85,7 +103,7 @@ class TensorSpec:
             array = array[np.newaxis]
         if array.ndim != len(self.item_shape) + self.batched or not self._fits(array.shape[self.batched :]):
             self.refuse(field, f"the shape is {list(array.shape)}")
-        if array.size == 0:
+        if array.size == 0 and not (self.empty and all(array.shape[: self.batched])):
             self.refuse(field, "it is empty")
         return array
 
@@ -114,16 +132,26 @@ class TensorSpec:
             shape.append(length)
             level = list(chain.from_iterable(level))
         kinds = {type(item) for item in level}
-        # Whole numbers may come as 3.0: `_typed` looks at their values.
-        if (not shape and self.item_shape) or not kinds <= (_LEAVES[self.kind] | ({float} if self.below else set())):
+        if (not shape and self.item_shape) or not kinds <= _LEAVES[self.kind]:
             self.refuse(field, f"it is not made of {self._numbers_in_words()} only")
-        return self._numbers(level, field).reshape(shape)
+        return self._numbers(level, field).reshape(shape if level else self._completed(shape))
+
+    def _completed(self, shape: list[int]) -> list[int]:
+        """With the axes that lists without members don't show: as the model has them, 0 where any size may be."""
+        for batch in range(1 + self.batched):
+            rest = [size or 0 for size in self.item_shape[len(shape) - batch :]]
+            item = (*shape[batch:], *rest)
+            if self.empty and len(item) == len(self.item_shape) and self._fits(item):
+                return [*shape, *rest]
+        return shape
 
     def _numbers(self, leaves: list[Any], field: str) -> NDArray[Any]:
         if self.kind == "U":
             if any(len(text) > _MAX_TEXT for text in leaves):
                 self.refuse(field, f"a text of over {_MAX_TEXT} characters")
             return np.array(leaves, dtype=object)
+        if self.kind in "iu":
+            leaves = [int(item) if type(item) is float and _is_whole(item) else item for item in leaves]
         try:
             if self.kind in "iu" and all(type(item) is int for item in leaves):
                 return np.array(leaves, dtype=np.uint64 if self.dtype == "uint64" else np.int64)
@@ -136,8 +164,8 @@ class TensorSpec:
         dtype, shape, data = value.get("dtype"), value.get("shape"), value.get("data")
         if value.keys() != {"dtype", "shape", "data"} or not isinstance(data, str) or dtype not in DTYPES:
             self.refuse(field, f'an object needs "dtype" ({", ".join(DTYPES)}), "shape" and "data" in base64')
-        if not isinstance(shape, list) or not 1 <= len(shape) <= MAX_RANK:
-            self.refuse(field, f"shape is a list of 1 to {MAX_RANK} sizes")
+        if not isinstance(shape, list) or len(shape) > MAX_RANK:
+            self.refuse(field, f"shape is a list of up to {MAX_RANK} sizes")
         if any(type(size) is not int or not 0 <= size <= MAX_ELEMENTS for size in shape):
             self.refuse(field, f"a size in shape is not 0 to {MAX_ELEMENTS}")
         try:
@@ -167,15 +195,44 @@ class TensorSpec:
     def _whole(self, array: NDArray[Any], field: str) -> NDArray[Any]:
         limits = np.iinfo(self.dtype)
         least, most = (0, self.below - 1) if self.below is not None else (int(limits.min), int(limits.max))
-        if array.dtype.kind not in "iu" or (array.size and not least <= int(array.min()) <= int(array.max()) <= most):
+        whole = array.dtype.kind in "iu" or (
+            array.dtype.kind == "f" and bool(np.all((np.abs(array) <= _MOST_EXACT) & (np.trunc(array) == array)))
+        )
+        if not whole or (array.size and not least <= int(array.min()) <= int(array.max()) <= most):
             self.refuse(field, "a number is not a whole one in range")
         return array.astype(self.dtype)
 
-    def zeros(self, size: int = _ANY_SIZE_IN_EXAMPLE) -> NDArray[Any]:
-        """One item of zeros, as a batch; `size` stands where any may."""
-        sizes = [size if known is None else known for known in self.item_shape]
-        shape = [1, *sizes] if self.batched else sizes
-        return np.full(shape, "a", dtype=object) if self.kind == "U" else np.zeros(shape, dtype=self.dtype)
+
+def _is_whole(number: float) -> bool:
+    """3.0 is a whole number, as in JSON Schema; one of 2**60 may be what was left of another."""
+    return number.is_integer() and abs(number) <= _MOST_EXACT
+
+
+def zeros(shape: Sequence[int], dtype: str) -> NDArray[Any]:
+    """A tensor to try a model with; texts are `a`."""
+    return np.full(shape, "a", dtype=object) if dtype == "str" else np.zeros(shape, dtype=dtype)
+
+
+def shapes(
+    shape: Sequence[int | None], sizes: Sequence[int] = SIZES, bounds: Sequence[tuple[int, int]] = ()
+) -> Iterator[tuple[int, ...]]:
+    """What stands for the shape where any size may be: one of `sizes` after the other, within the bounds of its axis.
+
+    No shape twice, and after the first none of very many numbers.
+
+    >>> list(shapes((3, None), sizes=(8, 32, 4), bounds=((1, 9), (1, 9))))
+    [(3, 8), (3, 9), (3, 4)]
+    """
+    seen: set[tuple[int, ...]] = set()
+    limits = [*bounds, *[(1, MOST_TRIED)] * (len(shape) - len(bounds))]
+    for size in sizes:
+        found = tuple(
+            min(max(size, least), most) if known is None else known
+            for known, (least, most) in zip(shape, limits, strict=True)
+        )
+        if found not in seen and (not seen or math.prod(found) <= MOST_TRIED):
+            seen.add(found)
+            yield found
 
 
 _ENCODED: dict[str, Any] = {
@@ -189,11 +246,21 @@ _ENCODED: dict[str, Any] = {
 }
 
 
-def nested_schema(leaf: dict[str, Any], shape: Sequence[int | None]) -> dict[str, Any]:
-    """JSON Schema of arrays of this shape."""
+def _kind(dtype: str) -> str:
+    return "U" if dtype == "str" else np.dtype(dtype).kind
+
+
+def leaf_schema(dtype: str) -> dict[str, Any]:
+    """JSON Schema of one value of this dtype, of numpy's names or `str`."""
+    kinds = {"f": "number", "i": "integer", "u": "integer", "b": "boolean", "U": "string"}
+    return {"type": kinds[_kind(dtype)]}
+
+
+def nested_schema(leaf: dict[str, Any], shape: Sequence[int | None], least: int = 0) -> dict[str, Any]:
+    """JSON Schema of arrays of this shape; axes of any size have `least` members."""
     schema = leaf
     for size in reversed(shape):
-        fixed = {} if size is None else {"minItems": size, "maxItems": size}
+        fixed = {"minItems": size, "maxItems": size} if size is not None else {"minItems": least} if least else {}
         schema = {"type": "array", "items": schema, **fixed}
     return schema
 

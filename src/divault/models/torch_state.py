@@ -20,7 +20,7 @@ from divault.models.architecture import EXAMPLE, Network, build
 from divault.models.base import Answer, Description, Inputs, Place
 from divault.models.files import Folder
 from divault.models.labels import labelled, labelled_schema, labels_of
-from divault.models.tensors import MAX_ANSWER_NUMBERS, TensorSpec, nested_schema, written
+from divault.models.tensors import MAX_ANSWER_NUMBERS, TensorSpec, nested_schema, shapes, written, zeros
 from divault.models.torch_runtime import Hardware, prepare, runtime
 from divault.models.weights import SUPPORTED, read_weights, weight_files
 from divault.values import MemoryFile
@@ -75,9 +75,9 @@ class LoadedNetwork:
         self._labels = labels
         self._hardware = hardware
         dtype = "float32" if network.vocabulary is None else "int64"
-        zeros = TensorSpec(network.item_shape, network.vocabulary, {}, dtype).zeros()
-        self._spec = TensorSpec(network.item_shape, network.vocabulary, {"tensor": written(zeros)}, dtype)
-        self._output_shape = self._probed(zeros)
+        tried = zeros((1, *next(shapes(network.item_shape))), dtype)
+        self._spec = TensorSpec(network.item_shape, network.vocabulary, {"tensor": written(tried)}, dtype)
+        self._output_shape = self._probed(tried)
         self._description = self._described(task)
 
     @property
@@ -129,10 +129,10 @@ class LoadedNetwork:
         short = output.is_floating_point() and output.dtype != torch.float64  # halves have no exact words of their own
         return (output.float() if short else output).cpu()
 
-    def _probed(self, zeros: NDArray[Any]) -> tuple[int, ...]:
+    def _probed(self, tried: NDArray[Any]) -> tuple[int, ...]:
         """Shape of one row of output, seen by running zeros. Raises UnsupportedModel where they don't run."""
         try:
-            output = self._run(zeros, probing=True)
+            output = self._run(tried, probing=True)
         except ModelFailed as err:
             raise UnsupportedModel(
                 f"given one item of the stated shape, {err.detail}",
