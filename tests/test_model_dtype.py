@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
+from torch.export import Dim
 
 from divault import models
-from divault.errors import SettingsInvalid
+from divault.errors import InputInvalid, ModelFailed, SettingsInvalid, UnsupportedModel
 from divault.models.base import DTYPES, Inputs, LoadedModel, Place
 from divault.receipts.fields import runtime_hash
 from divault.settings import Settings
@@ -118,13 +121,107 @@ async def test_a_worker_computes_in_what_it_is_told(dtype: str, expected: float)
         await pool.close()
 
 
-def test_a_program_keeps_its_own_numbers() -> None:
-    from tests.test_model_torch_module import saved, sequential
+class Words(torch.nn.Module):
+    """Numbers of words to two numbers."""
 
-    files = {"model.pt": saved(sequential()), "divault.json": as_json({"input_shape": [2]})}
-    with memory_files(files) as found:
-        model = models.load(found, Place(dtype="bfloat16"), allow_code=True)
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(10, 4)
+        self.end = torch.nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.end(self.words(x).mean(1))
+
+
+def program(kind: str, module: torch.nn.Module, items: torch.Tensor, **told: Any) -> LoadedModel:
+    """The module, saved as a program of this kind and loaded again, on a node that computes in bfloat16."""
+    from tests.test_model_torch_module import saved
+
+    out = io.BytesIO()
+    if kind == "pt2":
+        torch.export.save(torch.export.export(module, (items,), dynamic_shapes=({0: Dim("b")},)), out)
+    elif kind == "script":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            torch.jit.save(torch.jit.script(module), out)
+    content = {f"model.{'pt2' if kind == 'pt2' else 'pt'}": out.getvalue() or saved(module)}
+    with memory_files(content | {"divault.json": as_json({"input_shape": list(items.shape[1:])} | told)}) as files:
+        return models.load(files, Place(dtype="bfloat16"), allow_code=True)
+
+
+KINDS = ("script", "pt2", "pickled")
+LARGE: Any = {
+    torch.float16: {65504.0: ModelFailed, 65536.0: InputInvalid},
+    torch.bfloat16: {3.3e38: ModelFailed, 1e39: InputInvalid},
+}
+"""What an answer of this dtype can't hold, and what not even the input can."""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_program_keeps_its_own_numbers(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    module, items = torch.nn.Sequential(torch.nn.Linear(3, 2)).to(dtype).eval(), torch.rand(2, 3, dtype=dtype)
+    torch.nn.init.constant_(module[0].weight, 0.75)
+    model = program(kind, module, items)
+
+    assert said(model, {"tensor": items.tolist()})["predictions"] == module(items).tolist()
+    assert model.description.runtime["dtype"] == str(dtype).removeprefix("torch.")
+    for number, error in LARGE.get(dtype, {}).items():
+        with pytest.raises(error):
+            said(model, {"tensor": [number] * 3})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+@pytest.mark.parametrize("told", ["int64", "int32", None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_gets_the_numbers_that_it_takes(kind: str, told: str | None) -> None:
+    torch.manual_seed(1)
+    layers = (torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(24, 2))
+    module = (torch.nn.Sequential(*layers) if kind == "pickled" else Words()).eval()
+    items = torch.randint(0, 10, (3, 6), dtype=getattr(torch, told or "int64"))
+    if told is None and kind != "pt2":  # its graph says it, the others have nothing but their weights
+        with pytest.raises(UnsupportedModel, match=r"as float32, the program fails: .*Long, Int.*input_dtype"):
+            program(kind, module, items)
+        return
+    model = program(kind, module, items, **({"input_dtype": told} if told else {}))
+    form = model.description.input_schema["properties"]["tensor"]["anyOf"][0]
+
+    assert said(model, {"tensor": items.tolist()})["predictions"] == module(items).tolist()
+    assert form["items"]["type"] == "integer"
     assert model.description.runtime["dtype"] == "float32"
+    with pytest.raises(InputInvalid):
+        said(model, {"tensor": [0.5] * 6})
+
+
+@pytest.mark.parametrize("told", ["complex64", "float", 64, ["int64"]])
+def test_an_input_dtype_that_nobody_can_send_is_refused(told: Any) -> None:
+    with pytest.raises(UnsupportedModel, match="input_dtype is one of"):
+        program("pickled", torch.nn.Linear(3, 2), torch.rand(2, 3), input_dtype=told)
+
+
+class Shifted(torch.nn.Module):
+    """Has doubles that are no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([1700000123.25, 16777217.0], dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double() + self.mean
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+@pytest.mark.parametrize("kind", KINDS)
+def test_doubles_of_a_program_are_not_cut(kind: str) -> None:
+    items = torch.tensor([[0.5, 2.0], [1.0, 4.0]])
+    model = program(kind, Shifted().eval(), items)
+
+    assert said(model, {"tensor": items.tolist()})["predictions"] == [
+        [1700000123.75, 16777219.0],
+        [1700000124.25, 16777221.0],
+    ]
 
 
 def test_what_can_be_set() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from divault import models
 from divault.errors import DeadlineExceeded, InputInvalid, ModelFailed, UnsupportedModel
 from divault.models.base import Inputs
 from tests.memory_models import as_json, memory_files
+from tests.schemas import mismatch
 from tests.test_model_torch_worker import opened
 from tests.worker_calls import MakePool, confined_pool, run
 
@@ -117,7 +119,43 @@ def test_numbers_of_any_length_are_written_out_exactly(dtype: torch.dtype) -> No
     with memory_files({"model.pt": script(module), "divault.json": as_json({"input_shape": [3]})}) as found:
         model = models.load(found, allow_code=True)
 
-    assert model.predict([Inputs({"tensor": row}, {})])[0].result["predictions"] == module(torch.tensor([row])).tolist()
+    expected = module(torch.tensor([row], dtype=dtype)).tolist()
+    assert model.predict([Inputs({"tensor": row}, {})])[0].result["predictions"] == expected
+
+
+class Above(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x > 0
+
+
+class Rounded(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.long()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("kind", "told", "row"), [(Above, "boolean", [True, False]), (Rounded, "integer", [1, -1]), (Unit, "number", None)]
+)
+def test_the_schema_says_what_comes_out(kind: type[torch.nn.Module], told: str, row: Any) -> None:
+    files = {"model.pt": script(kind()), "divault.json": as_json({"input_shape": [2]})}
+    with memory_files(files) as found:
+        model = models.load(found, allow_code=True)
+    result = model.predict([Inputs({"tensor": [1.0, -1.0]}, {})])[0].result
+
+    assert row in (None, result["predictions"][0])
+    assert not mismatch(result, model.description.output_schema)
+    assert model.description.output_schema["properties"]["predictions"]["items"]["items"] == {"type": told}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_labels_are_for_numbers() -> None:
+    told = {"input_shape": [2], "labels": ["no", "yes"]}
+    with (
+        memory_files({"model.pt": script(Above()), "divault.json": as_json(told)}) as found,
+        pytest.raises(UnsupportedModel, match="a row of output is bool"),
+    ):
+        models.load(found, allow_code=True)
 
 
 class Pair(torch.nn.Module):

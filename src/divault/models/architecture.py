@@ -64,11 +64,15 @@ class Network:
     item_shape: tuple[int | None, ...]
     """Shape of one item without the batch; None is any size."""
     vocabulary: int | None = None
-    """Inputs are whole numbers below this, for an embedding; None: float32."""
+    """Inputs are whole numbers below this, for an embedding."""
     adapter: str = "torch-state"
     """How it came, for the runtime object of receipts."""
     code: bool = False
     """Whether it came as a program."""
+    input_dtype: str | None = None
+    """What goes in, by torch's name; None: float32, or whole numbers with a vocabulary."""
+    bounds: tuple[tuple[int, int], ...] = ()
+    """Least and most size of each axis of an item, where the network says so."""
 
 
 def build(architecture: Any, input_shape: Any, weights: Mapping[str, Tensor]) -> Network:

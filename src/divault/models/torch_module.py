@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from divault.errors import UnsupportedModel
 from divault.models.containers import Container, check_torch_zip
 from divault.models.files import Folder, path_of
-from divault.models.torch_programs import Program, broken
+from divault.models.torch_programs import Found, Program, broken
 from divault.values import MemoryFile
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class _Sources(MetaPathFinder, Loader):
         return module
 
 
-def _module(file: MemoryFile, device: torch.device, folder: Folder) -> torch.nn.Module:
+def _module(file: MemoryFile, device: torch.device, folder: Folder) -> Found:
     import torch
 
     check_torch_zip(file)
@@ -94,7 +94,8 @@ def _module(file: MemoryFile, device: torch.device, folder: Folder) -> torch.nn.
         raise UnsupportedModel(
             f"the file holds a {kind[:100]}, no network", seen=f"a pickled {kind[:100]}", supported=_WORDS
         )
-    return found.to(device, torch.float32).eval().requires_grad_(requires_grad=False)
+    # Its numbers stay as they are: a program may lean on doubles of its own.
+    return Found(found.to(device).eval().requires_grad_(requires_grad=False))
 
 
 def _pickle_of(sources: _Sources) -> Any:

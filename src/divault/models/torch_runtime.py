@@ -30,12 +30,20 @@ class Hardware:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     @property
+    def dtype_name(self) -> str:
+        """As settings and receipts have it: `float32`."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def tolerance(self) -> float:
         """Most that numbers of one input differ with what else is in its batch: sums are made in another order."""
-        return _TOLERANCE[str(self.dtype).removeprefix("torch.")]
+        return _TOLERANCE[self.dtype_name]
 
 
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+# What has weights of doubles may still compute in float32 in between.
+_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+DTYPES = tuple(_TOLERANCE)
+"""Of networks; programs alone have doubles."""
 
 
 def prepare(place: Place) -> Hardware:
@@ -121,6 +129,5 @@ def runtime(adapter: str, hardware: Hardware, libraries: Sequence[str]) -> dict[
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "torch_instructions": torch.backends.cpu.get_cpu_capability(),
     }
-    dtype = str(hardware.dtype).removeprefix("torch.")
-    told = runtime_object(adapter, hardware.name, dtype, ("torch", *libraries), flags)
+    told = runtime_object(adapter, hardware.name, hardware.dtype_name, ("torch", *libraries), flags)
     return told | {"threads": torch.get_num_threads()}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from divault.models.containers import Container
 from divault.models.files import Folder, path_of
-from divault.models.torch_programs import Program, broken
+from divault.models.torch_programs import Found, Program, broken
 from divault.values import MemoryFile
 
 if TYPE_CHECKING:
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 _WORDS = "TorchScript"
 
 
-def _script(file: MemoryFile, device: torch.device, _: Folder) -> torch.nn.Module:
+def _script(file: MemoryFile, device: torch.device, _: Folder) -> Found:
     import torch
 
     try:
         found: torch.nn.Module = torch.jit.load(path_of(file), map_location=device)  # type: ignore[no-untyped-call]  # torch's own
     except (RuntimeError, ValueError, KeyError) as err:
         raise broken(_WORDS, err) from None
-    return found.eval()
+    return Found(found.eval())
 
 
 TORCH_SCRIPT = Program("torch-script", Container.TORCH_SCRIPT, _WORDS, _script)
