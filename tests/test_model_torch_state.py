@@ -316,6 +316,42 @@ def test_layers_that_do_not_fit_together_are_refused_at_load() -> None:
     assert "don't fit together" in error.detail
 
 
+@pytest.mark.parametrize(
+    ("layer", "kwargs", "shape"),
+    [
+        ("Softmax", {"dim": 0}, [3]),
+        ("LogSoftmax", {"dim": -3}, [2, 3]),
+        ("Softmax", {}, [2, 3]),  # torch takes the first axis of three
+        ("BatchNorm1d", {"num_features": 2, "track_running_stats": False, "affine": False}, [2, 3]),
+        ("BatchNorm2d", {"num_features": 2, "track_running_stats": False, "affine": False}, [2, 3, 3]),
+    ],
+)
+def test_a_layer_that_looks_at_the_items_beside_is_refused_by_its_name(layer: str, kwargs: Any, shape: Any) -> None:
+    layers = [{"layer": layer, "kwargs": kwargs}, {"layer": "Linear", "kwargs": {"in_features": 3, "out_features": 1}}]
+    weights = save({"1.weight": torch.ones(1, 3), "1.bias": torch.ones(1)})
+    error = refusal({"w": weights, "divault.json": as_json({"architecture": layers, "input_shape": shape})})
+
+    assert layer in error.detail
+    assert "would depend on the others" in error.detail
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "shape"), [({"dim": -1}, [2, 3]), ({"dim": 1}, [2, 3]), ({"dim": 1}, [3]), ({}, [3]), ({}, [2, 2, 3])]
+)
+@pytest.mark.filterwarnings("ignore:Implicit dimension")
+def test_a_softmax_within_an_item_gives_it_the_same_in_any_company(kwargs: Any, shape: Any) -> None:
+    layers = [
+        {"layer": "Softmax", "kwargs": kwargs},
+        {"layer": "Linear", "kwargs": {"in_features": 3, "out_features": 1}},
+    ]
+    loaded = model(save({"1.weight": torch.ones(1, 3), "1.bias": torch.ones(1)}), layers, input_shape=shape)
+    rows = torch.randn(3, *shape).tolist()
+
+    assert loaded.description.tolerance > 0
+    among, alone = (answer(loaded, {"tensor": data})["predictions"] for data in (rows, rows[1]))
+    assert np.array(among[1]) == pytest.approx(np.array(alone[0]), rel=loaded.description.tolerance)
+
+
 TELLINGS = ({"labels": ["a"]}, {"labels": "abc"}, {"labels": [1, 2, 3]}, {"input_shape": [5]}, {"input_shape": []})
 
 

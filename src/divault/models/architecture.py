@@ -188,11 +188,35 @@ def _assembled(layers: Sequence[_Layer], *, single: bool) -> nn.Module:
     from torch import nn
 
     try:
-        modules = [(layer.name, getattr(nn, layer.kind)(**layer.kwargs)) for layer in layers]
+        modules = [(layer.name, _within_items(getattr(nn, layer.kind)(**layer.kwargs))) for layer in layers]
         return modules[0][1] if single else nn.Sequential(OrderedDict(_unique(modules)))
     # What constructors of torch.nn raise for arguments that don't go together, and for names that a module has already.
     except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, ZeroDivisionError) as err:
         raise _refused(f"the layers can't be made: {str(err)[:150]}") from None
+
+
+def _within_items(layer: nn.Module) -> nn.Module:
+    """The layer. Raises UnsupportedModel where an answer would depend on the items beside it; a softmax as it runs."""
+    from torch import nn
+
+    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and not layer.track_running_stats:
+        raise _refused(
+            f"{type(layer).__name__} with track_running_stats=false takes its mean from all items of a call, so that "
+            "the answer for one would depend on the others"
+        )
+    if isinstance(layer, nn.Softmax | nn.LogSoftmax):
+        layer.register_forward_pre_hook(_softmax_within_items)
+    return layer
+
+
+def _softmax_within_items(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+    rank = inputs[0].ndim
+    dim = layer.dim if layer.dim is not None else 0 if rank in {1, 3} else 1  # as torch takes it where none is named
+    if dim in {0, -rank}:
+        raise _refused(
+            f"{type(layer).__name__} over dim {dim} goes over all items of a call, so that the answer for one would "
+            "depend on the others; dim -1 is the last axis of an item"
+        )
 
 
 def _unique(modules: list[tuple[str, Any]]) -> list[tuple[str, Any]]:

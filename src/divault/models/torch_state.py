@@ -239,6 +239,7 @@ class LoadedNetwork:
             example=self._spec.example,
             runtime=runtime(self._network.adapter, self._hardware, ("safetensors",)),
             code=self._network.code,
+            tolerance=self._hardware.tolerance,
         )
 
 
