@@ -14,6 +14,8 @@ from aiohttp import web
 
 from divault.client import AsyncClient
 from divault.errors import (
+    DeadlineExceeded,
+    ModelFailed,
     NodeUntrusted,
     NotReady,
     PaymentRequired,
@@ -322,3 +324,29 @@ async def test_what_is_no_node_is_told_apart(world: World) -> None:
     async with client(world, "http://127.0.0.1:9", key) as nobody:
         with pytest.raises(NotReady):
             await nobody.node()
+
+
+async def test_a_paid_call_without_an_answer_keeps_its_payment_findable(world: World) -> None:
+    """The node may not have taken the claim; where it answers that it ran, it has."""
+    model, key = await priced(world), await world.consumer()
+
+    def pending(path: str, raw: bytes) -> bytes:
+        unpaid = b'"payment_required"' in raw or not path.endswith("/inference/run")
+        return raw if unpaid else b'{"code":"payment_pending","detail":"not final yet"}'
+
+    def failed(path: str, raw: bytes) -> bytes:
+        return pending(path, raw).replace(b"payment_pending", b"model_failed")
+
+    notes = []
+    for change, refusal in ((pending, DeadlineExceeded), (failed, ModelFailed)):
+        async with between(world, change, problem=True) as url:
+            hasty = AsyncClient(url, key, rpc=world.chain.devnet.url, known_nodes=world.folder / url[-5:], timeout_s=5)
+            async with hasty:
+                with pytest.raises(refusal) as refused:
+                    await hasty.run(model.text, {"features": world.trained.rows[0]}, max_price="0.02")
+        notes.append(refused.value.__notes__[-1])
+        if change is pending:
+            key = await world.consumer()
+
+    assert "pass it as payment=" in notes[0]
+    assert "it is credit at this node now" in notes[1]

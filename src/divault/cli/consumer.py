@@ -16,9 +16,9 @@ from divault.cli.naming import named_node
 from divault.cli.offer import price
 from divault.cli.outputs import Output
 from divault.client import Client, Result
-from divault.errors import BadRequest
+from divault.errors import BadRequest, PaymentRequired
 from divault.settings import variables
-from divault.values import Address
+from divault.values import Address, Usdc
 
 app = typer.Typer()
 receipt_app = typer.Typer(no_args_is_help=True, help="Work on receipts. Example: divault receipt redact receipt.json")
@@ -32,21 +32,47 @@ def call(
     key: Annotated[Path, typer.Option("--key", "-k", help="wallet key file (divault keys new)")],
     max_price: Annotated[str, typer.Option("--max-price", help="most the call may cost, in USDC")] = "0",
     save: Annotated[Path | None, typer.Option("--save", help="where the whole answer goes, receipt included")] = None,
+    payment: Annotated[
+        str | None, typer.Option("--payment", help="hash of a transfer made earlier, to pay with")
+    ] = None,
 ) -> None:
     """Run a model: sign, pay if --max-price covers it (needs WEB3_PROVIDER_URL), verify the receipt, print the answer.
 
     Example: divault call breast-cancer @row.json --node http://127.0.0.1:8000 -k consumer.key --max-price 0.02
     """
-    price(max_price)  # a typed error before anything is asked
+    limit = price(max_price)  # a typed error before anything is asked
     rpc = variables().get("WEB3_PROVIDER_URL", "").split(",")[0].strip() or None
     with ExitStack() as held:
         kept = None if save is None else held.enter_context(Output(save, "save"))
         client = held.enter_context(_client(node, key, rpc))
-        result = client.run(model, _input(input_data), max_price=max_price)
+        try:
+            result = client.run(model, _input(input_data), max_price=max_price, payment=payment)
+        except PaymentRequired as err:
+            raise (err if payment is not None else _offered(err, limit, rpc)) from None
         say(f"charged {result.price} USDC, receipt {result.receipt['receipt_hash']} verified")
         show(result.output)
         if kept is not None:
             _keep(kept, result)
+
+
+def _offered(err: PaymentRequired, limit: Usdc, rpc: str | None) -> PaymentRequired:
+    """The offer in words of this command, which pays by itself: the node's are for who sends the money by hand."""
+    rails, cost = err.data.get("rails"), str(err.data.get("price_usdc"))
+    if not isinstance(rails, list) or "transfer" not in rails or not _is_price(cost):
+        return err
+    if not limit.atomic:
+        return PaymentRequired(f"one run costs {cost} USDC: call again with --max-price {cost} to pay it", **err.data)
+    if rpc is None:
+        told = f"one run costs {cost} USDC: to pay it, name an RPC endpoint of the chain in WEB3_PROVIDER_URL"
+        return PaymentRequired(told, **err.data)
+    return err
+
+
+def _is_price(text: str) -> bool:
+    try:
+        return Usdc.parse(text).atomic > 0
+    except ValueError:
+        return False
 
 
 def _keep(kept: Output, result: Result) -> None:

@@ -29,6 +29,13 @@ SESSIONS = "/api/v1/auth"
 _RETRYABLE = frozenset(
     {"request_running", "payment_pending", "settlement_pending", "overloaded", "chain_unavailable", "not_ready"}
 )
+_AFTER_THE_CLAIM = frozenset(
+    {
+        *("cid_mismatch", "wrong_key", "sealed_file_damaged", "unsupported_model", "storage_failed"),
+        *("input_invalid", "model_failed", "deadline_exceeded"),
+    }
+)
+"""What a node refuses a run with only once it has credited the transfer that paid for it."""
 _PAUSE_S = (0.2, 5.0)  # first and longest pause between tries, unless the node names one
 _LONGEST_WAIT_S = 1e6  # beyond it a number is no wish to wait
 _THIS_MACHINE = re.compile(r"(?:localhost|127\.0\.0\.1)(:[0-9]+)?", re.ASCII)
@@ -189,7 +196,7 @@ class AsyncClient:
                 return await self._run(ModelId.parse(model), body, limit)
         except TimeoutError as err:
             late = DeadlineExceeded(f"no answer within {self._timeout_s:g} s", limit_s=self._timeout_s)
-            raise _with_payment(late, body) from err
+            raise _with_payment(late, body, credited=False) from err
 
     async def load(
         self, model: str, *, decryption_key: str | None = None, lighthouse_authorization: str | None = None
@@ -274,14 +281,14 @@ class AsyncClient:
     async def _run(self, model: ModelId, body: dict[str, Any], limit: Usdc) -> Result:
         try:
             return await self._answer(model, body, limit)
-        except PaymentRequired as offer:
-            if limit.atomic == 0 or "payment" in body:
-                raise _with_payment(offer, body) from None
-            body["payment"] = {"tx_hash": await self._pay(model, offer, limit)}
+        except DivaultError as err:
+            if not isinstance(err, PaymentRequired) or limit.atomic == 0 or "payment" in body:
+                raise _with_payment(err, body, credited=_is_credited(err)) from err.__cause__
+            body["payment"] = {"tx_hash": await self._pay(model, err, limit)}
         try:
             return await self._answer(model, body, limit)
         except DivaultError as err:
-            raise _with_payment(err, body) from err.__cause__
+            raise _with_payment(err, body, credited=_is_credited(err)) from err.__cause__
 
     async def _answer(self, model: ModelId, body: dict[str, Any], limit: Usdc) -> Result:
         signer = await self._signer()
@@ -424,8 +431,17 @@ def _wait_of(err: DivaultError) -> float | None:
     return float(wait) if isinstance(wait, int | float) and 0 < wait < _LONGEST_WAIT_S else None
 
 
-def _with_payment(err: DivaultError, body: dict[str, Any]) -> DivaultError:
-    """The same error with a note that keeps the payment findable."""
+def _is_credited(err: DivaultError) -> bool:
+    """Whether a node that answers this has made the claimed transfer credit, so that claiming it again is refused."""
+    return err.code in _AFTER_THE_CLAIM or err.data.get("reason") == "already_spent"
+
+
+def _with_payment(err: DivaultError, body: dict[str, Any], *, credited: bool) -> DivaultError:
+    """The same error with a note that keeps the payment findable, or says that it is found already."""
     if "payment" in body:
-        err.add_note(f"paid by transaction {body['payment']['tx_hash']}; pass it as payment= to use it")
+        paid = f"paid by transaction {body['payment']['tx_hash']}"
+        if credited:
+            err.add_note(f"{paid}; it is credit at this node now: call again, and don't pass it again")
+        else:
+            err.add_note(f"{paid}; pass it as payment= (divault call: --payment) to use it")
     return err

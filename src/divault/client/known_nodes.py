@@ -34,7 +34,8 @@ class KnownNodes:
         elif before != str(address):
             raise NodeUntrusted(
                 f"the node at {url} had the address {before} and now shows {address}: if its operator confirms the "
-                f"change, pass node={str(address)!r} or remove the line from {self._path}",
+                f"change, pass node={str(address)!r} (on the command line --node {url}#{address}) or remove the line "
+                f"from {self._path}",
                 have=str(address),
                 need=before,
             )
