@@ -121,8 +121,24 @@ async def test_a_paid_call_without_a_key_is_told_to_bring_one(counter: Counter) 
 
 
 async def test_without_credit_it_is_offered_first(counter: Counter) -> None:
-    with pytest.raises(PaymentRequired):
-        await counter.infer(of_session(LOGIN, None), price=Usdc(11 * PRICE.atomic))
+    await counter.allow(OTHER, 11 * PRICE.atomic)
+    for key in (None, "a"):
+        with pytest.raises(PaymentRequired):
+            await counter.infer(of_session(OTHER, key), price=Usdc(11 * PRICE.atomic))
+
+
+@pytest.mark.parametrize("key", [None, "a"])
+@pytest.mark.parametrize("paying", [False, True])
+async def test_what_a_session_may_not_spend_is_not_offered(counter: Counter, key: str | None, paying: bool) -> None:
+    """Money that is sent for such an offer could not be spent by the session that was told to send it."""
+    dear = Usdc(11 * PRICE.atomic)
+    await counter.allow(OTHER, dear.atomic - 1)
+    tx = counter.chain.pay(dear.atomic) if paying else None
+    with pytest.raises(PriceChanged, match="sign in again") as refused:
+        await counter.infer(of_session(OTHER, key, tx=tx), price=dear)
+
+    assert (refused.value.data["have"], refused.value.data["need"]) == (str(dear.atomic - 1), str(dear.atomic))
+    assert await counter.credit() == 10 * PRICE.atomic, "and nothing was claimed"
 
 
 async def test_the_same_key_again_gives_the_same_answer_for_one_price(counter: Counter) -> None:

@@ -259,7 +259,7 @@ class SettlementPending(PaymentError):
 
 
 class PriceChanged(PaymentError):
-    """The price is above what was signed; `have` is the signed maximum and `need` the price, both atomic."""
+    """The price is above what was signed, or a session may spend: `have` is that and `need` the price, both atomic."""
 
     code = "price_changed"
     receipt = True

@@ -172,6 +172,25 @@ async def test_a_session_spends_what_was_allowed_from_credit_and_no_more(world: 
     assert found[1] == first[1]
 
 
+async def test_a_session_that_may_spend_nothing_is_told_so_before_money_is_sent(world: World) -> None:
+    model, key = (await world.publish("session-unpaid", price="0.02")).text, await world.consumer()
+    async with world.client(key) as client:
+        await client.load(model)
+    nothing, some = await token_of(world, key), await token_of(world, key, spend="0.05")
+    tensor = {"name": "features", "datatype": "FP64", "shape": [1, 30], "data": world.trained.rows[0]}
+    calls: list[tuple[str, dict[str, Any]]] = [
+        (RUN, {"model_id": model, "input_data": {"features": world.trained.rows[0]}}),
+        (f"/v2/models/{model}/infer", {"inputs": [tensor]}),
+        ("/v1/embeddings", {"model": model, "input": "x"}),
+    ]
+    for path, body in calls:
+        status, answer, _ = await world.request("POST", path, json=body, headers=bearer(nothing))
+        assert (status, answer["code"], answer["have"], answer["need"]) == (409, "price_changed", "0", "20000")
+        assert "sign in again with a larger sum" in answer["detail"]
+        status, answer, _ = await world.request("POST", path, json=body, headers=bearer(some))
+        assert (status, answer["code"]) == (402, "payment_required"), "what may be spent is offered"
+
+
 async def test_a_session_ends_nothing_at_the_node(world: World) -> None:
     model = (await world.publish("session-operator")).text
     async with world.client(world.operator) as client:

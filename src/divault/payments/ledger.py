@@ -111,8 +111,8 @@ class Standing(Struct, frozen=True):
 
     credit: int
     """What the account can still reserve, atomic units."""
-    limit: int
-    """What the call may cost at most, atomic units: by its signature or header, and by what its session may spend."""
+    allowance: int | None
+    """What the call's session may still spend, atomic units; None for a call that is no session's."""
     spent: dict[int, Digest]
     """Logs of the claimed transaction that were credited, by whose request."""
 
@@ -270,21 +270,21 @@ class Ledger:
                 await self._release(trail, turned_away=False)
 
     async def standing(self, grant: Grant, account: Account, tx: Digest | None, payment_key: str | None) -> Standing:
-        """Credit of the account and logs spent of the transaction, and remember what was presented as payment."""
+        """Credit of the account, what a session may still spend, logs spent of the transaction.
+
+        It remembers what was presented as payment.
+        """
         self._trail(grant).payment_key = payment_key
         now = self._now()
         await self._tidy(now)  # what a session may spend is what no lapsed run holds any more
 
         def look(db: Rows) -> Standing:
             spent = books.spent_logs(db, self.chain_id, tx) if tx is not None else {}
-            return Standing(books.spendable(db, account, now), self._limit(db, grant.principal, account.token), spent)
+            login = grant.principal.login
+            allowance = None if login is None else books.allowance(db, login, account.token)
+            return Standing(books.spendable(db, account, now), allowance, spent)
 
         return await self._state.read(look)
-
-    @staticmethod
-    def _limit(db: Rows, principal: Principal, token: Address) -> int:
-        most = principal.max_price.atomic
-        return most if principal.login is None else min(most, books.allowance(db, principal.login, token))
 
     async def reserve(
         self, grant: Grant, price: Usdc, account: Account | None = None, incoming: Incoming | None = None

@@ -4,8 +4,9 @@ Rules:
 
 1. A `Hold` is given only after its reservation is on disk; `Ledger.outcome` around it ends what nobody charged.
 2. No payment and not enough credit: the offer (402), whatever `max_price` says; nothing is used up. With a payment or
-   credit to draw from, a price above the signed maximum is PriceChanged; the maximum of a session is what is left of
-   the sum that its wallet allowed it, and of its calls only those run that can be told from their copies.
+   credit to draw from, a price above the signed maximum is PriceChanged. A price above what is left of the sum that its
+   wallet allowed a session is PriceChanged before anything is offered: money sent for it could not be spent. Of a
+   session's paid calls only those run that can be told from their copies.
 3. A claimed transfer is judged by `transfer`; accepted, its whole sum becomes credit of (payer, owner, token) in the
    transaction that reserves the price. Together with credit that is there, it has to cover the price.
 4. The same signed bytes may come again after a crash: the transfer that they claimed is credited already, so they run
@@ -132,7 +133,7 @@ class TransferCredit:
         except CreditTooLow as err:
             raise self._too_low(grant, call, held=err.held) from None
         except AllowanceTooLow as err:  # another call of the session was faster
-            raise _above_limit(grant, err.left) from None
+            raise _above_allowance(grant, err.left) from None
         yield held
 
     def offer(self, grant: Grant, call: SignedCall) -> dict[str, Any]:
@@ -171,6 +172,8 @@ class TransferCredit:
     def _check_means(self, grant: Grant, call: SignedCall, standing: Standing) -> None:
         """Rule 2."""
         price = grant.model.price
+        if standing.allowance is not None and price.atomic > standing.allowance:
+            raise _above_allowance(grant, standing.allowance)
         if call.payment is None and standing.credit < price.atomic:
             raise self._required(grant, call)
         if not grant.principal.repeatable:
@@ -178,8 +181,8 @@ class TransferCredit:
                 "a paid call of a session carries an Idempotency-Key, so that a copy of it is not paid for again",
                 field="idempotency-key",
             )
-        if price.atomic > standing.limit:
-            raise _above_limit(grant, standing.limit)
+        if price > grant.principal.max_price:
+            raise _above_limit(grant)
 
     async def _incoming(self, grant: Grant, call: SignedCall, standing: Standing) -> Incoming | None:
         """What the claimed transfer brings; None without a claim, or when this very request had it credited before."""
@@ -241,16 +244,23 @@ def _claim(call: SignedCall) -> str:
     return "payment.tx_hash" if call.covered is None else "header divault-payment"
 
 
-def _above_limit(grant: Grant, limit: int) -> PriceChanged:
-    model = grant.model
+def _above_limit(grant: Grant) -> PriceChanged:
     advice = "the price is above the signed max_price: sign again with the new one, or don't"
-    if grant.principal.login is not None and limit < grant.principal.max_price.atomic:
-        advice = "the price is above what this session may still spend: sign in again with a larger sum, or don't"
-    elif grant.principal.login is not None:
+    if grant.principal.login is not None:
         advice = "the price is above this call's max_price: name a larger one, under a fresh Idempotency-Key, or don't"
+    return _price_changed(grant, advice, grant.principal.max_price.atomic)
+
+
+def _above_allowance(grant: Grant, left: int) -> PriceChanged:
+    advice = "the price is above what this session may still spend: sign in again with a larger sum, or don't"
+    return _price_changed(grant, advice, left)
+
+
+def _price_changed(grant: Grant, advice: str, have: int) -> PriceChanged:
+    model = grant.model
     return PriceChanged(
         advice,
-        have=str(limit),
+        have=str(have),
         need=str(model.price.atomic),
         token=str(model.payment_token),
         block=grant.block.number,
