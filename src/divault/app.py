@@ -304,7 +304,8 @@ async def _node(
         sessions=sessions,
         health=Health(
             _probes(identities, gateways, workers, ledger, chain)
-            | ({"key_nodes": kavach.probe} if settings.divault_kavach_delegation else {})
+            | ({"key_nodes": kavach.probe} if settings.divault_kavach_delegation else {}),
+            for_loads=("lighthouse_client", "key_nodes"),
         ),
         gates=gates,
         ledger=ledger,

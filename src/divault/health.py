@@ -2,13 +2,16 @@
 
 Probes are single-flight and run at most every 5 seconds, so that `/health` can't be used as a hammer; each result says
 when it was checked. A probe that fails names what failed and never a secret or a path.
+
+What only loads of models need is probed and shown. It decides nothing about readiness, nor makes anybody wait: a node
+whose gateway is away answers the calls of the models that it has.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from divault.errors import DivaultError
@@ -38,14 +41,34 @@ class Check:
 class Health:
     """The node's probes by name, and their last results."""
 
-    def __init__(self, probes: Mapping[str, Probe], *, clock: Callable[[], float] = time.time) -> None:
-        self._probes = dict(probes)
+    def __init__(
+        self, probes: Mapping[str, Probe], *, for_loads: Collection[str] = (), clock: Callable[[], float] = time.time
+    ) -> None:
+        """`for_loads`: names of what only loads of models need."""
+        self._names = tuple(probes)
+        self._calls = _Probing({name: probes[name] for name in self._names if name not in for_loads}, clock)
+        self._loads = _Probing({name: probes[name] for name in self._names if name in for_loads}, clock)
+
+    async def checks(self) -> tuple[Check, ...]:
+        """Run all probes at once, unless they ran within the last 5 seconds."""
+        found = {check.name: check for part in await asyncio.gather(self._calls(), self._loads()) for check in part}
+        return tuple(found[name] for name in self._names)
+
+    async def ready(self) -> bool:
+        """Whether calls of models that are loaded can be served now."""
+        return all(check.ok for check in await self._calls())
+
+
+class _Probing:
+    """Probes that run together, at most every 5 seconds."""
+
+    def __init__(self, probes: Mapping[str, Probe], clock: Callable[[], float]) -> None:
+        self._probes = probes
         self._clock = clock
         self._lock = asyncio.Lock()
         self._last: tuple[float, tuple[Check, ...]] | None = None
 
-    async def checks(self) -> tuple[Check, ...]:
-        """Run all probes at once, unless they ran within the last 5 seconds."""
+    async def __call__(self) -> tuple[Check, ...]:
         async with self._lock:
             if self._last is None or self._clock() - self._last[0] >= MIN_INTERVAL_S:
                 found = await asyncio.gather(*(self._run(name, probe) for name, probe in self._probes.items()))

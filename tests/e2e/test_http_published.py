@@ -8,11 +8,13 @@ import json
 import socket
 import urllib.error
 import urllib.request
+from contextlib import AsyncExitStack
 from typing import Any
 
 import aiohttp
 import pytest
 
+from divault.devnet.content import ContentStore
 from divault.messages import address_of
 from divault.values import ModelId, Secret, Usdc
 from tests.e2e.conftest import World
@@ -47,6 +49,35 @@ async def test_health_tells_when_a_part_is_down(world: World, tmp_path: Any) -> 
 
     assert (status, body["status"], body["services"]["lighthouse_client"]) == (503, "unhealthy", "failed")
     assert body["services"]["chain"] == "active"
+
+
+async def test_a_node_whose_gateway_is_away_is_ready_and_answers_calls_of_loaded_models(
+    world: World, tmp_path: Any
+) -> None:
+    """A balancer takes out what is not ready."""
+    key = await world.consumer()
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(ContentStore(world.folder / "store"))
+        node = await stack.enter_async_context(world.other_node(tmp_path, DIVAULT_GATEWAY_URLS=gateway.url))
+        model = await world.publish("loaded-once", node=node)
+        other = await world.publish("loaded-never", node=node)
+        assert (await send(world, await signed(world, model, key, node), node))[0] == 200
+        await gateway.__aexit__(None, None, None)
+        for _ in range(100):
+            health = await world.request("GET", "/health", node)
+            if health[0] == 503:
+                break
+            await asyncio.sleep(0.1)
+        ready = await world.request("GET", "/health/ready", node)
+        protocol = await world.request("GET", "/v2/health/ready", node)
+        ran = await send(world, await signed(world, model, key, node), node)
+        refused = await send(world, await signed(world, other, key, node), node)
+
+    assert (health[0], health[1]["services"]["lighthouse_client"]) == (503, "failed")
+    assert ready[:2] == (200, {"status": "ready"})
+    assert protocol[:2] == (200, {"ready": True})
+    assert ran[0] == 200
+    assert (refused[0], refused[1]["code"]) == (502, "storage_failed"), "and a load says what is missing"
 
 
 async def test_load_list_describe_run_and_unload(world: World) -> None:

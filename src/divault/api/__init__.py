@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -12,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from divault.api.describing import without_the_framework
 from divault.api.guard import Guard
 from divault.api.hot import HotRoutes
 from divault.api.inference_protocol import BINARY_HEADER
@@ -49,10 +51,20 @@ class ApiLimits:
     """Browser origins that may call; none by default."""
 
 
+class _Described(FastAPI):
+    """Its description says what the routes answer, and nothing of what they never do."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The description, made when it is first asked for."""
+        if self.openapi_schema is None:
+            self.openapi_schema = without_the_framework(super().openapi())
+        return self.openapi_schema
+
+
 def create_api(node: Node, limits: ApiLimits) -> Measured:
     """Build the ASGI application of a node."""
     # No redirects: a signature is for one path, and their target would be whatever the Host header says.
-    app = FastAPI(title="DIV Inference Backend", version=node.version, description=_ABOUT, redirect_slashes=False)
+    app = _Described(title="DIV Inference Backend", version=node.version, description=_ABOUT, redirect_slashes=False)
     router = routes(node)
     add_metrics(router, limits.metrics, limits.metrics_for)
     app.include_router(router)

@@ -7,8 +7,9 @@ import ipaddress
 from typing import Literal
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
+from divault.api.describing import documented
 from divault.errors import RouteUnknown
 from divault.metrics import CONTENT_TYPE, Metrics
 
@@ -20,7 +21,7 @@ _FORWARDED = ("forwarded", "via", "x-forwarded", "x-real-ip", "cf-", "true-clien
 def add_metrics(router: APIRouter, metrics: Metrics, whom: MetricsFor) -> None:
     """Add the route to a router; to others than those who may read it, it is a route that isn't there."""
 
-    @router.get("/metrics", tags=["node"])
+    @router.get("/metrics", tags=["node"], response_class=PlainTextResponse, responses=documented(None, 404))
     async def read(request: Request) -> Response:
         """Read the node's figures in Prometheus' text form."""
         if whom == "off" or (whom == "local" and not _is_local(request)):

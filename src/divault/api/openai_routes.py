@@ -7,6 +7,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import orjson
@@ -34,6 +35,7 @@ _PATHS: dict[str, Kind] = {
     "/v1/chat/completions": "chat",
 }
 _DONE = b"data: [DONE]\n\n"
+_documented = partial(documented, problem=schemas.OpenAiProblem)
 
 
 def openai_handlers(node: Node) -> dict[str, Handler]:
@@ -52,15 +54,15 @@ def add_openai(router: APIRouter, node: Node) -> None:
             name=kind,
             tags=["openai"],
             openapi_extra=body_of(schemas.OPENAI[kind]),
-            responses=documented(schemas.OpenAiAnswer, 400, 401, 402, 403, 404, 409, 413, 422, 429, 502, 503, 504),
+            responses=_documented(schemas.OpenAiAnswer, 401, 402, 403, 404, 409, 422, 502, 504),
         )
 
-    @router.get("/v1/models", tags=["openai"])
+    @router.get("/v1/models", tags=["openai"], responses=_documented(schemas.OpenAiModels))
     async def models() -> Response:
         """What is loaded."""
         return json_response({"object": "list", "data": [_model(loaded) for loaded in node.workers.loaded()]})
 
-    @router.get("/v1/models/{model_id}", tags=["openai"])
+    @router.get("/v1/models/{model_id}", tags=["openai"], responses=_documented(schemas.OpenAiModel, 404))
     async def model(model_id: str) -> Response:
         """One loaded model."""
         key = ModelId.parse(model_id).key

@@ -28,6 +28,7 @@ from divault.values import ModelId
 from divault.workers.pool import Loaded
 
 _MODELS, _INFER = "/v2/models/", "/infer"
+_TAGS: list[Any] = ["open inference protocol"]
 
 
 def protocol_handler(node: Node, path: str) -> Handler | None:
@@ -57,59 +58,76 @@ def add_protocol(router: APIRouter, node: Node) -> None:
 
 
 def _add_server(router: APIRouter, node: Node) -> None:
-    @router.get("/v2", tags=["open inference protocol"])
+    @router.get("/v2", tags=_TAGS, responses=documented(schemas.ServerOut))
     async def server() -> Response:
         """Name and version of the server."""
         return json_response({"name": "divault", "version": node.version, "extensions": list(EXTENSIONS)})
 
-    @router.get("/v2/health/live", tags=["open inference protocol"])
+    @router.get("/v2/health/live", tags=_TAGS, responses=documented(schemas.Live))
     async def live() -> Response:
         """Answer as long as the process serves at all."""
         return json_response({"live": True})
 
-    @router.get("/v2/health/ready", tags=["open inference protocol"])
+    @router.get("/v2/health/ready", tags=_TAGS, responses=documented(schemas.Ready, told={503: schemas.Ready}))
     async def ready() -> Response:
-        """Whether calls can be served now."""
-        ok = all(check.ok for check in await node.health.checks())
+        """Whether calls of models that are loaded can be served now."""
+        ok = await node.health.ready()
         return json_response({"ready": ok}, 200 if ok else 503)
 
 
 def _add_models(router: APIRouter, node: Node) -> None:
-    async def about(model_id: str, version: str = VERSION) -> Response:
+    about: dict[str, Any] = {"tags": _TAGS, "responses": documented(schemas.ModelTensors, 404)}
+    whether: dict[str, Any] = {
+        "tags": _TAGS,
+        "responses": documented(schemas.ModelReady, 404, told={503: schemas.ModelReady}),
+    }
+    runs: dict[str, Any] = {
+        "tags": _TAGS,
+        "openapi_extra": body_of(schemas.TENSORS_IN),
+        "responses": documented(schemas.Tensors, 401, 402, 403, 404, 409, 422, 502, 504),
+    }
+    one, version_of_it = _MODELS + "{model_id}", _MODELS + "{model_id}/versions/{version}"
+
+    @router.get(one, **about)
+    async def model(model_id: str) -> Response:
         """What a loaded model takes and gives."""
-        _require_version(version)
         loaded = _loaded(node, model_id)
         return json_response(metadata(loaded.model.text, loaded.description))
 
-    async def model_ready(model_id: str, version: str = VERSION) -> Response:
-        """Whether a model answers now."""
+    @router.get(version_of_it, **about)
+    async def model_version(model_id: str, version: str) -> Response:
+        """What a loaded model takes and gives."""
         _require_version(version)
+        return await model(model_id)
+
+    @router.get(one + "/ready", **whether)
+    async def model_ready(model_id: str) -> Response:
+        """Whether a model answers now."""
         ok = _loaded(node, model_id).state == "ready"
         return json_response({"name": model_id, "ready": ok}, 200 if ok else 503)
 
-    for path in (_MODELS + "{model_id}", _MODELS + "{model_id}/versions/{version}"):
-        tags: list[Any] = ["open inference protocol"]
-        router.get(path, tags=tags, responses=documented(schemas.Tensors, 404))(about)
-        router.get(path + "/ready", tags=tags)(model_ready)
+    @router.get(version_of_it + "/ready", **whether)
+    async def model_version_ready(model_id: str, version: str) -> Response:
+        """Whether a model answers now."""
+        _require_version(version)
+        return await model_ready(model_id)
 
-        @router.post(
-            path + _INFER,
-            tags=tags,
-            openapi_extra=body_of(schemas.TENSORS_IN),
-            responses=documented(schemas.Tensors, 400, 401, 402, 403, 404, 409, 413, 422, 429, 502, 503, 504),
-        )
-        async def infer(request: Request, model_id: str) -> Response:
-            """Run a loaded model. Signed in headers (ERC-8128) or of a session; gated, paid from credit; receipted."""
-            handler = protocol_handler(node, request.scope["path"])
-            if handler is None:
-                raise RouteUnknown(f"no model is called {model_id[:80]}")
-            return await handler(await incoming_of(request.scope, request.receive))
+    @router.post(one + _INFER, **runs)
+    async def infer(request: Request, model_id: str) -> Response:
+        """Run a loaded model. Signed in headers (ERC-8128) or of a session; gated, paid from credit; receipted."""
+        handler = protocol_handler(node, request.scope["path"])
+        if handler is None:
+            raise RouteUnknown(f"no model is called {model_id[:80]}")
+        return await handler(await incoming_of(request.scope, request.receive))
+
+    @router.post(version_of_it + _INFER, **runs)
+    async def infer_version(request: Request, model_id: str, version: str) -> Response:  # noqa: ARG001 - described
+        """Run a loaded model. Signed in headers (ERC-8128) or of a session; gated, paid from credit; receipted."""
+        return await infer(request, model_id)
 
 
 def _add_repository(router: APIRouter, node: Node) -> None:
-    tags: list[Any] = ["open inference protocol"]
-
-    @router.post("/v2/repository/index", tags=tags, responses=documented(schemas.Nothing, 400))
+    @router.post("/v2/repository/index", tags=_TAGS, responses=documented(list[schemas.ModelState]))
     async def repository(request: Request) -> Response:
         """What is loaded; with `ready` in the body only what answers now."""
         asked = unsigned_object(await incoming_of(request.scope, request.receive))
@@ -120,8 +138,8 @@ def _add_repository(router: APIRouter, node: Node) -> None:
 
     @router.post(
         "/v2/repository/models/{model_id}/load",
-        tags=tags,
-        responses=documented(schemas.Nothing, 400, 401, 403, 404, 409, 413, 429, 502, 503, 504),
+        tags=_TAGS,
+        responses=documented(schemas.Nothing, 401, 402, 403, 404, 409, 502, 504),
     )
     async def load(request: Request, model_id: str) -> Response:
         """Fetch, verify, open and load a model. Signed in headers or of a session; the gate must be open."""
@@ -131,7 +149,9 @@ def _add_repository(router: APIRouter, node: Node) -> None:
         return json_response({})
 
     @router.post(
-        "/v2/repository/models/{model_id}/unload", tags=tags, responses=documented(schemas.Nothing, 401, 403, 404)
+        "/v2/repository/models/{model_id}/unload",
+        tags=_TAGS,
+        responses=documented(schemas.Nothing, 401, 403, 404),
     )
     async def unload(request: Request, model_id: str) -> Response:
         """End the model's worker. Signed in headers by an operator or the model's owner."""

@@ -38,26 +38,25 @@ def routes(node: Node) -> APIRouter:
 
 
 def _add_public(router: APIRouter, node: Node) -> None:
-    @router.get("/health", tags=["node"], responses=documented(schemas.HealthOut, 503))
+    @router.get("/health", tags=["node"], responses=documented(schemas.HealthOut, told={503: schemas.HealthOut}))
     async def health() -> Response:
         """Every part of the node, really probed within the last 5 seconds."""
         checks = await node.health.checks()
         body = views.health_view(checks, node.sandbox(), node.version)
         return json_response(body, 200 if body["status"] == "healthy" else 503)
 
-    @router.get("/health/live", tags=["node"])
+    @router.get("/health/live", tags=["node"], responses=documented(schemas.Status))
     async def live() -> Response:
         """Answer as long as the process serves at all."""
         return json_response({"status": "alive"})
 
-    @router.get("/health/ready", tags=["node"], responses=documented(schemas.HealthOut, 503))
+    @router.get("/health/ready", tags=["node"], responses=documented(schemas.Status, told={503: schemas.Status}))
     async def ready() -> Response:
-        """Whether calls can be served now."""
-        checks = await node.health.checks()
-        ok = all(check.ok for check in checks)
+        """Whether calls of models that are loaded can be served now."""
+        ok = await node.health.ready()
         return json_response({"status": "ready" if ok else "not ready"}, 200 if ok else 503)
 
-    @router.get("/api/v1/node", tags=["node"])
+    @router.get("/api/v1/node", tags=["node"], responses=documented(schemas.NodeOut))
     async def node_route() -> Response:
         """Who this node is: address, age recipient, chain, vault, rails, limits, and its signed descriptor."""
         return json_response(await node.describe())
@@ -68,7 +67,7 @@ def _add_models(router: APIRouter, node: Node) -> None:
         "/api/v1/models/load",
         tags=["models"],
         openapi_extra=body_of(schemas.LoadBody),
-        responses=documented(schemas.LoadAnswer, 400, 401, 403, 404, 409, 413, 429, 502, 503, 504),
+        responses=documented(schemas.LoadAnswer, 401, 402, 403, 404, 409, 422, 502, 504),
     )
     async def load(request: Request) -> Response:
         """Fetch, verify, open and load a model. Signed; the gate must be open for the wallet."""
@@ -82,7 +81,7 @@ def _add_models(router: APIRouter, node: Node) -> None:
         ids = [row["model_id"] for row in rows]
         return json_response({"status": "success", "loaded_models": ids, "count": len(ids), "models": rows})
 
-    @router.get("/api/v1/models/{model_id}", tags=["models"], responses=documented(schemas.ModelAnswer, 404, 503))
+    @router.get("/api/v1/models/{model_id}", tags=["models"], responses=documented(schemas.ModelAnswer, 404))
     async def model(model_id: str) -> Response:
         """What the vault says of a model, and what its worker says if it is loaded."""
         parsed = ModelId.parse(model_id)
@@ -116,7 +115,7 @@ def _add_inference(router: APIRouter, node: Node) -> None:
     told: Any = {
         "tags": ["inference"],
         "openapi_extra": body_of(schemas.InferenceBody),
-        "responses": documented(schemas.InferenceAnswer, 400, 401, 402, 403, 404, 409, 413, 422, 429, 502, 503, 504),
+        "responses": documented(schemas.InferenceAnswer, 401, 402, 403, 404, 409, 422, 502, 504),
     }
 
     hot = _own_handlers(node)
@@ -132,7 +131,10 @@ def _add_inference(router: APIRouter, node: Node) -> None:
         return await hot[_RUN](await _incoming(request))
 
     @router.get(
-        "/api/v1/results/{request_id}", tags=["inference"], responses=documented(schemas.InferenceAnswer, 401, 404)
+        "/api/v1/results/{request_id}",
+        tags=["inference"],
+        # Also the error that the request ended with.
+        responses=documented(schemas.InferenceAnswer, 401, 402, 403, 404, 409, 422, 502, 504),
     )
     async def result(request: Request, request_id: str) -> Response:
         """Give the stored answer and receipt of a request, to its wallet. ERC-8128 headers, or a session."""

@@ -184,16 +184,87 @@ class ModelAnswer(_Body):
     model_info: dict[str, Any]
 
 
-class Problem(_Body):
-    """RFC 9457 problem details."""
-
+class _Problem(_Body):
     type: str
     title: str
     status: int
     detail: str
     code: str
-    error: str
     request_id: str
+    actor: str = Field(description="who can mend it")
+
+
+class Problem(_Problem):
+    """RFC 9457 problem details."""
+
+    error: str = Field(description="the code again; under /v2 a sentence, which is all that its clients show")
+
+
+class OpenAiError(_Body):
+    """What clients of OpenAI's interface read."""
+
+    message: str
+    type: str
+    code: str
+    param: str | None = Field(description="the field that is wrong, if it is one")
+
+
+class OpenAiProblem(_Problem):
+    """RFC 9457 problem details, with the error as OpenAI's interface has it."""
+
+    error: OpenAiError
+
+
+class Status(_Body):
+    """One word on how the node is."""
+
+    status: str
+
+
+class Live(_Body):
+    """That the process serves."""
+
+    live: bool
+
+
+class Ready(_Body):
+    """Whether calls are served."""
+
+    ready: bool
+
+
+class ModelState(_Body):
+    """A row of the index of loaded models."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
+class ModelReady(Ready):
+    """Whether calls of a model are served."""
+
+    name: str
+
+
+class ServerOut(_Body):
+    """Name and version of the server."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ModelTensors(_Body):
+    """What the Open Inference Protocol, version 2, says of a model."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[dict[str, Any]] = Field(description="tensors: name, datatype, shape")
+    outputs: list[dict[str, Any]] = Field(description="tensors: name, datatype, shape")
+    parameters: dict[str, Any]
 
 
 class Nothing(_Body):
@@ -201,7 +272,7 @@ class Nothing(_Body):
 
 
 class Tensors(_Body):
-    """What the Open Inference Protocol, version 2, says of a model or of its answer."""
+    """A model's answer in the Open Inference Protocol, version 2."""
 
     outputs: list[dict[str, Any]] = Field(description="tensors: name, datatype, shape, data")
 
@@ -230,6 +301,23 @@ TENSORS_IN: dict[str, Any] = {
     "example": {"inputs": [{"name": "features", "datatype": "FP64", "shape": [1, 4], "data": [5.1, 3.5, 1.4, 0.2]}]},
 }
 """An inference request of that protocol."""
+
+
+class OpenAiModel(_Body):
+    """A loaded model."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    task: str
+
+
+class OpenAiModels(_Body):
+    """What is loaded."""
+
+    object: str
+    data: list[OpenAiModel]
 
 
 class OpenAiAnswer(_Body):
@@ -268,6 +356,22 @@ OPENAI: dict[str, dict[str, Any]] = {
     "chat": _asked("messages", _MESSAGES, _SAMPLING, [{"role": "user", "content": "Good morning"}]),
 }
 """Requests of that interface, by kind."""
+
+
+class NodeOut(_Body):
+    """Who a node is."""
+
+    address: str
+    age_recipient: str
+    chain_id: int
+    vault: str
+    payment_token: str
+    rails: list[str]
+    authority: str
+    version: str
+    limits: dict[str, int | float]
+    sandbox: dict[str, Any]
+    descriptor: dict[str, Any] = Field(description="the EIP-712 NodeDescriptor, signed by the node's key")
 
 
 class HealthOut(_Body):

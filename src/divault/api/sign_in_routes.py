@@ -30,7 +30,7 @@ def add_sign_in(router: APIRouter, node: Node) -> None:
         "/api/v1/auth/nonce",
         tags=["sessions"],
         openapi_extra=body_of(schemas.NonceBody, required=False),
-        responses=documented(schemas.NonceAnswer, 400, 401, 413, 429),
+        responses=documented(schemas.NonceAnswer, 401),
     )
     async def nonce(request: Request) -> Response:
         """A fresh nonce, and what else stands in the text that a wallet signs to open a session (EIP-4361)."""
@@ -44,7 +44,7 @@ def add_sign_in(router: APIRouter, node: Node) -> None:
         "/api/v1/auth/login",
         tags=["sessions"],
         openapi_extra=body_of(schemas.LoginBody),
-        responses=documented(schemas.LoginAnswer, 400, 401, 413, 429, 503),
+        responses=documented(schemas.LoginAnswer, 401),
     )
     async def login(request: Request) -> Response:
         """Open a session: the signed text for a token, which goes into `Authorization: Bearer` from then on."""
@@ -74,7 +74,7 @@ def add_sign_in(router: APIRouter, node: Node) -> None:
         "/api/v1/auth/logout",
         tags=["sessions"],
         openapi_extra=body_of(schemas.LogoutBody, required=False),
-        responses=documented(schemas.LogoutAnswer, 400, 401, 503),
+        responses=documented(schemas.LogoutAnswer, 401),
     )
     async def logout(request: Request) -> Response:
         """End the session of the token, or all of its wallet: with `everywhere`, or by a signature in the headers."""
