@@ -371,10 +371,12 @@ def test_signed_maximum_is_what_the_caller_said_before_what_the_model_costs() ->
 
 
 def test_route_without_a_body_is_told_to_sign_headers() -> None:
-    error = node().headers_missing(method="DELETE", path="/api/v1/cache")
+    error = node().headers_missing(method="DELETE", path="/api/v1/cache", session_does=False)
+    other = node().headers_missing(method="GET", path="/api/v1/results/0x12", session_does=True)
 
-    assert error.data["missing"] == ["signature-input", "signature"]
+    assert error.data["missing"] == other.data["missing"] == ["signature-input", "signature"]
     assert AUTHORITY in error.detail
+    assert ["token of a session" in one.detail for one in (error, other)] == [False, True]
 
 
 JSON = st.recursive(

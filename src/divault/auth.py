@@ -116,11 +116,12 @@ class Authenticator:
             request = self._suggest(members, method=method, path=path, price=price)
             raise _incomplete(request, request.typed_data(self._domain), missing, malformed)
 
-    def headers_missing(self, *, method: str, path: str) -> SignatureIncomplete:
-        """The error for a call that has to be signed in headers, or come by a session, and does neither."""
+    def headers_missing(self, *, method: str, path: str, session_does: bool) -> SignatureIncomplete:
+        """The error for a call that has to be signed in headers, or come by a session if one does, and is neither."""
         return SignatureIncomplete(
             f"sign {method} {path} in the headers Signature-Input and Signature (ERC-8128), for {self._authority} "
-            f"on chain {self._domain.chain_id}, or send the token of a session (POST /api/v1/auth/login)",
+            f"on chain {self._domain.chain_id}"
+            + (", or send the token of a session (POST /api/v1/auth/login)" if session_does else ""),
             missing=["signature-input", "signature"],
             malformed=[],
         )

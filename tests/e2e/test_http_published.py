@@ -162,6 +162,28 @@ async def test_every_error_is_a_problem_document(world: World) -> None:
         assert (body["status"], body["error"]) == (status, code)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/api/v1/models/wine", "DELETE, GET, HEAD"),
+        ("POST", "/api/v1/models/wine", "DELETE, GET, HEAD"),
+        ("GET", "/api/v1/cache", "DELETE"),
+        ("PATCH", "/api/v1/models", "GET, HEAD"),
+        ("PUT", RUN, "POST"),
+        ("DELETE", "/v2/models/wine/infer", "POST"),
+        ("POST", "/v2/models/wine/versions/1", "GET, HEAD"),
+        ("DELETE", "/openapi.json", "GET, HEAD"),
+    ],
+)
+async def test_a_method_that_is_not_answered_is_told_with_all_that_are(
+    world: World, method: str, path: str, allowed: str
+) -> None:
+    status, body, headers = await world.request(method, path)
+
+    assert (status, body["code"]) == (405, "method_not_allowed")
+    assert headers["allow"] == body["allowed"] == allowed
+
+
 async def test_a_body_over_the_limit_is_refused_before_it_is_read(world: World) -> None:
     async def endless() -> Any:
         for _ in range(1000):

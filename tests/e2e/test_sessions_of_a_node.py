@@ -195,13 +195,36 @@ async def test_a_session_ends_nothing_at_the_node(world: World) -> None:
     model = (await world.publish("session-operator")).text
     async with world.client(world.operator) as client:
         token = (await client.sign_in()).token
-    for method, path in (("DELETE", f"/api/v1/models/{model}"), ("DELETE", "/api/v1/cache")):
-        status, answer, _ = await world.request(method, path, headers=bearer(token))
-        assert (status, answer["code"], answer["missing"]) == (
-            401,
-            "signature_incomplete",
-            ["signature-input", "signature"],
-        )
+    for method, path in (
+        ("DELETE", f"/api/v1/models/{model}"),
+        ("DELETE", "/api/v1/cache"),
+        ("POST", f"/v2/repository/models/{model}/unload"),
+    ):
+        for headers in (bearer(token), {}):
+            status, answer, _ = await world.request(method, path, headers=headers)
+            assert (status, answer["code"], answer["missing"]) == (
+                401,
+                "signature_incomplete",
+                ["signature-input", "signature"],
+            )
+            assert "token of a session" not in answer["detail"], "who sends nothing is not told to send what won't do"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/api/v1/results/0x12"),
+        ("POST", "/v2/models/any/infer"),
+        ("POST", "/v2/repository/models/any/load"),
+        ("POST", "/v1/embeddings"),
+    ],
+)
+async def test_where_a_session_does_who_sends_nothing_is_told_of_it(world: World, method: str, path: str) -> None:
+    body = {"model": "any"} if method == "POST" else None
+    status, answer, _ = await world.request(method, path, json=body)
+
+    assert (status, answer["code"]) == (401, "signature_incomplete")
+    assert "or send the token of a session" in answer["detail"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from divault.api.describing import without_the_framework
@@ -69,7 +69,8 @@ def create_api(node: Node, limits: ApiLimits) -> Measured:
     add_metrics(router, limits.metrics, limits.metrics_for)
     app.include_router(router)
     app.add_exception_handler(DivaultError, _refused)
-    app.add_exception_handler(HTTPException, _unrouted)
+    every = [route for route in (*router.routes, *app.routes) if isinstance(route, Route)]
+    app.add_exception_handler(HTTPException, _unrouted(every))
     app.add_exception_handler(Exception, _failed)
     hot = HotRoutes(app, hot_handlers(node), Presence())
     guarded: ASGIApp = Guard(hot, limits=limits.peers, max_body_bytes=limits.max_body_bytes)
@@ -99,16 +100,32 @@ async def _refused(request: Request, error: Exception) -> Response:
     return problem_response(error, error.request_id or new_request_id(), request.url.path)
 
 
-async def _unrouted(request: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code", 500)
-    if status == 405:
-        allowed = (getattr(error, "headers", None) or {}).get("Allow", "")
-        refusal: DivaultError = MethodNotAllowed(f"{request.method} is not answered here", allowed=allowed)
-    elif status == 404:
-        refusal = RouteUnknown("no such route; GET /docs lists them")
-    else:
-        refusal = BadRequest("the request can't be read")
-    return problem_response(refusal, new_request_id(), request.url.path)
+def _unrouted(routes: Sequence[Route]) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """What answers where none of the routes does."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        status = getattr(error, "status_code", 500)
+        if status == 405:
+            allowed = ", ".join(sorted(_methods_at(request, routes)))
+            refusal: DivaultError = MethodNotAllowed(
+                f"{request.method} is not answered here, but {allowed}", allowed=allowed
+            )
+        elif status == 404:
+            refusal = RouteUnknown("no such route; GET /docs lists them")
+        else:
+            refusal = BadRequest("the request can't be read")
+        return problem_response(refusal, new_request_id(), request.url.path)
+
+    return answer
+
+
+def _methods_at(request: Request, routes: Sequence[Route]) -> set[str]:
+    """All that is answered at the path of a request. The framework names those of the first route only."""
+    found: set[str] = set()
+    for route in routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return found | {"HEAD"} if "GET" in found else found
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -26,7 +26,7 @@ from msgspec.structs import replace
 
 from divault.api.describing import JSON
 from divault.auth import Authenticator
-from divault.errors import BadRequest, SignHeaders, TooLarge
+from divault.errors import BadRequest, SignatureIncomplete, SignHeaders, TooLarge
 from divault.messages import body_hash, claimed_user, strict_object
 from divault.messages.headers import MAX_PRICE, PAYMENT
 from divault.sessions import PREFIX, read_token
@@ -120,8 +120,10 @@ class Envelopes:
     def __init__(self, authenticator: Authenticator) -> None:
         self._authenticator = authenticator
 
-    def parse(self, incoming: Incoming, model: ModelId | None = None) -> SignedCall:
+    def parse(self, incoming: Incoming, model: ModelId | None = None, *, session_does: bool = True) -> SignedCall:
         """Parse a call; `model` is the one that the path names, where it names one.
+
+        `session_does`: whether who sent nothing of the kind is told that the token of a session would do.
 
         Raises BadRequest, SignHeaders, SignatureIncomplete, SignatureInvalid (address), InputInvalid.
         """
@@ -130,18 +132,20 @@ class Envelopes:
         if proved is not None:
             return _beside(incoming, *proved, headers, model)
         if incoming.method != "POST":
-            raise self._authenticator.headers_missing(method=incoming.method, path=incoming.path)
+            raise self._unproved(incoming, session_does=session_does)
         return self._self_signed(incoming)
 
-    def foreign(self, incoming: Incoming, model: ModelId | None) -> SignedCall:
+    def foreign(self, incoming: Incoming, model: ModelId | None, *, session_does: bool = True) -> SignedCall:
         """Parse a call whose body is not this interface's: signed in headers over its raw bytes, or of a session.
+
+        `session_does` as for `parse`.
 
         Raises SignatureIncomplete, BadRequest and what header signatures raise.
         """
         headers = single_headers(incoming)
         proved = self._proof_in(incoming, headers)
         if proved is None:
-            raise self._authenticator.headers_missing(method=incoming.method, path=incoming.path)
+            raise self._unproved(incoming, session_does=session_does)
         user, proof = proved
         return SignedCall(
             user,
@@ -155,6 +159,11 @@ class Envelopes:
             covered=incoming.raw,
             peer=incoming.peer,
             limit_s=_limit(incoming.header(TIMEOUT)),
+        )
+
+    def _unproved(self, incoming: Incoming, *, session_does: bool) -> SignatureIncomplete:
+        return self._authenticator.headers_missing(
+            method=incoming.method, path=incoming.path, session_does=session_does
         )
 
     def _proof_in(

@@ -157,7 +157,7 @@ def _add_repository(router: APIRouter, node: Node) -> None:
         """End the model's worker. Signed in headers by an operator or the model's owner."""
         incoming = await incoming_of(request.scope, request.receive)
         _require_no_parameters(incoming, {"unload_dependents": False})
-        await node.service.unload(node.envelopes.foreign(incoming, ModelId.parse(model_id)))
+        await node.service.unload(node.envelopes.foreign(incoming, ModelId.parse(model_id), session_does=False))
         return json_response({})
 
 

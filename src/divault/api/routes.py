@@ -96,13 +96,13 @@ def _add_models(router: APIRouter, node: Node) -> None:
     @router.delete("/api/v1/models/{model_id}", tags=["models"], responses=documented(schemas.Answer, 401, 403, 404))
     async def unload(request: Request, model_id: str) -> Response:
         """End the model's worker. ERC-8128 headers of an operator or of the model's owner."""
-        parsed = await node.service.unload(await _call(node, request, ModelId.parse(model_id)))
+        parsed = await node.service.unload(await _call(node, request, ModelId.parse(model_id), session_does=False))
         return json_response({"status": "success", "message": f"{parsed} is unloaded"})
 
     @router.delete("/api/v1/cache", tags=["models"], responses=documented(schemas.Answer, 401, 403))
     async def clear(request: Request) -> Response:
         """Unload all models and drop cached ciphertext. ERC-8128 headers of an operator."""
-        models, freed = await node.service.clear_caches(await _call(node, request))
+        models, freed = await node.service.clear_caches(await _call(node, request, session_does=False))
         message = (
             f"{models} models unloaded, {freed.entries} files and {freed.bytes} bytes of ciphertext dropped, "
             f"{freed.in_use} in use kept"
@@ -159,14 +159,14 @@ def _own_handlers(node: Node) -> dict[str, Handler]:
     return {_INFERENCE: inference, _RUN: run}
 
 
-def _parsed(node: Node, incoming: Incoming, model: ModelId | None = None) -> SignedCall:
+def _parsed(node: Node, incoming: Incoming, model: ModelId | None = None, *, session_does: bool = True) -> SignedCall:
     if incoming.method == "POST":
         require_json(incoming)
-    return node.envelopes.parse(incoming, model)
+    return node.envelopes.parse(incoming, model, session_does=session_does)
 
 
-async def _call(node: Node, request: Request, model: ModelId | None = None) -> SignedCall:
-    return _parsed(node, await _incoming(request), model)
+async def _call(node: Node, request: Request, model: ModelId | None = None, *, session_does: bool = True) -> SignedCall:
+    return _parsed(node, await _incoming(request), model, session_does=session_does)
 
 
 async def _incoming(request: Request) -> Incoming:
