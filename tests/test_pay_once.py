@@ -275,6 +275,27 @@ async def test_an_expired_answer_leaves_its_receipt_without_the_private_part(tmp
         assert await counter.rows("SELECT * FROM outcome") == []
 
 
+async def test_why_an_answer_is_not_kept_is_told_as_it_is(tmp_path: Path) -> None:
+    now = time.time()
+    async with Counter(tmp_path, clock=lambda: now) as counter:
+        paid, call = signed(tx=counter.chain.pay(PRICE.atomic))
+        await counter.infer(call)
+        free, call = signed(max_price=0)
+        await counter.infer(call, price=Usdc(0))
+        failed, call = signed(max_price=0)
+        with pytest.raises(ModelFailed):
+            await counter.infer(call, failing(ModelFailed("no")), price=Usdc(0))
+
+        assert (await counter.ledger.result(paid.request, USER)).body, "kept for a day"
+        for principal, told in ((free, "answers of free calls are not kept"), (failed, "ended without an answer")):
+            with pytest.raises(ResultUnknown, match=told) as caught:
+                await counter.ledger.result(principal.request, USER)
+            assert caught.value.evidence is not None
+        now += 86_401
+        with pytest.raises(ResultUnknown, match="not kept any more"):
+            await counter.ledger.result(paid.request, USER)
+
+
 async def test_successes_are_counted_from_receipts(counter: Counter) -> None:
     await counter.infer(signed(tx=counter.chain.pay(PRICE.atomic))[1])
     await counter.infer(signed(max_price=0)[1], price=Usdc(0))

@@ -129,9 +129,10 @@ _ERRORS = """\
 
 Every error has a stable `code`. Over HTTP it comes as `application/problem+json` (RFC 9457) with `type`, `title`,
 `status`, `detail`, `code`, `error` (the code again; under `/v2` with the detail, under `/v1` an object), `request_id`,
-`actor` and the data named below; in Python it is the class, with the same facts in `.data`. *Receipt* says whether a
-caller who proved who he is gets a signed refusal or failure receipt with it. *Who acts* is who can mend it. A code
-without a status belongs to the command line and the client: no node answers with it.
+`actor` and the data named below; in Python it is the class, with the same facts in `.data`. *Receipt* says whether the
+caller of a run who proved who he is gets a signed refusal or failure receipt with it; what is no run, a load say, has
+none. *Who acts* is who can mend it. A code without a status belongs to the command line and the client: no node
+answers with it.
 
 | code | status | class | what went wrong | who acts | data | receipt |
 |---|---|---|---|---|---|---|
@@ -202,6 +203,9 @@ def errors_page() -> str:
     )
 
 
+_OTHER_RECEIPTS = {"result_unknown": "that of the run, if there was one"}
+
+
 def _words(meanings: dict[str, str]) -> str:
     return "\n".join(f"- `{word}`: {text}" for word, text in meanings.items())
 
@@ -214,7 +218,7 @@ def _is_raised(cls: type[DivaultError]) -> bool:
 def _error_row(cls: type[DivaultError]) -> str:
     data = ", ".join(f"`{name}`" for name in cls.all_fields())
     status = str(STATUS.get(cls.code, ""))
-    receipt = "yes" if cls.receipt else "no"
+    receipt = _OTHER_RECEIPTS.get(cls.code, "yes" if cls.receipt else "no")
     cells = (f"`{cls.code}`", status, f"`{cls.__name__}`", _first_line(cls), cls.actor.value, data, receipt)
     return "| " + " | ".join(cells) + " |"
 

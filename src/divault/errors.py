@@ -35,7 +35,7 @@ class DivaultError(Exception):
     code: ClassVar[str] = "internal"
     actor: ClassVar[Actor] = Actor.OPERATOR
     receipt: ClassVar[bool] = False
-    """True when an authenticated caller gets a signed refusal or failure receipt for it."""
+    """True when an authenticated caller of a run gets a signed refusal or failure receipt for it."""
     fields: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, detail: str, /, **data: Any) -> None:

@@ -293,3 +293,27 @@ async def test_logs_hold_no_secret(world: World) -> None:
     assert json.loads(request.exchange.body)["user_signature"] not in log
     for secret in ("node.key", "age.key"):
         assert (state / secret).read_text().strip().splitlines()[-1] not in log
+
+
+async def test_a_run_that_is_refused_has_a_receipt_and_a_load_has_none(world: World) -> None:
+    model, stranger = await free_model(world), await world.consumer(tokens=0)
+    who = await signer(world, stranger)
+    asked = {"model_id": model.text, "user_address": str(address_of(stranger))}
+
+    load = await send(world, who.post("/api/v1/models/load", model, asked, Usdc(0)), path="/api/v1/models/load")
+    run = await send(world, await signed(world, model, stranger))
+
+    assert (load[0], load[1]["code"], "receipt" in load[1]) == (403, "access_denied", False)
+    assert (run[0], run[1]["code"], "receipt" in run[1]) == (403, "access_denied", True)
+
+
+async def test_of_a_free_run_the_receipt_is_kept_and_no_answer(world: World) -> None:
+    model, key = await free_model(world), await world.consumer()
+    ran = await send(world, request := await signed(world, model, key))
+    path = f"/api/v1/results/{request.id}"
+    headers = dict((await signer(world, key)).bare("GET", path).exchange.headers or {})
+    status, body, _ = await world.request("GET", path, headers=headers)
+
+    assert (status, body["code"]) == (404, "result_unknown")
+    assert "answers of free calls are not kept" in body["detail"]
+    assert body["receipt"]["receipt_hash"] == ran[1]["receipt"]["receipt_hash"]

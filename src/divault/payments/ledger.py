@@ -209,8 +209,8 @@ class Ledger:
     async def result(self, request: Digest, user: Address) -> Answer:
         """The kept answer of a priced request, for the wallet that signed it.
 
-        Raises ResultUnknown (with the receipt as evidence, if only the answer has expired), or the error that the
-        request ended with.
+        Raises ResultUnknown (with the receipt as evidence, if there is one and only the answer is not kept), or the
+        error that the request ended with.
         """
         now = self._now()
 
@@ -222,9 +222,9 @@ class Ledger:
             return _restored(*kept)
         if envelope is None:
             raise ResultUnknown("this node keeps no result of that request for this wallet")
-        expired = ResultUnknown("the answer is not kept any more; its receipt is")
-        expired.evidence = envelope
-        raise expired
+        without = ResultUnknown(_why_not_kept(envelope["receipt"]))
+        without.evidence = envelope
+        raise without
 
     async def successes(self, model: ModelId | None = None) -> int:
         """Number of receipts with status 1: of one model, or of all."""
@@ -562,6 +562,15 @@ def status_of(error: DivaultError) -> ReceiptStatus:
         isinstance(error, StorageFailed) and not isinstance(error, ContentInvalid)
     )
     return ReceiptStatus.FAILED if failed else ReceiptStatus.REFUSED
+
+
+def _why_not_kept(receipt: Mapping[str, Any]) -> str:
+    """Why there is a receipt, of these fields, and no answer."""
+    if receipt["price"] != "0":
+        return "the answer is not kept any more; its receipt is"
+    if receipt["status"] == str(int(ReceiptStatus.OK)):
+        return "answers of free calls are not kept; the receipt is"
+    return "that run ended without an answer; its receipt is kept"
 
 
 def _success(call: SignedCall, hold: Hold, output: Output, now: int) -> ReceiptDraft:
