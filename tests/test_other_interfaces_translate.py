@@ -261,4 +261,8 @@ def test_errors_name_what_the_caller_sent() -> None:
         "max_completion_tokens", "top_p", "messages"
     ]  # fmt: skip
     assert read("completions", prompt="x", max_tokens=4).name_of("parameters.max_tokens") == "max_tokens"
-    assert read("embeddings", input="").name_of("text") == "input"
+    embeddings = read("embeddings", input=["", "x"])
+    assert [embeddings.name_of(name) for name in ("text", "text[0]", "texts", "parameters.text")] == [
+        "input", "input[0]", "texts", "text"
+    ]  # fmt: skip
+    assert read("completions", prompt="x").name_of("text[0]") == "text[0]"

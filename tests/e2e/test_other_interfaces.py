@@ -368,6 +368,9 @@ async def test_an_openai_client_gets_embeddings(world: World, sentence_model: Pa
         assert packed.usage.prompt_tokens == sum(native["tokens"]) == packed.usage.total_tokens
         covered = orjson.dumps(body["data"])
         check(world, ours, body["receipt"], raw.http_response.request.content, covered)
+        with pytest.raises(openai.UnprocessableEntityError) as refused:
+            client.embeddings.create(model=model, input=["", "x"])
+        assert refused.value.param == "input[0]", "in the words of the interface"
 
     await on_a_thread(story)
 

@@ -145,8 +145,8 @@ class Asked:
         """What the caller calls a field that an error names in this project's words."""
         if field == "parameters.max_tokens" and "max_completion_tokens" in self.members:
             return "max_completion_tokens"
-        if self.kind == "embeddings" and field == "text":
-            return "input"
+        if self.kind == "embeddings" and (field == "text" or field.startswith("text[")):
+            return "input" + field.removeprefix("text")
         return field.removeprefix("parameters.")
 
     def _texts(self, name: str) -> Any:
