@@ -50,6 +50,64 @@ def answered(raw: bytes, result: Any = RESULT) -> tuple[dict[str, Any], bytes, b
     return json.loads(body[:end]), body[end:], told.result
 
 
+def schema_of(*path: str) -> dict[str, Any]:
+    """Lists within lists of this."""
+    schema: dict[str, Any] = {"type": path[-1]}
+    for kind in reversed(path[:-1]):
+        schema = {"type": kind, "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("value", "texts"),
+    [
+        ([[{"label": "PER"}], []], ['[{"label":"PER"}]', "[]"]),
+        ([[], []], ["[]", "[]"]),
+        ([[]], ["[]"]),
+        ([], []),
+    ],
+)
+def test_outputs_that_hold_objects_are_texts_of_json_whatever_is_in_them(value: Any, texts: list[str]) -> None:
+    """A client reads one text per input; that nothing was found in any of them is no other kind of tensor."""
+    gives = {"properties": {"entities": schema_of("array", "array", "object")}}
+    translation = Translation(asked(), "")
+    translation.ask(call(MODEL, None), description(gives=gives))
+    told = json.loads(translation.tell(output({"entities": value})).result)
+
+    assert told == [{"name": "entities", "datatype": "BYTES", "shape": [len(texts)], "data": texts}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "datatype"), [("integer", "INT64"), ("boolean", "BOOL"), ("string", "BYTES"), ("number", "FP64")]
+)
+def test_outputs_without_elements_have_the_datatype_of_the_description(kind: str, datatype: str) -> None:
+    told = description(gives={"properties": {"found": schema_of("array", kind)}})
+    for how in ({}, {"parameters": {"binary_data_output": True}}):
+        translation = Translation(asked(**how), "")
+        translation.ask(call(MODEL, None), told)
+        (tensor,) = json.loads(translation.tell(output({"found": []})).result)
+        assert (tensor["datatype"], tensor["shape"]) == (datatype, [0])
+    assert metadata("m", told)["outputs"][0]["datatype"] == datatype
+
+
+@pytest.mark.parametrize(
+    ("schema", "shape"),
+    [
+        (schema_of("array", "object"), [-1]),
+        (schema_of("array", "array", "object"), [-1]),
+        ({"anyOf": [schema_of("array", "object"), schema_of("object")]}, [-1]),
+        (schema_of("array", "object") | {"minItems": 3, "maxItems": 3}, [3]),
+        (schema_of("object"), [1]),
+        (schema_of("array", "number"), [-1]),
+        (schema_of("number"), [1]),
+    ],
+)
+def test_the_shape_of_an_output_leaves_open_how_many_texts_it_has(schema: dict[str, Any], shape: list[int]) -> None:
+    told = metadata("m", description(gives={"properties": {"found": schema}}))["outputs"]
+
+    assert [one["shape"] for one in told] == [shape]
+
+
 def test_an_output_that_the_model_lacks_is_told_before_it_runs() -> None:
     translation = Translation(asked(outputs=[{"name": "logits"}]), "")
     with pytest.raises(InputInvalid, match="no output logits: it gives predictions, probabilities"):

@@ -159,6 +159,12 @@ def test_what_is_no_tensor_becomes_texts() -> None:
     assert written_tensor("y", [])["shape"] == [0]
 
 
+def test_what_has_no_elements_has_the_datatype_that_it_is_said_to_have() -> None:
+    assert written_tensor("y", [[]]) == {"name": "y", "datatype": "FP64", "shape": [1, 0], "data": []}
+    assert written_tensor("y", [], "INT64") == {"name": "y", "datatype": "INT64", "shape": [0], "data": []}
+    assert written_tensor("y", [0.5], "INT64")["datatype"] == "FP64", "what has elements shows it"
+
+
 def test_bytes_that_belong_to_nobody_are_refused() -> None:
     tensor = {"name": "x", "datatype": "INT8", "shape": [2], "parameters": {"binary_data_size": 2}}
     head = json.dumps({"inputs": [tensor]}).encode()

@@ -5,7 +5,7 @@
 | `POST /v2/models/{m}/infer` | a signed, gated, paid call; the receipt is `parameters.receipt` of the answer |
 | input tensors | the members of `input_data`; a single tensor is the model's one input, whatever its name |
 | `parameters` of a request | `parameters` of the call, without the protocol's own |
-| output tensors | the members of `result`; what is no tensor becomes texts of JSON |
+| output tensors | the members of `result`; what is no tensor, or may hold objects, becomes texts of JSON |
 | `binary_data_output`, an output's `binary_data` | these outputs come as bytes behind the JSON, in its order |
 | repository `load`, `unload` | the node's load and unload, signed |
 
@@ -24,7 +24,7 @@ import msgspec
 import orjson
 from msgspec.structs import replace
 
-from divault.api.tensors import bytes_of, read_tensor, written_tensor
+from divault.api.tensors import bytes_of, read_tensor, texts_of, written_tensor
 from divault.errors import BadRequest, InputInvalid
 from divault.models.base import Description
 from divault.service import Dialect
@@ -91,6 +91,8 @@ class Translation:
         self._raw = raw
         self._header_length = header_length
         self._told: Asked | None = None
+        self._gives: Mapping[str, Mapping[str, Any]] = {}
+        """Schemas of the model's outputs, after `ask`."""
         self._json_size = 0
         """Bytes of `outputs` in the result of `tell`; tensors follow them."""
         self._header_size: int | None = None
@@ -109,8 +111,9 @@ class Translation:
 
     def ask(self, call: SignedCall, description: Description) -> SignedCall:
         """The call as its model takes it. Raises BadRequest, InputInvalid: also for an output that the model lacks."""
-        if gives := _given(description):
-            self._require(gives)
+        self._gives = _given(description)
+        if self._gives:
+            self._require(self._gives)
         data = _input_data(self._asked, description)
         return replace(call, input_data=data, parameters=self._asked.parameters)
 
@@ -119,7 +122,7 @@ class Translation:
         members = _outputs(orjson.loads(output.result))
         self._require(members)  # a parameter of the model may have left one out
         wanted = self._asked.outputs or dict.fromkeys(members, self._asked.as_bytes)
-        tensors = [written_tensor(name, members[name]) for name in wanted]
+        tensors = [_written(name, members[name], self._gives.get(name)) for name in wanted]
         tail = [bytes_of(tensor) for tensor, as_bytes in zip(tensors, wanted.values(), strict=True) if as_bytes]
         told = orjson.dumps(tensors)
         self._json_size = len(told)
@@ -296,15 +299,32 @@ def _scalar(values: bytes) -> bytes:
     return orjson.dumps(found[0]) if len(found) == 1 else values
 
 
+def _written(name: str, value: Any, schema: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The tensor of an output: its datatype is that of `metadata` also where the value shows none, or another."""
+    if schema is None:
+        return written_tensor(name, value)
+    return written_tensor(name, value, _datatype(schema)) if _forms(schema) else texts_of(name, value)
+
+
 def _described(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": name, "datatype": _datatype(schema), "shape": _axes_of(schema) or [1]}
+    return {"name": name, "datatype": _datatype(schema), "shape": _shape(schema)}
+
+
+def _shape(schema: Mapping[str, Any]) -> list[int]:
+    """The shape of a tensor; of objects there is a text for each element of the outermost list."""
+    axes = _axes_of(schema) if _forms(schema) else max(map(_axes, _alternatives(schema)), key=len)[:1]
+    return axes or [1]
+
+
+def _alternatives(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    told = schema.get("anyOf")
+    forms = [form for form in told if isinstance(form, Mapping)] if isinstance(told, list) else []
+    return forms or [schema]
 
 
 def _forms(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The forms that a schema allows a tensor to have, the one with the most axes last; none for what is objects."""
-    told = schema.get("anyOf")
-    forms = [form for form in told if isinstance(form, Mapping)] if isinstance(told, list) else []
-    tensors = [form for form in forms or [schema] if _element(form).get("type") != "object"]
+    tensors = [form for form in _alternatives(schema) if _element(form).get("type") != "object"]
     return sorted(tensors, key=lambda form: len(_axes(form)))
 
 

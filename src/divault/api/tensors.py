@@ -83,20 +83,26 @@ def read_tensor(told: dict[str, Any], raw: bytes | None) -> bytes:
     return _json(read, 0, shape)
 
 
-def written_tensor(name: str, value: Any) -> dict[str, Any]:
-    """The tensor of a JSON value: numbers, truth values and texts as they are, anything else as texts of JSON."""
+def written_tensor(name: str, value: Any, datatype: str = "FP64") -> dict[str, Any]:
+    """The tensor of a JSON value: numbers, truth values and texts as they are, anything else as texts of JSON.
+
+    `datatype`: of a value without elements, which doesn't show one.
+    """
     shape = _shape_of(value)
     flat = list(_flat(value, len(shape)))
-    datatype = _datatype_of(flat)
-    if datatype is None:
-        value = value if isinstance(value, list) else [value]
-        return {
-            "name": name,
-            "datatype": "BYTES",
-            "shape": [len(value)],
-            "data": [one if isinstance(one, str) else orjson.dumps(one).decode() for one in value],
-        }
-    return {"name": name, "datatype": datatype, "shape": shape or [1], "data": flat}
+    found = _datatype_of(flat) if flat else datatype
+    return {"name": name, "datatype": found, "shape": shape or [1], "data": flat} if found else texts_of(name, value)
+
+
+def texts_of(name: str, value: Any) -> dict[str, Any]:
+    """The tensor of a list of whatever JSON has, or of a single value: a text of JSON for each."""
+    value = value if isinstance(value, list) else [value]
+    return {
+        "name": name,
+        "datatype": "BYTES",
+        "shape": [len(value)],
+        "data": [one if isinstance(one, str) else orjson.dumps(one).decode() for one in value],
+    }
 
 
 def bytes_of(tensor: dict[str, Any]) -> bytes:
@@ -241,7 +247,7 @@ def _flat(value: Any, axes: int) -> Iterable[Any]:
 
 def _datatype_of(flat: list[Any]) -> str | None:
     kinds = {type(one) for one in flat}
-    if not kinds or (kinds <= {float, int} and float in kinds):
+    if kinds <= {float, int} and float in kinds:
         return "FP64"
     if kinds == {int}:
         if max(flat) < 2**63:
