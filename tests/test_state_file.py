@@ -316,6 +316,20 @@ class TimedDisk:
             raise OSError(errno.EIO, "Input/output error")
 
 
+async def test_readers_who_wait_for_a_sync_that_fails_have_an_error_each(state: State, disk: SlowDisk) -> None:
+    disk.fails = True
+    writing = asyncio.create_task(state.write(insert("a")))
+    await begun(disk)
+    reading = [asyncio.create_task(state.read(keys)) for _ in range(3)]
+    await asyncio.sleep(0)
+    disk.go.set()
+    ends = await asyncio.gather(writing, *reading, return_exceptions=True)
+    disk.fails = False
+
+    assert all(isinstance(end, NotReady) for end in ends), ends
+    assert len(set(map(id, ends))) == 4, "each collects the receipt of its own caller"
+
+
 async def test_a_single_write_is_synced_at_once_as_long_as_the_disk_is_quick(
     state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:

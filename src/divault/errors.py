@@ -7,6 +7,7 @@ Rules:
 3. Data (`have`, `need`, `block`, ...) travels in named fields, declared by the class; another name is a `TypeError`.
 4. No message and no field holds a key, a signature, a path of the node or another caller's data.
 5. Errors know nothing of HTTP: the one table of statuses is in `divault.api.problems`.
+6. An error collects what belongs to one caller's request, so no object is raised to two: each gets a `copy`.
 
 >>> err = AccessDenied("hold 100 more of 0xT0", have="0", need="100")
 >>> err.code, err.data["need"]
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class Actor(StrEnum):
@@ -49,6 +50,10 @@ class DivaultError(Exception):
         """Envelope of the signed receipt of this refusal or failure, once there is one."""
         self.request_id: str | None = None
         """Digest of the authenticated request that met this error."""
+
+    def copy(self) -> Self:
+        """The same error for another caller (rule 6), without the receipt and the request of this one's."""
+        return type(self)(self.detail, **self.data)
 
     @classmethod
     def all_fields(cls) -> tuple[str, ...]:

@@ -567,9 +567,12 @@ class _Savepoint:
 
 
 async def _outcome(future: asyncio.Future[None]) -> None:
-    """Wait for a future that others wait for too."""
+    """Wait for a future that others wait for too. Raises what it was given, each caller an error of his own."""
     await asyncio.wait([future])
-    future.result()
+    try:
+        future.result()
+    except DivaultError as err:
+        raise err.copy() from err
 
 
 def _fail(future: asyncio.Future[None], error: DivaultError) -> None:

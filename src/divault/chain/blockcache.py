@@ -43,8 +43,8 @@ class BlockCache(Generic[K, V]):
             task.add_done_callback(lambda done: self._finished(key, done))
         try:
             return await asyncio.shield(task)
-        except DivaultError as err:  # an error collects evidence of its own request: never one object for two callers
-            raise type(err)(err.detail, **err.data) from err
+        except DivaultError as err:
+            raise err.copy() from err
 
     def put(self, key: K, value: V) -> None:
         """Keep a value that was read otherwise."""

@@ -133,7 +133,7 @@ class Chain:
                 return known
             now = self._monotonic()
             if self._failure is not None and now - self._failure[0] < _CONTACT_RETRY_S:
-                raise ChainUnavailable(self._failure[1].detail, **self._failure[1].data)
+                raise self._failure[1].copy() from self._failure[1]
             try:
                 head = await self._newest()
             except ChainUnavailable as err:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
+from divault.errors import DivaultError
 from divault.storage.cache import Entry, OnDisk
 from divault.values import Cid, VerifiedBlob, VerifiedFolder
 
@@ -45,6 +46,13 @@ class Flow:
         for listener in self.listeners:
             listener(done, total)
         self._tell()
+
+    def outcome(self) -> Entry:
+        """What the work gave, now that it is done. Raises what it raised, each caller an error of his own."""
+        try:
+            return self.task.result()
+        except DivaultError as err:
+            raise err.copy() from err
 
     def _tell(self) -> None:
         self.moved.set()
@@ -94,7 +102,7 @@ class Arrival:
             if stored is not None and stored.expected is not None:
                 return stored.expected
             await moved.wait()
-        return self._flow.task.result().size
+        return self._flow.outcome().size
 
     async def upto(self, count: int) -> int:
         """How many bytes from the start are verified, once they are `count` or all.
@@ -109,13 +117,14 @@ class Arrival:
                     self._hold(stored)
                     return ready
             await moved.wait()
-        entry = self._flow.task.result()
+        entry = self._flow.outcome()
         self._hold(self._flow.stored or entry)
         return entry.size
 
     async def blob(self) -> VerifiedBlob:
         """The file, complete; kept from eviction while the returned object lives. Raises as `Fetcher.fetch`."""
-        entry = await asyncio.shield(self._flow.task)
+        await asyncio.wait([self._flow.task])
+        entry = self._flow.outcome()
         blob = VerifiedBlob(self.cid, entry.path, entry.size)
         weakref.finalize(blob, os.close, os.dup(entry.fd))
         return blob

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from divault.errors import NotReady
+from divault.errors import DivaultError, NotReady
 from divault.telemetry import log
 from divault.values import MemoryFile
 from divault.workers.memory import memory_of
@@ -317,6 +317,8 @@ class Templates:
             start = self._starts[name] = asyncio.create_task(work, name=f"template {name}")
         try:
             return await asyncio.shield(start)
+        except DivaultError as err:
+            raise err.copy() from err
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if start.cancelled() and task is not None and not task.cancelling():

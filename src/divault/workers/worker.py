@@ -325,7 +325,7 @@ class Worker:
     def _refuse(self, jobs: Sequence[Job], error: DivaultError) -> None:
         for job in jobs:
             if not job.done.done():
-                job.done.set_exception(type(error)(error.detail, **error.data))
+                job.done.set_exception(error.copy())
 
     def _not_ready(self) -> NotReady:
         if self._state == "closed":
