@@ -347,6 +347,82 @@ def test_every_job_comes_once_in_the_order_of_its_owner(asked: list[tuple[int, i
     asyncio.run(run())
 
 
+kinds = st.tuples(st.integers(0, 2), st.sampled_from([1, MAX_PASS_BYTES // 3, MAX_PASS_BYTES]))
+
+
+@given(st.lists(st.lists(kinds, min_size=1, max_size=4), min_size=1, max_size=12), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_a_lines_turn_comes_after_at_most_as_many_passes_as_lines_before_it(
+    wallets: list[list[tuple[int, int]]], most: int
+) -> None:
+    """However the others' parameters and sizes fit together, and although each who was answered asks again at once."""
+
+    async def run() -> None:
+        queue, loop = Queue(), asyncio.get_running_loop()
+        texts = {size: b"x" * size for size in (1, MAX_PASS_BYTES // 3, MAX_PASS_BYTES)}
+
+        def put(owner: bytes, kind: int, size: int) -> None:
+            item = Item(texts[size], str(kind).encode())
+            queue.put(Job(owner, item, loop.create_future(), 0.0, 1.0), 1000, lambda: Overloaded("full", retry_after=1))
+
+        for number, asked in enumerate(wallets):
+            for one in asked:
+                put(bytes([number]), *one)
+        passes_left = {bytes([number]): number + 1 for number in range(len(wallets))}
+        for _ in range(3 * len(wallets)):
+            part = queue.take(most)
+            passes_left = {owner: left - 1 for owner, left in passes_left.items()}
+            answered = list(dict.fromkeys(job.owner for job in part))
+            assert all(left >= 0 for left in passes_left.values()), passes_left
+            assert all(left > 0 for owner, left in passes_left.items() if owner not in answered), passes_left
+            for job in part:
+                assert job.item is not None
+                put(job.owner, int(job.item.parameters or b""), len(job.item.data))
+            passes_left |= dict.fromkeys(answered, len(wallets))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("most", [2, 16, 64])
+async def test_whose_parameters_nobody_shares_is_not_passed_over_for_ever(most: int) -> None:
+    """Two wallets fill every pass between them, by turns."""
+    queue, loop = Queue(), asyncio.get_running_loop()
+
+    def put(owner: bytes, kind: bytes) -> None:
+        job = Job(owner, Item(b"{}", kind), loop.create_future(), 0.0, 1.0)
+        queue.put(job, 1000, lambda: Overloaded("full", retry_after=1))
+
+    for owner, kind, count in ((b"a", b"1", most), (b"odd", b"2", 1), (b"b", b"1", most)):
+        for _ in range(count):
+            put(owner, kind)
+    crowd = queue.take(most)
+    for job in crowd:
+        put(job.owner, b"1")
+
+    assert {job.owner for job in crowd} == {b"a", b"b"}
+    assert [job.owner for job in queue.take(most)] == [b"odd"]
+    assert {job.owner for job in queue.take(most)} == {b"a", b"b"}, "and nobody has lost his turn to him"
+
+
+async def test_a_pass_looks_past_a_bounded_number_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, loop, looks = Queue(), asyncio.get_running_loop(), 0
+    shares = Job.shares_a_pass_with
+
+    def counted(self: Job, other: Job) -> bool:
+        nonlocal looks
+        looks += 1
+        return shares(self, other)
+
+    monkeypatch.setattr(Job, "shares_a_pass_with", counted)
+    done = loop.create_future()
+    for number in range(3000):
+        job = Job(str(number).encode(), Item(b"{}", str(number).encode()), done, 0.0, 1.0)
+        queue.put(job, 3000, lambda: Overloaded("full", retry_after=1))
+
+    assert [[job.owner for job in queue.take(64)] for _ in range(3)] == [[b"0"], [b"1"], [b"2"]]
+    assert looks <= 3 * 300
+
+
 acts = st.sampled_from([None, None, None, None, "refuse", "die"])
 
 
