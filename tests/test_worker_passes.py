@@ -26,6 +26,8 @@ from divault.workers.worker import Tuning, Worker
 from tests.worker_models import call, dumped, hold, hostile, opened
 
 MakePool = Callable[..., WorkerPool]
+ANY = 1000.0
+"""Share of the deadline that a pass may take: who goes together does not hang on how long a run takes here."""
 
 
 @pytest.fixture
@@ -189,14 +191,78 @@ async def test_only_who_brings_the_process_down_hears_of_it(make_pool: MakePool)
     assert {one["callers"] for one in found} == {1}, "each ran again alone"
 
 
-async def test_who_hangs_a_pass_is_stopped_and_the_others_are_answered(make_pool: MakePool) -> None:
-    pool, model = make_pool(hostile("tagged"), predict_s=0.5), opened(b"any")
+@pytest.mark.parametrize("place", [0, 2])
+async def test_who_hangs_a_pass_is_stopped_and_the_others_are_answered(make_pool: MakePool, place: int) -> None:
+    """Wherever he stands: who waits behind him is not given up while he takes a whole deadline alone."""
+    pool, model = make_pool(hostile("tagged", pass_share=ANY), predict_s=0.5), opened(b"any")
     await pool.load(model)
-    found = await together(pool, model, [{"tag": "a"}, {"tag": "b", "act": "hang"}, {"tag": "c"}])
+    asked = [{"tag": str(n)} for n in range(4)]
+    asked[place]["act"] = "hang"
+    found = await together(pool, model, asked)
 
-    assert isinstance(found[1], DeadlineExceeded)
-    answered = [one for one in (found[0], found[2]) if not isinstance(one, DeadlineExceeded)]
-    assert all(one["callers"] == 1 for one in answered)
+    assert isinstance(found[place], DeadlineExceeded)
+    assert "was stopped after 0.5 s" in found[place].detail
+    del asked[place], found[place]
+    assert found == [{"tag": one["tag"], "callers": 1} for one in asked]
+
+
+@pytest.mark.parametrize("how", ["hangs up", "has a short deadline"])
+async def test_who_brings_a_pass_down_and_leaves_first_leaves_nobody_to_blame(make_pool: MakePool, how: str) -> None:
+    pool, model = make_pool(hostile("tagged", pass_share=ANY), predict_s=0.5), opened(b"any")
+    await pool.load(model)
+    first = asyncio.create_task(said(pool, model, {"tag": "first"}))
+    await asyncio.sleep(0.005)
+    act, limit_s = ("die", None) if how == "hangs up" else ("hang", 0.3)
+    innocent = asyncio.create_task(said(pool, model, {"tag": "innocent"}, wallet=2))
+    guilty = asyncio.create_task(said(pool, model, {"tag": "guilty", "act": act}, wallet=3, limit_s=limit_s))
+    await first
+    worker = pool._entries[model.model.key].worker
+    assert len(worker._flight) == 2
+    if limit_s is None:
+        guilty.cancel()
+
+    assert await innocent == {"tag": "innocent", "callers": 1}
+    with pytest.raises((DeadlineExceeded, asyncio.CancelledError)):
+        await guilty
+    assert worker.figures.restarts == 1, "nobody who left is run again"
+
+
+async def test_who_brings_the_process_down_alone_hears_of_it_and_is_not_run_again(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("tagged")), opened(b"any")
+    await pool.load(model)
+    with pytest.raises(ModelFailed):
+        await said(pool, model, {"tag": "alone", "act": "die"})
+
+    assert (await said(pool, model, {"tag": "next"}))["tag"] == "next"
+    assert pool.figures()[0].restarts == 1
+
+
+async def test_who_goes_again_is_not_given_up_while_the_process_restarts(make_pool: MakePool) -> None:
+    tuning = hostile("tagged", pass_share=ANY, first_pause_s=0.8, longest_pause_s=0.8)
+    pool, model = make_pool(tuning, predict_s=0.5), opened(b"any")
+    await pool.load(model)
+    found = await together(pool, model, [{"tag": "a"}, {"tag": "b", "act": "die"}])
+
+    assert found[0] == {"tag": "a", "callers": 1}
+    assert isinstance(found[1], ModelFailed)
+
+
+async def test_who_goes_again_is_given_up_at_his_own_deadline(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("tagged", pass_share=ANY), predict_s=1.0), opened(b"any")
+    await pool.load(model)
+    first = asyncio.create_task(said(pool, model, {"tag": "first"}))
+    await asyncio.sleep(0.005)
+    hangs = asyncio.create_task(said(pool, model, {"tag": "hangs", "act": "hang"}, wallet=2))
+    hurried = asyncio.create_task(said(pool, model, {"tag": "hurried"}, wallet=3, limit_s=1.5))
+    patient = asyncio.create_task(said(pool, model, {"tag": "patient"}, wallet=4))
+    await first
+    with pytest.raises(DeadlineExceeded, match=r"no answer came within 1\.5 s"):
+        await hurried
+
+    assert not hangs.done(), "in his turn alone"
+    assert await patient == {"tag": "patient", "callers": 1}
+    with pytest.raises(DeadlineExceeded, match="was stopped"):
+        await hangs
 
 
 async def test_a_callers_own_deadline_ends_his_wait_and_nobody_elses(make_pool: MakePool) -> None:
@@ -264,17 +330,27 @@ async def test_a_pass_goes_on_for_the_one_who_still_waits(make_pool: MakePool) -
     assert pool.figures()[0].restarts == 0
 
 
-async def test_who_goes_again_waits_no_longer_than_anybody(make_pool: MakePool) -> None:
-    """Of two whose process died together the second runs again after the first, who hangs: he is not forgotten."""
-    pool, model = make_pool(hostile("tagged"), predict_s=1.0), opened(b"any")
+async def test_all_who_hang_a_pass_are_stopped_one_by_one(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("tagged", pass_share=ANY), predict_s=0.3), opened(b"any")
     await pool.load(model)
     asked = [{"tag": "dies", "act": "die"}, *({"tag": n, "act": "hang"} for n in range(3))]
-    began = time.monotonic()
     found = await together(pool, model, asked)
 
     assert isinstance(found[0], ModelFailed)
-    assert all(isinstance(one, DeadlineExceeded) for one in found[1:])
-    assert time.monotonic() - began < 3.5, "one deadline in the pass, one before his turn, one in it"
+    assert [one.detail for one in found[1:]] == ["the model was stopped after 0.3 s"] * 3, "none is forgotten"
+    assert (await said(pool, model, {"tag": "next"}))["tag"] == "next"
+
+
+async def test_whoever_hangs_again_has_his_other_requests_run_last() -> None:
+    """Else one wallet's many would each take a deadline from the others of their pass."""
+    queue, loop = Queue(), asyncio.get_running_loop()
+    jobs = [Job(owner, Item(b"{}"), loop.create_future(), 0.0, 1.0) for owner in (b"a", b"a", b"b", b"a", b"c")]
+    queue.put_back(jobs)
+    (hangs,) = queue.take(9)
+    queue.put_last(hangs.owner)
+
+    assert [queue.take(9) for _ in range(4)] == [[jobs[2]], [jobs[4]], [jobs[1]], [jobs[3]]]
+    assert not queue
 
 
 async def test_a_wallet_that_floods_takes_nobody_elses_turn(make_pool: MakePool) -> None:

@@ -26,7 +26,7 @@ from divault.workers import wire
 MAX_PASS_BYTES = 8 << 20
 """Input and parameters of all callers in one pass; who has more goes alone."""
 _MOST_PASSED = 256
-"""Lines that don't fit which a pass looks past, in 50 us: what stands behind more of them waits until theirs were run."""
+"""Lines that don't fit which a pass looks past, in 50 us: who stands behind more of them waits for their turns."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,6 +101,10 @@ class Queue:
         """Let these go next, each alone, in this order."""
         self._first.extendleft(reversed(jobs))
         self._count += len(jobs)
+
+    def put_last(self, owner: bytes) -> None:
+        """Of those who go again, let this owner's go after the others'."""
+        self._first = deque(sorted(self._first, key=lambda job: job.owner == owner))
 
     def drop(self, job: Job) -> None:
         """Take the job out, if it waits."""

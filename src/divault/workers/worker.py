@@ -16,8 +16,10 @@ Rules:
 2. A request waits at most one predict deadline and runs at most one; its caller's own deadline counts for both, and
    ends his wait alone: who sets a short one costs nobody else the process. A pass that nobody waits for any more is
    stopped when it goes on for longer than a restart takes.
-3. A process that dies, or is stopped at a deadline, with several callers in flight: each of them runs again, once and
-   alone, so that only the one who brings it down hears of it. Who was alone is not run again.
+3. A process that dies, or is stopped at a deadline, with several callers in flight: each who still waits runs again,
+   once and alone, so that only the one who brings it down hears of it, even when he left before. Who was alone is not
+   run again. They go before everybody else, and while they wait only their own deadlines count: those before them may
+   take whole ones. Who brings it down again has his other requests of that pass run last.
 4. A caller who went away is taken out of the queue unrun; the end of a run that gives pieces is asked for.
 """
 
@@ -373,7 +375,7 @@ class Worker:
         self._pump()
         now = asyncio.get_running_loop().time()
         for job in self._queue:
-            if job.expiry is None:
+            if job.expiry is None and not job.alone:
                 self._set_expiry(job, job.latest(now), self._expire)
 
     def _pump(self) -> None:
@@ -392,7 +394,7 @@ class Worker:
         self._flight, self._began = jobs, loop.time()
         end = self._began + jobs[0].run_s
         for job in jobs:
-            self._set_expiry(job, job.deadline if job.deadline < end else None, self._give_up)
+            self._set_expiry(job, job.deadline if job.deadline < end else math.inf, self._give_up)
         self._overrun = loop.call_at(end, self._overran)
         try:
             self._process.post(request_for(jobs), self._replied, self._on_part(jobs[0]))
@@ -406,13 +408,13 @@ class Worker:
             return together
         return max(1, min(together, int(self._tuning.pass_share * self._deadlines.predict_s / mean)))
 
-    def _set_expiry(self, job: Job, at: float | None, then: Callable[[Job], None]) -> None:
+    def _set_expiry(self, job: Job, at: float, then: Callable[[Job], None]) -> None:
         if job.expiry is not None:
             job.expiry.cancel()
-        job.expiry = None if at is None else asyncio.get_running_loop().call_at(at, then, job)
+        job.expiry = None if at == math.inf else asyncio.get_running_loop().call_at(at, then, job)
 
     def _give_up(self, job: Job) -> None:
-        """The caller's own deadline passed while his pass is under way."""
+        """The caller's own deadline passed while his pass is under way, or after one that went wrong."""
         limit = f"{job.limit_s:g}"
         if not job.done.done():
             job.done.set_exception(DeadlineExceeded(f"no answer came within {limit} s", limit_s=limit))
@@ -472,14 +474,16 @@ class Worker:
 
     def _went_wrong(self, error: DivaultError) -> None:
         """The process is of no use any more: rule 3."""
-        jobs = [job for job in self._landed() if not job.done.done()]
-        if len(jobs) > 1 and self._state == "ready":
-            now = asyncio.get_running_loop().time()
+        landed = self._landed()
+        jobs = [job for job in landed if not job.done.done()]
+        if len(landed) > 1 and self._state == "ready":  # whoever left it may be the one
             for job in jobs:
                 job.alone = True
-                self._set_expiry(job, job.latest(now), self._expire)
+                self._set_expiry(job, job.deadline, self._give_up)
             self._queue.put_back(jobs)
             jobs = []
+        elif landed:
+            self._queue.put_last(landed[0].owner)
         if self._state == "ready" and self._process is not None:
             self._process.stop()
             self._revive_soon(jobs, error)
