@@ -366,6 +366,30 @@ async def test_a_stopped_worker_is_noticed_by_the_probe(make_pool: MakePool) -> 
     assert "every idle worker answered" in await pool.probe()
 
 
+async def test_a_model_unloaded_during_the_probe_does_not_fail_it(make_pool: MakePool) -> None:
+    pool, model, other = make_pool(tuning=hostile("honest")), opened(b"any"), opened(b"any", name="other")
+    loaded = await pool.load(model)
+    await pool.load(other)
+    os.kill(loaded.pid or 0, SIGSTOP)
+    probing = asyncio.create_task(pool.probe())
+    worker = pool._entries[model.model.key].worker
+    await until(lambda: bool(worker._flight))
+    await pool.unload(model.model.key)
+
+    assert "every idle worker answered" in await probing
+
+
+async def test_a_model_that_is_given_up_for_a_while_fails_the_probe(make_pool: MakePool) -> None:
+    pool, model = make_pool(tuning=hostile("exit", deaths=1)), opened(b"any")
+    await pool.load(model)
+    with pytest.raises(ModelFailed):
+        await answer(pool, model, {})
+    await until(lambda: pool.loaded()[0].state == "failed")
+
+    with pytest.raises(NotReady, match="died 1 times"):
+        await pool.probe()
+
+
 async def test_a_closing_pool_takes_no_model(make_pool: MakePool) -> None:
     pool, processes = make_pool(tuning=hostile("load_hang")), children()
     loading = asyncio.create_task(pool.load(opened(b"any")))

@@ -370,6 +370,9 @@ class WorkerPool:
         except (ModelFailed, DeadlineExceeded) as err:
             model = worker.opened.model
             raise ModelFailed(f"the worker of {model} does not answer: {err.detail}", kind="ping") from err
+        except NotReady:
+            if worker.state != "closed":  # else it was unloaded meanwhile, and nothing is wrong
+                raise
 
     async def _trial(self, place: Place | None = None) -> str:
         """Start a worker that loads nothing: it can be started and confined, and has the device of the place."""
