@@ -1,4 +1,4 @@
-"""Readiness is what calls of loaded models need; what only loads need is shown, and decides nothing."""
+"""The node's probes: what they decide, how often they run and by which clock, and what a failing one says."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from divault.errors import ChainUnavailable, StorageFailed
-from divault.health import Health
+from divault.errors import ChainUnavailable, NotReady, StorageFailed
+from divault.health import MIN_INTERVAL_S, Health
 
 
 async def fine() -> str:
@@ -56,10 +56,49 @@ async def test_each_part_is_probed_once_in_five_seconds_whoever_asks() -> None:
         asked.append("gateways")
         return "answers"
 
-    health = Health({"chain": chain, "gateways": gateways}, for_loads=["gateways"], clock=lambda: now)
+    health = Health({"chain": chain, "gateways": gateways}, for_loads=["gateways"], monotonic=lambda: now)
     await asyncio.gather(health.ready(), health.checks(), health.ready(), health.checks())
     assert sorted(asked) == ["chain", "gateways"]
 
-    now += 5
+    now += MIN_INTERVAL_S - 0.5
+    await health.ready()
+    assert sorted(asked) == ["chain", "gateways"]
+    now += 0.5
     await health.ready()
     assert sorted(asked) == ["chain", "chain", "gateways"]
+
+
+class Clock:
+    now = 1_790_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Disk:
+    """A part of the node that fails when a test says so."""
+
+    asked = 0
+    fails = False
+
+    async def probe(self) -> str:
+        self.asked += 1
+        await asyncio.sleep(0)
+        if self.fails:
+            raise NotReady("the disk failed", retry_after=5)
+        return "wrote durably"
+
+
+@pytest.mark.parametrize("step_s", [-3600, 3600])
+async def test_a_clock_that_is_set_makes_no_news_of_old(step_s: int) -> None:
+    disk, clock, since = Disk(), Clock(), Clock()
+    health = Health({"ledger": disk.probe}, clock=clock, monotonic=since)
+    (first,) = await health.checks()
+    disk.fails = True
+    clock.now += step_s
+    assert await health.checks() == (first,), "nor does it make a hammer of it"
+    since.now += MIN_INTERVAL_S
+    (second,) = await health.checks()
+
+    assert (first.word, first.checked_at) == ("active", 1_790_000_000)
+    assert (second.word, second.detail, second.checked_at) == ("failed", "the disk failed", int(clock.now))

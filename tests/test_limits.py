@@ -40,6 +40,19 @@ async def test_a_wallet_that_spent_its_minute_is_told_when_to_come_back() -> Non
         pass
 
 
+def test_a_clock_that_is_set_back_takes_no_tokens_away() -> None:
+    clock = Clock()
+    limits = PeerLimits(3, 0, clock=clock)
+    limits.knock("a")
+    clock.now -= 3600
+    for _ in range(2):
+        limits.knock("a")
+
+    with pytest.raises(RateLimited) as refused:
+        limits.knock("a")
+    assert refused.value.data["retry_after"] == 20, "and gives none"
+
+
 async def test_one_wallets_limit_is_not_anothers() -> None:
     limits = WalletLimits(1, 1, clock=Clock())
     with limits.admit(principal(ANN, 1)), limits.admit(principal(BOB, 1)):

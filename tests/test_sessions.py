@@ -53,6 +53,7 @@ class Desk:
 
     folder: Path
     clock: Clock = field(default_factory=Clock)
+    monotonic: Clock = field(default_factory=Clock)
     state: State = field(init=False)
     sessions: Sessions = field(init=False)
 
@@ -62,7 +63,7 @@ class Desk:
         return self.sessions
 
     def of(self, home: Home = HOME, key: Secret = NODE_KEY, **how: Any) -> Sessions:
-        return Sessions(self.state, key, home, clock=self.clock, **how)
+        return Sessions(self.state, key, home, clock=self.clock, monotonic=self.monotonic, **how)
 
     async def restart(self) -> Sessions:
         await self.state.close()
@@ -277,6 +278,16 @@ async def test_signing_in_has_a_budget_per_peer(desk: Desk) -> None:
         await desk.sign_in(peer="198.51.100.7")
     with pytest.raises(RateLimited):
         await desk.sign_in(peer="198.51.100.7")
+    assert await desk.sign_in(peer="198.51.100.8")
+    desk.monotonic.now += 1
+    assert await desk.sign_in(peer="198.51.100.7")
+
+
+async def test_a_clock_that_is_set_back_keeps_nobody_from_signing_in(desk: Desk) -> None:
+    await desk.sign_in(peer="198.51.100.7")
+    desk.clock.now -= 3600
+
+    assert await desk.sign_in(peer="198.51.100.7")
     assert await desk.sign_in(peer="198.51.100.8")
 
 

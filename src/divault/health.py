@@ -31,6 +31,7 @@ class Check:
     ok: bool
     detail: str
     checked_at: int
+    """Unix seconds."""
 
     @property
     def word(self) -> str:
@@ -42,12 +43,21 @@ class Health:
     """The node's probes by name, and their last results."""
 
     def __init__(
-        self, probes: Mapping[str, Probe], *, for_loads: Collection[str] = (), clock: Callable[[], float] = time.time
+        self,
+        probes: Mapping[str, Probe],
+        *,
+        for_loads: Collection[str] = (),
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`for_loads`: names of what only loads of models need."""
+        """`for_loads`: names of what only loads of models need.
+
+        `clock` says when a check was made; how old it is, `monotonic`: nobody sets that back.
+        """
         self._names = tuple(probes)
-        self._calls = _Probing({name: probes[name] for name in self._names if name not in for_loads}, clock)
-        self._loads = _Probing({name: probes[name] for name in self._names if name in for_loads}, clock)
+        clocks = clock, monotonic
+        self._calls = _Probing({name: probes[name] for name in self._names if name not in for_loads}, *clocks)
+        self._loads = _Probing({name: probes[name] for name in self._names if name in for_loads}, *clocks)
 
     async def checks(self) -> tuple[Check, ...]:
         """Run all probes at once, unless they ran within the last 5 seconds."""
@@ -62,17 +72,18 @@ class Health:
 class _Probing:
     """Probes that run together, at most every 5 seconds."""
 
-    def __init__(self, probes: Mapping[str, Probe], clock: Callable[[], float]) -> None:
+    def __init__(self, probes: Mapping[str, Probe], clock: Callable[[], float], monotonic: Callable[[], float]) -> None:
         self._probes = probes
         self._clock = clock
+        self._monotonic = monotonic
         self._lock = asyncio.Lock()
         self._last: tuple[float, tuple[Check, ...]] | None = None
 
     async def __call__(self) -> tuple[Check, ...]:
         async with self._lock:
-            if self._last is None or self._clock() - self._last[0] >= MIN_INTERVAL_S:
+            if self._last is None or self._monotonic() - self._last[0] >= MIN_INTERVAL_S:
                 found = await asyncio.gather(*(self._run(name, probe) for name, probe in self._probes.items()))
-                self._last = (self._clock(), tuple(found))
+                self._last = (self._monotonic(), tuple(found))
             return self._last[1]
 
     async def _run(self, name: str, probe: Probe) -> Check:

@@ -53,7 +53,7 @@ class Buckets:
 
     def _level(self, key: object, now: float) -> float:
         level, then = self._levels.get(key, (self._capacity, now))
-        return min(self._capacity, level + (now - then) * self._rate)
+        return min(self._capacity, level + max(0.0, now - then) * self._rate)  # no clock takes tokens away
 
 
 class WalletLimits:

@@ -132,8 +132,9 @@ class Sessions:
         *,
         signers: Signers = _KEYS,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`key`: the node's. `signers`: whose signatures open a session."""
+        """`key`: the node's. `signers`: whose signatures open a session. `monotonic` counts how many sign in."""
         self._state = state
         self._home = home
         self._origins = (home.origin, *(origin for origin in home.origins if "://" in origin))
@@ -142,7 +143,7 @@ class Sessions:
         scope = f"{home.chain_id}:{home.vault}:{home.node}".encode()
         self._key = HKDF(SHA256(), 64, None, b"divault/sessions/v1\0" + scope).derive(key.reveal())
         self._known: dict[Digest, Session] = {}
-        self._peers, self._all = (Buckets(limit, clock=clock) for limit in (_PER_PEER, _PER_NODE))
+        self._peers, self._all = (Buckets(limit, clock=monotonic) for limit in (_PER_PEER, _PER_NODE))
 
     # --- signing in -----------------------------------------------------------------------------------------------
 
