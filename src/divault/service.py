@@ -33,6 +33,7 @@ from divault.telemetry import log
 from divault.values import (
     Address,
     Answer,
+    Cid,
     Digest,
     Grant,
     ModelId,
@@ -131,6 +132,8 @@ class Service:
         self._operators = parts.operators
         self._sessions = parts.sessions
         self._loading: defaultdict[Digest, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._granted_at: dict[Digest, int] = {}
+        """Newest block at which the vault named the CID that a model is loaded from."""
 
     async def infer(self, call: SignedCall, *, load: bool, dialect: Dialect = NATIVE) -> Answer:
         """Run the model on the call's input, once, and answer with a signed receipt.
@@ -220,22 +223,42 @@ class Service:
 
     async def _open(self, grant: Grant, call: SignedCall) -> OpenedModel:
         """Give the loaded model of the grant, after loading it if need be; one load of a model at a time."""
-        cid = parse_cid(grant.model.cid)
+        cid, model = parse_cid(grant.model.cid), grant.model.model
         if call.cid is not None and call.cid != grant.model.cid:
             raise CidMismatch("the vault names another CID for this model", have=call.cid, need=grant.model.cid)
-        async with self._loading[grant.model.model.key]:
-            found = self._workers.find(grant.model.model, cid)
+        async with self._loading[model.key]:
+            found = self._workers.find(model, cid)
             if found is not None:
+                self._granted_at[model.key] = max(grant.block.number, self._granted_at.get(model.key, 0))
                 return found
-            sources, search = self._keys(call)
-            key = call.decryption_key
-            with self._metrics.load():
-                with self._wrong_keys.attempt(call.user, cid.text, key) if key is not None else nullcontext():
-                    async with self._fetcher.arriving(cid) as arrival:
-                        opened = await self._opener.open(arrival, grant, sources, search)
-                await self._workers.load(opened)
-            _log.info("loaded", model_id=grant.model.model.text, cid=cid.text, bytes=opened.size)
+            self._require_newest(grant)
+            opened = await self._load(grant, cid, call)
+            self._granted_at[model.key] = grant.block.number
             return opened
+
+    def _require_newest(self, grant: Grant) -> None:
+        """Return unless the model is loaded as the vault named it after this grant. Raises CidMismatch.
+
+        The owner changed the CID while the call waited: his old file must not take the place of the new one.
+        """
+        loaded, since = self._workers.loaded_as(grant.model.model), self._granted_at.get(grant.model.model.key, 0)
+        if loaded is not None and grant.block.number < since:
+            raise CidMismatch(
+                f"since block {since} the vault names another CID for this model: send the call again",
+                have=grant.model.cid,
+                need=loaded.cid.text,
+            )
+
+    async def _load(self, grant: Grant, cid: Cid, call: SignedCall) -> OpenedModel:
+        sources, search = self._keys(call)
+        key = call.decryption_key
+        with self._metrics.load():
+            with self._wrong_keys.attempt(call.user, cid.text, key) if key is not None else nullcontext():
+                async with self._fetcher.arriving(cid) as arrival:
+                    opened = await self._opener.open(arrival, grant, sources, search)
+            await self._workers.load(opened)
+        _log.info("loaded", model_id=grant.model.model.text, cid=cid.text, bytes=opened.size)
+        return opened
 
     def _keys(self, call: SignedCall) -> tuple[list[KeySource], KeySearch | None]:
         """What may open the file: the caller's key, or his word at Kavach, else what was given to this node."""

@@ -103,6 +103,8 @@ class WorkerPool:
         self._entries: dict[Digest, _Entry] = {}
         self._coming: dict[Worker, int] = {}
         """Bytes that are kept for loads under way."""
+        self._leaving: dict[Worker, asyncio.Task[None]] = {}
+        """They were replaced, and answer whoever was sent to them before."""
         self._confinement = confinement or Confinement()
         self._templates = Templates(lambda: self._confinement.separate)
         self._memory_bytes = memory_bytes
@@ -160,8 +162,9 @@ class WorkerPool:
     async def load(self, opened: OpenedModel) -> Loaded:
         """Start a worker for the model; the pool owns the descriptors from here on, whatever comes of it.
 
-        A model that was loaded under another CID is replaced once the new one is ready. After a failure, and when the
-        caller is cancelled, nothing is left: the process is gone and the descriptors are closed.
+        A model that was loaded under another CID is replaced once the new one is ready; who waits for the old
+        one, or runs on it, is answered before it ends. After a failure, and when the caller is cancelled,
+        nothing is left: the process is gone and the descriptors are closed.
 
         Raises TooLarge, UnsupportedModel, SealedFileDamaged, ModelFailed, DeadlineExceeded, NotReady.
         """
@@ -191,11 +194,19 @@ class WorkerPool:
         self._entries[opened.model.key] = entry
         del self._coming[worker]
         if replaced is not None:
-            await replaced.worker.close()
+            await self._leave(replaced.worker)
         # It may have taken more than was thought: others make room, as far as they are idle.
         going, _ = self._choose(*await self._measured(), 0, opened.model.key)
         await self._evict(going)
         return _view(entry)
+
+    async def _leave(self, worker: Worker) -> None:
+        """Close a worker that was replaced: at once when it is unused, else when it is."""
+        if worker.unused:
+            await worker.close()
+            return
+        self._leaving[worker] = leaving = asyncio.create_task(worker.finish(), name=f"end of {worker.opened.model}")
+        leaving.add_done_callback(lambda _: self._leaving.pop(worker, None))
 
     def threads_left(self, worker: Worker) -> int:
         """Threads for a worker that is to start: what the others left of the cores, at least 1 and at most 4.
@@ -203,9 +214,8 @@ class WorkerPool:
         So there are no more threads than cores, as long as each can have one. A worker keeps its number.
         """
         key = worker.opened.model.key
-        others = [entry.worker for model, entry in self._entries.items() if model != key]
-        coming = [other for other in self._coming if other is not worker and other.opened.model.key != key]
-        taken = sum(other.threads for other in (*others, *coming))
+        others = [one for one in (*self._workers(), *self._coming) if one.opened.model.key != key]
+        taken = sum(other.threads for other in others)
         return max(1, min(_MOST_THREADS, cores() - taken))
 
     def figures(self) -> list[ModelFigures]:
@@ -214,8 +224,13 @@ class WorkerPool:
 
     def find(self, model: ModelId, cid: Cid) -> OpenedModel | None:
         """The loaded model, if it came from this CID."""
-        entry = self._entries.get(model.key)
-        return entry.worker.opened if entry is not None and entry.worker.opened.cid == cid else None
+        found = self.loaded_as(model)
+        return found if found is not None and found.cid == cid else None
+
+    def loaded_as(self, model: ModelId) -> OpenedModel | None:
+        """The loaded model, whatever it came from."""
+        worker = self._worker(model.key)
+        return worker.opened if worker is not None else None
 
     def describe(self, opened: OpenedModel) -> Loaded:
         """What is known of this model. Raises ModelNotLoaded when it was unloaded or replaced meanwhile."""
@@ -266,6 +281,7 @@ class WorkerPool:
         entry = self._entries.pop(key, None)
         if entry is not None:
             await entry.worker.close()
+        await self._end_leaving(key)
         return entry is not None
 
     async def probe(self) -> str:
@@ -289,6 +305,7 @@ class WorkerPool:
         self._closed = True
         for key in list(self._entries):
             await self.unload(key)
+        await self._end_leaving()
         await self._templates.close()
         self._confinement.close()
 
@@ -319,7 +336,7 @@ class WorkerPool:
         """
         if self._memory_bytes is None:
             return {}, 0
-        workers, there = [entry.worker for entry in self._entries.values()], self._templates.there()
+        workers, there = self._workers(), self._templates.there()
 
         def measure() -> tuple[dict[Worker, int], int]:
             taken = {one: one.memory_bytes + one.opened.size for one in workers}
@@ -336,15 +353,15 @@ class WorkerPool:
         """
         if self._memory_bytes is None:
             return [], True
-        sizes = {key: taken.get(one.worker, one.worker.opened.size) for key, one in self._entries.items()}
+        sizes = {one: taken.get(one, one.opened.size) for one in self._workers()}
         free = self._memory_bytes - sum(sizes.values()) - sum(self._coming.values()) - templates
         idle = [(key, entry.worker) for key, entry in self._entries.items() if entry.worker.unused and key != but]
         going: list[Digest] = []
-        for key, _ in sorted(idle, key=lambda one: (one[1].state != "failed", one[1].used_at)):
+        for key, worker in sorted(idle, key=lambda one: (one[1].state != "failed", one[1].used_at)):
             if free >= size:
                 break
             going.append(key)
-            free += sizes[key]
+            free += sizes[worker]
         return going, free >= size
 
     async def _evict(self, keys: Sequence[Digest]) -> None:
@@ -353,6 +370,16 @@ class WorkerPool:
         for worker in workers:
             _log.info("unloaded for another model", model_id=worker.opened.model.text)
         await asyncio.gather(*(worker.close() for worker in workers))
+
+    async def _end_leaving(self, key: Digest | None = None) -> None:
+        """End the workers, of this model or all, that were replaced and still answer somebody."""
+        leaving = {worker: task for worker, task in self._leaving.items() if key in (None, worker.opened.model.key)}
+        await asyncio.gather(*(worker.close() for worker in leaving))
+        await asyncio.gather(*leaving.values())
+
+    def _workers(self) -> list[Worker]:
+        """All that have a model now."""
+        return [*(entry.worker for entry in self._entries.values()), *self._leaving]
 
     def _worker(self, key: Digest) -> Worker | None:
         entry = self._entries.get(key)

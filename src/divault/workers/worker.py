@@ -230,6 +230,12 @@ class Worker:
         """Return when the process itself answered. Raises ModelFailed, DeadlineExceeded, NotReady."""
         await self._queued(_NOBODY, None, self._tuning.ping_s)
 
+    async def finish(self) -> None:
+        """Close it once all are answered who wait or run; for one that nobody is sent to any more."""
+        while waiting := [job.done for job in (*self._queue, *self._flight) if not job.done.done()]:
+            await asyncio.wait(waiting)
+        await self.close()
+
     async def close(self) -> None:
         """End the process, close the model's files, and tell whoever waits. Does nothing the second time."""
         if self._state == "closed":
