@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SERVICE = ROOT / "src" / "divault" / "service.py"
-FUNCTIONS = ("infer", "_open", "_load")
+FUNCTIONS = ("infer", "_charged", "_open", "_load")
 
 
 def test_every_step_is_needed(tmp_path: Path) -> None:

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from divault.auth import Authenticator
 from divault.chain.gates import Gates
 from divault.errors import CidMismatch, DivaultError, ModelNotLoaded, NotOperator, SignatureIncomplete
 from divault.ipfs.cid import parse_cid
 from divault.limits import RefusalBudget, WalletLimits, WrongKeys
-from divault.metrics import Metrics
+from divault.metrics import Lap, Metrics
 from divault.models.base import Description, Piece
 from divault.payments import Ledger, Payments, Wording
 from divault.receipts import answer_body
@@ -36,6 +36,7 @@ from divault.values import (
     Cid,
     Digest,
     Grant,
+    Hold,
     ModelId,
     ModelInfo,
     OpenedModel,
@@ -159,16 +160,25 @@ class Service:
                     async with self._payments.hold(grant, call) as hold:
                         lap("hold")
                         opened = await self._open(hold.grant, call)
-                        description = self._workers.description(opened)
-                        self._ledger.opened(hold, opened.plaintext_sha256, description.runtime)
                         lap("open")
-                        output = await self._workers.run(
-                            opened, hold, await dialect.asked(call, description), dialect.on_piece
-                        )
-                        lap("run")
-                        answer = await self._ledger.charge(hold, call, await dialect.told(output), dialect.wording)
-                        lap("charge")
-                        return answer
+                        return await self._answer(opened, hold, call, dialect, lap)
+
+    async def _answer(self, opened: OpenedModel, hold: Hold, call: SignedCall, dialect: Dialect, lap: Lap) -> Answer:
+        """Run the model and charge; for all of a priced answer whose pieces the caller began to get."""
+        if dialect.on_piece is None or not hold.price.atomic:
+            return await self._charged(opened, hold, call, dialect, lap)
+        pieces = _Handed(dialect.on_piece)
+        return await pieces.with_their_end(self._charged(opened, hold, call, replace(dialect, on_piece=pieces), lap))
+
+    async def _charged(self, opened: OpenedModel, hold: Hold, call: SignedCall, dialect: Dialect, lap: Lap) -> Answer:
+        """What the model made of the call, once it is paid for and on disk."""
+        description = self._workers.description(opened)
+        self._ledger.opened(hold, opened.plaintext_sha256, description.runtime)
+        output = await self._workers.run(opened, hold, await dialect.asked(call, description), dialect.on_piece)
+        lap("run")
+        answer = await self._ledger.charge(hold, call, await dialect.told(output), dialect.wording)
+        lap("charge")
+        return answer
 
     async def load(self, call: SignedCall) -> LoadResult:
         """Fetch, verify, open and load the model, unless it is loaded already."""
@@ -280,6 +290,37 @@ class Service:
 async def _aside(size: int, work: Callable[..., T], *given: object) -> T:
     """What the work makes of so many bytes, which holds up nobody else."""
     return work(*given) if size <= _AT_ONCE_BYTES else await asyncio.to_thread(work, *given)
+
+
+class _Handed:
+    """Hands the pieces of a priced answer on. Once there was one, the answer is made and charged whoever leaves.
+
+    Otherwise a caller who reads the last piece and hangs up, before the charge, would have had all of it for nothing.
+    """
+
+    def __init__(self, on_piece: Callable[[Piece], None]) -> None:
+        self._on_piece = on_piece
+        self._any = False
+
+    def __call__(self, piece: Piece) -> None:
+        self._any = True
+        self._on_piece(piece)
+
+    async def with_their_end(self, answering: Coroutine[Any, Any, Answer]) -> Answer:
+        """The answer. Who is cancelled after the first piece waits for its end, and is cancelled only then."""
+        work = asyncio.create_task(answering)
+        left: asyncio.CancelledError | None = None
+        while not work.done():
+            try:
+                await asyncio.wait([work])
+            except asyncio.CancelledError as err:
+                left = err
+                if not self._any:
+                    work.cancel()
+        answer = work.result()  # an error of the run goes before the cancellation: there is a receipt for it
+        if left is not None:
+            raise left
+        return answer
 
 
 class _Named:

@@ -249,7 +249,8 @@ class WorkerPool:
     ) -> Output:
         """Run the call's input on the model: it is stopped at its deadline; only in company is it ever tried again.
 
-        `on_piece` gets the pieces of a streamed answer. A cancelled caller is dropped from the queue unrun.
+        `on_piece` gets the pieces of a streamed answer; from the first one on, a priced answer is made whatever its
+        caller's own deadline. A cancelled caller is dropped from the queue unrun.
 
         Raises CidMismatch, InputInvalid, TooLarge, ModelFailed,
         DeadlineExceeded, ModelNotLoaded, Overloaded, NotReady.
@@ -268,7 +269,9 @@ class WorkerPool:
                 limit_bytes=wire.MAX_ITEM_BYTES,
                 have_bytes=item.size,
             )
-        answer = await entry.worker.run(item, call.user.raw, limit_s=call.limit_s, on_piece=on_piece)
+        answer = await entry.worker.run(
+            item, call.user.raw, limit_s=call.limit_s, on_piece=on_piece, priced=hold.price.atomic > 0
+        )
         return Output(
             result=answer.result,
             runtime=dict(entry.worker.description.runtime),

@@ -44,6 +44,8 @@ class Job:
     """The caller's own deadline, if he set one, from his arrival: for waiting and running together."""
     on_piece: Callable[[Piece], None] | None = None
     """Gets the answer's pieces as they are made; such a request goes alone."""
+    priced: bool = False
+    """Its answer is paid for: once a piece of it was handed on, its caller's own deadline doesn't end it any more."""
     alone: bool = False
     """It went wrong in company."""
     expiry: asyncio.TimerHandle | None = None

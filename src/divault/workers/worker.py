@@ -21,6 +21,8 @@ Rules:
    run again. They go before everybody else, and while they wait only their own deadlines count: those before them may
    take whole ones. Who brings it down again has his other requests of that pass run last.
 4. A caller who went away is taken out of the queue unrun; the end of a run that gives pieces is asked for.
+5. Once a piece of an answer with a price was handed on, its caller's own deadline counts no more: otherwise he could
+   set it to just before the end, and have read nearly all of it for nothing.
 """
 
 from __future__ import annotations
@@ -219,16 +221,20 @@ class Worker:
         *,
         limit_s: float | None = None,
         on_piece: Callable[[Piece], None] | None = None,
+        priced: bool = False,
     ) -> wire.Success:
         """Answer one caller. `limit_s`: his own deadline for all of it; `on_piece`: gets the pieces of the answer.
 
-        Raises what the model said, ModelFailed, DeadlineExceeded, Overloaded, NotReady.
+        `priced`: rule 5 holds. Raises what the model said, ModelFailed, DeadlineExceeded, Overloaded, NotReady.
         """
-        return await self._queued(owner, item, self._deadlines.predict_s, limit_s, on_piece)
+        loop = asyncio.get_running_loop()
+        job = Job(owner, item, loop.create_future(), loop.time(), self._deadlines.predict_s, limit_s, on_piece, priced)
+        return await self._queued(job)
 
     async def ping(self) -> None:
         """Return when the process itself answered. Raises ModelFailed, DeadlineExceeded, NotReady."""
-        await self._queued(_NOBODY, None, self._tuning.ping_s)
+        loop = asyncio.get_running_loop()
+        await self._queued(Job(_NOBODY, None, loop.create_future(), loop.time(), self._tuning.ping_s))
 
     async def finish(self) -> None:
         """Close it once all are answered who wait or run; for one that nobody is sent to any more."""
@@ -259,24 +265,14 @@ class Worker:
 
     # --- requests ---
 
-    async def _queued(
-        self,
-        owner: bytes,
-        item: wire.Item | None,
-        run_s: float,
-        limit_s: float | None = None,
-        on_piece: Callable[[Piece], None] | None = None,
-    ) -> wire.Success:
+    async def _queued(self, job: Job) -> wire.Success:
         if self._state in ("failed", "closed"):
             raise self._not_ready()
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        job = Job(owner, item, loop.create_future(), now, run_s, limit_s, on_piece)
         self._queue.put(job, self.places, self._overloaded)
-        if self._flight or self._state != "ready" or limit_s is not None:
-            self._set_expiry(job, job.latest(now), self._expire)
+        if self._flight or self._state != "ready" or job.limit_s is not None:
+            self._set_expiry(job, job.latest(job.arrived), self._expire)
         if not self._flight and self._state == "ready":
-            self._gather(loop)
+            self._gather(asyncio.get_running_loop())
         try:
             return await job.done
         except asyncio.CancelledError:
@@ -437,6 +433,8 @@ class Worker:
             if told > wire.MAX_RESULT_BYTES:
                 self._went_wrong(wire.broken("its pieces are longer than an answer may be"))
             elif not job.done.done():
+                if job.priced:
+                    self._set_expiry(job, None, self._give_up)
                 on_piece(Piece(part.text, part.index))
 
         return take
