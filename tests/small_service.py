@@ -29,7 +29,9 @@ async def _authenticate(call: SignedCall) -> Principal:
     return principal_of(call)
 
 
-def service_of(counter: Counter, workers: Any, *, price: Usdc = PRICE, opener: Any = None) -> Service:
+def service_of(
+    counter: Counter, workers: Any, *, price: Usdc = PRICE, opener: Any = None, load_wait_s: float = 60.0
+) -> Service:
     """A service whose models cost `price`; `opener` opens one that is not loaded."""
 
     async def check(principal: Principal, _: object) -> Any:
@@ -57,5 +59,6 @@ def service_of(counter: Counter, workers: Any, *, price: Usdc = PRICE, opener: A
             metrics=Metrics(),
             operators=frozenset(),
             sessions=None,  # type: ignore[arg-type]
+            load_wait_s=load_wait_s,
         )
     )

@@ -85,7 +85,7 @@ async def test_another_body_under_a_priced_nonce_is_refused(counter: Counter, wo
         await counter.ledger.answered(principal_of(other))
 
 
-async def test_a_free_run_whose_lease_ran_out_keeps_its_nonce_used(tmp_path: Path) -> None:
+async def test_a_free_run_that_outlasts_its_lease_is_answered_and_runs_once(tmp_path: Path) -> None:
     now = time.time()
     async with Counter(tmp_path, clock=lambda: now) as counter:
         _, call = signed(max_price=0)
@@ -96,11 +96,13 @@ async def test_a_free_run_whose_lease_ran_out_keeps_its_nonce_used(tmp_path: Pat
             with pytest.raises(NonceUsed):
                 await counter.infer(call, price=FREE)
             await counter.infer(signed(max_price=0)[1], price=FREE)
-            assert await counter.rows("SELECT count(*) FROM request WHERE stage = 'consumed'") == [(1,)]
+            assert await counter.rows("SELECT stage FROM request") == [("done",)]
             return b'"late"'
 
+        assert b'"late"' in (await counter.infer(call, stuck, price=FREE)).body
+        assert await counter.rows("SELECT stage FROM request") == [("done",), ("done",)]
         with pytest.raises(NonceUsed):
-            await counter.infer(call, stuck, price=FREE)
+            await counter.infer(call, price=FREE)
 
     assert counter.runs == 2
 

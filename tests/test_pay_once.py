@@ -23,6 +23,7 @@ from divault.errors import (
     StorageFailed,
 )
 from divault.receipts import Outcome, check
+from divault.state import State
 from divault.values import Answer, Hold, SignedCall, Usdc
 from tests.counter import CHAIN_ID, NODE, OWNER, PRICE, STRANGER, TOKEN, USER, Counter, grant_of, principal_of, signed
 
@@ -39,7 +40,7 @@ async def slow_yes(_: Hold) -> bytes:
 
 
 def failing(error: BaseException):
-    async def work(_: Hold) -> bytes:
+    async def work(*_: object, **__: object) -> bytes:
         raise error
 
     return work
@@ -195,47 +196,91 @@ async def test_a_caller_who_leaves_at_any_moment_pays_for_an_answer_or_not_at_al
     assert await counter.chain_is_whole() == 1
 
 
-async def test_a_run_that_outlasts_its_lease_is_not_charged(tmp_path: Path) -> None:
+async def test_a_run_outlasts_its_lease_and_is_charged_while_its_copies_wait(tmp_path: Path) -> None:
+    """Its caller may have waited for a turn, and for a load before that, as long as each of their deadlines says."""
     now = time.time()
     async with Counter(tmp_path, clock=lambda: now) as counter:
         _, call = signed(tx=counter.chain.pay(PRICE.atomic))
 
-        async def overtaken(_: Hold) -> bytes:
+        async def slow(_: Hold) -> bytes:
             nonlocal now
-            now += 200
-            await counter.infer(call)  # the lease is over: the same bytes run again, and finish first
+            for _ in range(3):
+                now += 200
+                with pytest.raises(RequestRunning):
+                    await counter.infer(call)
             return b'"late"'
 
-        with pytest.raises(RequestRunning, match="same bytes"):
-            await counter.infer(call, overtaken)
+        answer = await counter.infer(call, slow)
 
-        assert counter.runs == 2
+        assert counter.runs == 1
+        assert orjson.loads((await counter.infer(call)).body)["result"] == "late"
+        assert answer.receipt is not None
         assert await counter.rows("SELECT count(*) FROM charge") == [(1,)]
         assert await counter.credit() == 0
-        assert orjson.loads((await counter.infer(call)).body)["result"] == {"label": "yes"}
 
 
-async def test_a_lapsed_lease_gives_the_credit_back_to_others(tmp_path: Path) -> None:
+async def test_what_a_run_holds_beyond_its_lease_is_nobody_elses(tmp_path: Path) -> None:
     now = time.time()
     async with Counter(tmp_path, clock=lambda: now) as counter:
         await counter.infer(signed(tx=counter.chain.pay(2 * PRICE.atomic))[1])
         _, other = signed()
 
-        async def stuck(_: Hold) -> bytes:
+        async def slow(_: Hold) -> bytes:
             nonlocal now
-            with pytest.raises(PaymentRequired):
-                await counter.infer(other)
-            now += 181
-            await counter.infer(other)
+            for _ in range(2):
+                with pytest.raises(PaymentRequired):
+                    await counter.infer(other)
+                assert await counter.credit() == 0
+                now += 181
             return b'"late"'
 
-        with pytest.raises(DeadlineExceeded) as caught:
-            await counter.infer(signed()[1], stuck)
+        await counter.infer(signed()[1], slow)
 
-        assert caught.value.evidence is not None
-        assert await counter.credit() == 0
         assert await counter.rows("SELECT balance, reserved FROM credit") == [("0", "0")]
-        assert await counter.chain_is_whole() == 3
+        assert await counter.chain_is_whole() == 2
+
+
+async def test_a_run_whose_reservation_is_gone_is_neither_charged_nor_answered(counter: Counter) -> None:
+    await counter.infer(signed(tx=counter.chain.pay(2 * PRICE.atomic))[1])
+
+    async def robbed(_: Hold) -> bytes:
+        await counter.ledger.recover()  # as if another process had begun on these books
+        return b'"late"'
+
+    with pytest.raises(DeadlineExceeded) as caught:
+        await counter.infer(signed()[1], robbed)
+
+    assert caught.value.evidence is not None
+    assert await counter.credit() == PRICE.atomic
+    assert await counter.rows("SELECT balance, reserved FROM credit") == [(str(PRICE.atomic), "0")]
+
+
+@pytest.mark.parametrize("later", [0, 181])
+async def test_a_run_that_nobody_could_end_lapses_with_its_lease(
+    tmp_path: Path, later: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    async with Counter(tmp_path, clock=lambda: now) as counter:
+        _, call = signed(tx=counter.chain.pay(PRICE.atomic))
+
+        async def turned_away(_: Hold) -> bytes:
+            nonlocal now
+            now += later
+            await counter.ledger.pulse()
+            monkeypatch.setattr(State, "write", failing(NotReady("the disk is full")))
+            raise Overloaded("queue full", retry_after=1)
+
+        with pytest.raises(Overloaded):
+            await counter.infer(call, turned_away)
+        monkeypatch.undo()
+        if not later:
+            with pytest.raises(RequestRunning):
+                await counter.infer(call)
+            now += 181
+
+        assert await counter.credit() == PRICE.atomic
+        await counter.infer(call)
+        assert await counter.rows("SELECT balance, reserved FROM credit") == [("0", "0")]
 
 
 async def test_credit_is_the_payers_alone_and_for_that_owner_alone(counter: Counter) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from divault.errors import BadRequest, ModelFailed, NonceUsed, PaymentRequired, PriceChanged, SessionInvalid
+from divault.errors import BadRequest, ModelFailed, NonceUsed, NotReady, PaymentRequired, PriceChanged, SessionInvalid
 from divault.payments import books
+from divault.state import State
 from divault.values import Answer, Hold, SignedCall, Usdc
 from tests.counter import (
     CHAIN_ID,
@@ -196,7 +197,12 @@ async def forever(_: Hold) -> bytes:
     return b""
 
 
-async def test_what_a_lapsed_run_held_is_free_for_the_next(tmp_path: Path) -> None:
+async def test_what_a_run_holds_beyond_its_lease_is_free_only_when_it_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: object, **__: object) -> None:
+        raise NotReady("the disk is full")
+
     now = time.time()
     async with Counter(tmp_path, clock=lambda: now) as counter:
         await counter.infer(signed(tx=counter.chain.pay(3 * PRICE.atomic))[1])
@@ -207,9 +213,13 @@ async def test_what_a_lapsed_run_held_is_free_for_the_next(tmp_path: Path) -> No
         with pytest.raises(PriceChanged):
             await counter.infer(call(2))
         now += 181
-        assert await counter.infer(call(3))
+        with pytest.raises(PriceChanged):
+            await counter.infer(call(3))
+        monkeypatch.setattr(State, "write", full)
         stuck.cancel()
         await asyncio.gather(stuck, return_exceptions=True)
+        monkeypatch.undo()
+        assert await counter.infer(call(4))
         assert await counter.used(LOGIN) == PRICE.atomic
 
 

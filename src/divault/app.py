@@ -296,6 +296,8 @@ async def _node(
             metrics=metrics,
             operators=frozenset(settings.divault_operators),
             sessions=sessions,
+            # One load: it may open for so long, and then start for so long.
+            load_wait_s=2 * settings.divault_load_timeout_seconds,
         )
     )
     return Node(

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from divault.auth import Authenticator
 from divault.chain.gates import Gates
-from divault.errors import CidMismatch, DivaultError, ModelNotLoaded, NotOperator, SignatureIncomplete
+from divault.errors import CidMismatch, DivaultError, ModelNotLoaded, NotOperator, NotReady, SignatureIncomplete
 from divault.ipfs.cid import parse_cid
 from divault.limits import RefusalBudget, WalletLimits, WrongKeys
 from divault.metrics import Lap, Metrics
@@ -51,6 +51,7 @@ from divault.workers.pool import Loaded, WorkerPool
 
 _log = log("service")
 T = TypeVar("T")
+_LOAD_RETRY_S = 5
 _AT_ONCE_BYTES = 16 * 1024  # translated on the loop; of more, all other callers would feel it
 
 
@@ -74,6 +75,8 @@ class Parts:
     metrics: Metrics
     operators: frozenset[Address]
     sessions: Sessions
+    load_wait_s: float
+    """How long a call waits for other calls' loads of its model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,7 @@ class Service:
         self._metrics = parts.metrics
         self._operators = parts.operators
         self._sessions = parts.sessions
+        self._load_wait_s = parts.load_wait_s
         self._loading: defaultdict[Digest, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._granted_at: dict[Digest, int] = {}
         """Newest block at which the vault named the CID that a model is loaded from."""
@@ -236,15 +240,24 @@ class Service:
         cid, model = parse_cid(grant.model.cid), grant.model.model
         if call.cid is not None and call.cid != grant.model.cid:
             raise CidMismatch("the vault names another CID for this model", have=call.cid, need=grant.model.cid)
-        async with self._loading[model.key]:
-            found = self._workers.find(model, cid)
+        found = self._loaded(grant, cid)
+        if found is not None:
+            return found
+        async with self._turn_to_load(model):
+            found = self._loaded(grant, cid)
             if found is not None:
-                self._granted_at[model.key] = max(grant.block.number, self._granted_at.get(model.key, 0))
                 return found
             self._require_newest(grant)
             opened = await self._load(grant, cid, call)
             self._granted_at[model.key] = grant.block.number
             return opened
+
+    def _loaded(self, grant: Grant, cid: Cid) -> OpenedModel | None:
+        """The model, if it is loaded from this file."""
+        key, found = grant.model.model.key, self._workers.find(grant.model.model, cid)
+        if found is not None:
+            self._granted_at[key] = max(grant.block.number, self._granted_at.get(key, 0))
+        return found
 
     def _require_newest(self, grant: Grant) -> None:
         """Return unless the model is loaded as the vault named it after this grant. Raises CidMismatch.
@@ -269,6 +282,27 @@ class Service:
             await self._workers.load(opened)
         _log.info("loaded", model_id=grant.model.model.text, cid=cid.text, bytes=opened.size)
         return opened
+
+    @asynccontextmanager
+    async def _turn_to_load(self, model: ModelId) -> AsyncIterator[None]:
+        """A context in which nobody else loads the model. Raises NotReady when others take too long over it.
+
+        Loads that fail one after the other would keep the last who waits, and what he reserved, for all their time.
+        """
+        lock = self._loading[model.key]
+        try:
+            async with asyncio.timeout(self._load_wait_s):
+                await lock.acquire()
+        except TimeoutError:
+            raise NotReady(
+                f"{model} is being loaded for other calls, for longer than {self._load_wait_s:g} s: send the same "
+                "bytes again",
+                retry_after=_LOAD_RETRY_S,
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _keys(self, call: SignedCall) -> tuple[list[KeySource], KeySearch | None]:
         """What may open the file: the caller's key, or his word at Kavach, else what was given to this node."""

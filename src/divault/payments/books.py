@@ -16,7 +16,7 @@ Rules:
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import orjson
@@ -165,17 +165,19 @@ def finish(
     _put(db, principal, stage, priced=row.priced if row is not None else priced)
 
 
-def any_lapsed(db: Rows, now: int) -> bool:
-    """Whether a lease of a row ended before `now`."""
-    query = "SELECT 1 FROM request WHERE stage = 'reserved' AND lease_until < ? LIMIT 1"
-    return db.execute(query, (now,)).fetchone() is not None
+def any_lapsed(db: Rows, now: int, living: Container[bytes]) -> bool:
+    """Whether a lease of a row ended before `now`, of an attempt that is not `living`."""
+    query = "SELECT attempt FROM request WHERE stage = 'reserved' AND lease_until < ?"
+    return any(attempt not in living for (attempt,) in db.execute(query, (now,)))
 
 
-def release_lapsed(db: sqlite3.Connection, now: int) -> int:
-    """Give back what runs reserved whose lease ended before `now`; gives their number."""
-    lapsed = db.execute(
-        "SELECT user, nonce, price, account, login FROM request WHERE stage = 'reserved' AND lease_until < ?", (now,)
+def release_lapsed(db: sqlite3.Connection, now: int, living: Container[bytes] = ()) -> int:
+    """Give back what runs reserved whose lease ended before `now`, unless they are `living`; gives their number."""
+    rows = db.execute(
+        "SELECT attempt, user, nonce, price, account, login FROM request WHERE stage = 'reserved' AND lease_until < ?",
+        (now,),
     ).fetchall()
+    lapsed = [row for attempt, *row in rows if attempt not in living]
     for user, nonce, price, account, login in lapsed:
         after = Stage.CONSUMED if account is None else Stage.RELEASED
         check_move(Stage.RESERVED, after)
@@ -228,15 +230,16 @@ def credit_of(db: Rows, account: Account) -> Credit | None:
     return None if found is None else Credit(found[0], int(found[1]), int(found[2]))
 
 
-def spendable(db: Rows, account: Account, now: int) -> int:
-    """What a new request could reserve: also what runs still hold whose lease has ended. May be negative."""
+def spendable(db: Rows, account: Account, now: int, living: Container[bytes]) -> int:
+    """What a new request could reserve: also what others than the `living` hold beyond their lease. May be negative."""
     credit = credit_of(db, account)
     if credit is None:
         return 0
     lapsed = db.execute(
-        "SELECT price FROM request WHERE stage = 'reserved' AND lease_until < ? AND account = ?", (now, credit.id)
+        "SELECT attempt, price FROM request WHERE stage = 'reserved' AND lease_until < ? AND account = ?",
+        (now, credit.id),
     )
-    return credit.available + sum(int(price) for (price,) in lapsed)
+    return credit.available + sum(int(price) for attempt, price in lapsed if attempt not in living)
 
 
 def credit_incoming(db: sqlite3.Connection, account: Account, request: Digest, transfer: Incoming, now: int) -> None:

@@ -11,7 +11,9 @@ Rules:
    `evidence`; with any other end, the credit comes back and nothing is charged.
 3. `charge` is one transaction: the price, the request's stage, the receipt's number and signature, the kept answer.
    Receipts are signed inside it, in the order of their numbers: the chain has neither gap nor fork.
-4. A run that outlasted its reservation is not charged and not answered.
+4. A reservation stands while its presentation is under way in this process, however long that takes: what a call waits
+   for and does has deadlines of its own, several of them. Its lease counts only where nobody could end it: the process
+   died, or the disk failed. A run whose reservation is gone is not charged and not answered.
 
 ```python
 async with ledger.outcome(principal, call):
@@ -130,7 +132,7 @@ class Ledger:
         keep_results_s: int = 86_400,
         on_receipt: Callable[[Receipt], None] | None = None,
     ) -> None:
-        """`lease_s`: at least load and inference timeout together. `keep_results_s`: how long a paid answer stays.
+        """`lease_s`: how long a reservation stays that nobody ended. `keep_results_s`: how long a paid answer stays.
 
         `on_receipt` gets each new receipt, once, when it is on disk; not those of kept answers.
         """
@@ -144,6 +146,8 @@ class Ledger:
         self._process, self._attempts = os.urandom(8), count()
         """Together: what tells a presentation from all others, of earlier processes too."""
         self._trails: dict[int, _Trail] = {}
+        self._living: set[bytes] = set()
+        """The attempts of these: their leases don't run out."""
         self._free: dict[_NonceKey, _FreeRun] = {}
         """Free runs under way, the oldest first."""
         self._last: tuple[int, int, int, Digest] | None = None
@@ -186,7 +190,7 @@ class Ledger:
         """
         now = self._now()
         self._require_not_running_free(principal, None)
-        if _may_run(self._row(principal), principal, now):
+        if self._may_run(self._row(principal), principal, now):
             return None
         kept = await self._state.read(lambda db: books.outcome_of(db, principal.request, principal.user, now))
         if kept is None:
@@ -238,7 +242,7 @@ class Ledger:
     async def credit(self, account: Account) -> Usdc:
         """What the account can still spend."""
         now = self._now()
-        return Usdc(max(await self._state.read(lambda db: books.spendable(db, account, now)), 0))
+        return Usdc(max(await self._state.read(lambda db: books.spendable(db, account, now, self._living)), 0))
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
@@ -258,6 +262,7 @@ class Ledger:
         if id(trail.principal) in self._trails:
             raise RuntimeError("each presentation of a request is authenticated by itself: one Principal, one outcome")
         self._trails[id(trail.principal)] = trail
+        self._living.add(trail.attempt)
 
     async def end(self, trail: _Trail, error: BaseException | None, budget: Budget | None) -> None:
         """Part of `outcome`: it has ended."""
@@ -266,6 +271,7 @@ class Ledger:
                 await self._end(trail, error, budget)
         finally:  # also after a cancellation, or a fault of ours
             del self._trails[id(trail.principal)]
+            self._living.discard(trail.attempt)
             if trail.reserving:
                 await self._release(trail, turned_away=False)
 
@@ -282,7 +288,7 @@ class Ledger:
             spent = books.spent_logs(db, self.chain_id, tx) if tx is not None else {}
             login = grant.principal.login
             allowance = None if login is None else books.allowance(db, login, account.token)
-            return Standing(books.spendable(db, account, now), allowance, spent)
+            return Standing(books.spendable(db, account, now, self._living), allowance, spent)
 
         return await self._state.read(look)
 
@@ -303,7 +309,7 @@ class Ledger:
         def work(db: sqlite3.Connection) -> str | None:
             self._require_not_running_free(principal, trail)
             row = books.find(db, principal)
-            if not _may_run(row, principal, now):
+            if not self._may_run(row, principal, now):
                 raise _just_ended()
             if account is not None and incoming is not None:
                 books.credit_incoming(db, account, principal.request, incoming, now)
@@ -320,7 +326,7 @@ class Ledger:
         principal = trail.principal
         self._require_not_running_free(principal, trail)
         row = self._row(principal)
-        if not _may_run(row, principal, now):
+        if not self._may_run(row, principal, now):
             raise _just_ended()
         if row is not None:
             return False
@@ -414,7 +420,7 @@ class Ledger:
             row = books.find(db, principal)
             self._require_not_running_free(principal, trail)
             held = self._holds(row, trail)
-            if not held and not _may_run(row, principal, now):
+            if not held and not self._may_run(row, principal, now):
                 raise _just_ended()
             receipt = self._made(db, draft)
             self._append(db, receipt, trail)
@@ -455,8 +461,8 @@ class Ledger:
 
         try:
             await self._state.write(work)
-        except NotReady:  # the ledger can't be written: the lease will run out by itself
-            return
+        except NotReady:  # the ledger can't be written: the lease will run out by itself, or has
+            self._tidied_at = 0
 
     @property
     def _knows_the_log(self) -> bool:
@@ -503,17 +509,28 @@ class Ledger:
         if running is not None and (trail is None or running.attempt != trail.attempt):
             raise _nonce_used()
 
+    def _may_run(self, row: Row | None, principal: Principal, now: int) -> bool:
+        """True: it may run; False: it is priced and its outcome is kept. Raises NonceUsed, RequestRunning."""
+        if row is None:
+            return True
+        if row.digest != principal.request or not row.priced:
+            raise _nonce_used()
+        if row.stage is Stage.RESERVED and (row.lease_until >= now or row.attempt in self._living):
+            raise RequestRunning("this request is running: ask again with the same bytes", retry_after=_RETRY_S)
+        return row.stage in (Stage.RELEASED, Stage.RESERVED)
+
     async def _tidy(self, now: int) -> None:
         """End what has lapsed, once a second (leases and windows are whole seconds), in a transaction of its own."""
         if now == self._tidied_at:
             return
         self._tidied_at = now
-        lapsed = [run.principal for run in self._free.values() if run.lease_until < now]
-        if not lapsed and now < self._purge_at and not self._state.look(lambda db: books.any_lapsed(db, now)):
+        living = self._living
+        lapsed = [run.principal for run in self._free.values() if run.lease_until < now and run.attempt not in living]
+        if not lapsed and now < self._purge_at and not self._state.look(lambda db: books.any_lapsed(db, now, living)):
             return
 
         def work(db: sqlite3.Connection) -> None:
-            books.release_lapsed(db, now)
+            books.release_lapsed(db, now, living)
             for principal in lapsed:
                 books.finish(db, principal, None, Stage.CONSUMED)
             if now >= self._purge_at:
@@ -612,17 +629,6 @@ def _failure(trail: _Trail, err: DivaultError, now: int) -> ReceiptDraft:
         payment_key=key,
         code=err.code,
     )
-
-
-def _may_run(row: Row | None, principal: Principal, now: int) -> bool:
-    """True: it may run; False: it is priced and its outcome is kept. Raises NonceUsed, RequestRunning."""
-    if row is None:
-        return True
-    if row.digest != principal.request or not row.priced:
-        raise _nonce_used()
-    if row.stage is Stage.RESERVED and row.lease_until >= now:
-        raise RequestRunning("this request is running: ask again with the same bytes", retry_after=_RETRY_S)
-    return row.stage in (Stage.RELEASED, Stage.RESERVED)
 
 
 def _nonce_key(principal: Principal) -> _NonceKey:

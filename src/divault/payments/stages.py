@@ -3,15 +3,16 @@
 | stage | means | the same signed bytes again |
 |---|---|---|
 | unseen | its nonce was never used here | run |
-| reserved | its run is under way until the lease ends | priced: `request_running`; free: `nonce_used` |
+| reserved | its run is under way, or its lease is | priced: `request_running`; free: `nonce_used` |
 | released | priced, and its run ended with neither answer nor receipt; the credit is back | run |
 | done | answered, and charged if it has a price | priced: the stored answer; free: `nonce_used` |
 | failed | refused or failed with a receipt, nothing charged | priced: the same error and receipt; free: `nonce_used` |
 | consumed | its nonce was used up by something that has no receipt | `nonce_used` |
 
-Other bytes under a nonce that the ledger knows are `nonce_used` in every stage. When a lease runs out, a priced request
-becomes released and a free one consumed. That a run has begun is not written down: nothing would be decided by it. Nor
-is the reservation of a free run, which is kept in memory and goes from unseen to its end in one move.
+Other bytes under a nonce that the ledger knows are `nonce_used` in every stage. A lease counts when nobody in this
+process works on the run any more and nobody could end it: when it has run out, a priced request becomes released and a
+free one consumed. That a run has begun is not written down: nothing would be decided by it. Nor is the reservation of a
+free run, which is kept in memory and goes from unseen to its end in one move.
 """
 
 from __future__ import annotations
