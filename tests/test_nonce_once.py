@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from divault.errors import AccessDenied, DivaultError, ModelFailed, NonceUsed, NotReady, Overloaded, RateLimited
 from divault.limits import RefusalBudget
 from divault.payments import books
+from divault.payments.stages import Stage
 from divault.receipts import answer_body, redact
 from divault.values import Answer, Hold, SignedCall, Usdc
 from tests.counter import PRICE, STRANGER, Counter, grant_of, principal_of, signed
@@ -105,6 +106,77 @@ async def test_a_free_run_that_outlasts_its_lease_is_answered_and_runs_once(tmp_
             await counter.infer(call, price=FREE)
 
     assert counter.runs == 2
+
+
+@pytest.fixture
+def full_disk(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Undoes the next write that ends a free run as `consumed`, at its commit; and those that share it."""
+    finish = books.finish
+
+    def fails_at_commit(db: sqlite3.Connection, *told: Any, **more: Any) -> None:
+        finish(db, *told, **more)
+        if told[-1] is Stage.CONSUMED:
+            monkeypatch.setattr(books, "finish", finish)
+            asyncio.get_running_loop().call_soon(counter.state._undo, sqlite3.OperationalError("disk is full"))
+
+    return lambda: monkeypatch.setattr(books, "finish", fails_at_commit)
+
+
+async def left_unseen(counter: Counter, call: SignedCall) -> None:
+    """A free run that began, and whose caller left."""
+    begun = asyncio.Event()
+
+    async def long(_: Hold) -> bytes:
+        begun.set()
+        return await asyncio.sleep(60, b"")
+
+    task = asyncio.create_task(counter.infer(call, long, price=FREE))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_nonce_stays_used_when_the_write_that_says_so_fails(
+    counter: Counter, full_disk: Callable[[], None]
+) -> None:
+    """At the end of the run, and again when what is left of it is ended."""
+    _, call = signed(max_price=0)
+    full_disk()
+    await left_unseen(counter, call)
+    assert await counter.rows("SELECT * FROM request") == []
+    full_disk()
+    with pytest.raises(NonceUsed):
+        await counter.infer(call, price=FREE)
+    with pytest.raises(NotReady):  # whoever comes next ends what has lapsed
+        await counter.infer(signed(max_price=0)[1], price=FREE)
+    with pytest.raises(NonceUsed):
+        await counter.infer(call, price=FREE)
+    await counter.infer(signed(max_price=0)[1], price=FREE)
+
+    assert sorted(await counter.rows("SELECT stage FROM request")) == [("consumed",), ("done",)]
+    with pytest.raises(NonceUsed):
+        await counter.infer(call, price=FREE)
+    assert counter.runs == 2
+
+
+async def test_a_run_that_is_written_down_as_consumed_is_not_answered(counter: Counter) -> None:
+    """Not even while that is on its way to the disk."""
+    _, call = signed(max_price=0)
+
+    async def given_up(_: Hold) -> bytes:
+        counter.ledger._living.clear()  # as if nobody in this process worked on it
+        counter.ledger._now = lambda: int(time.time()) + 200  # type: ignore[method-assign]
+        tidying = asyncio.create_task(counter.ledger.consume(principal_of(signed(max_price=0)[1])))
+        await asyncio.sleep(0)
+        assert not tidying.done()
+        return b'"late"'
+
+    with pytest.raises(DivaultError) as refused:
+        await counter.infer(call, given_up, price=FREE)
+
+    assert refused.value.code in ("deadline_exceeded", "nonce_used")
+    assert ("done",) not in await counter.rows("SELECT stage FROM request")
 
 
 async def test_the_same_nonce_of_another_wallet_is_another_nonce(counter: Counter) -> None:

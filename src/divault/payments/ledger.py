@@ -29,7 +29,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from itertools import count
 from typing import Any, Protocol
@@ -443,17 +443,18 @@ class Ledger:
         while it waited for it.
         """
         trail.reserving = False
-        key = _nonce_key(trail.principal)
-        if turned_away and key in self._free and self._free[key].attempt == trail.attempt:
-            del self._free[key]
+        free = _FreeRun(trail.principal, trail.attempt, lease_until=0)
+        if turned_away and self._take(free):
             return
+        taken: list[_FreeRun] = []
 
         def work(db: sqlite3.Connection) -> None:
             row = books.find(db, trail.principal)
             if not self._holds(row, trail):
                 return
             if row is None:
-                del self._free[key]
+                self._take(free)
+                taken.append(free)
                 books.finish(db, trail.principal, None, Stage.CONSUMED)
                 return
             given_up = Stage.UNSEEN if turned_away else Stage.CONSUMED
@@ -462,7 +463,7 @@ class Ledger:
         try:
             await self._state.write(work)
         except NotReady:  # the ledger can't be written: the lease will run out by itself, or has
-            self._tidied_at = 0
+            self._put_back(taken)
 
     @property
     def _knows_the_log(self) -> bool:
@@ -525,22 +526,42 @@ class Ledger:
             return
         self._tidied_at = now
         living = self._living
-        lapsed = [run.principal for run in self._free.values() if run.lease_until < now and run.attempt not in living]
-        if not lapsed and now < self._purge_at and not self._state.look(lambda db: books.any_lapsed(db, now, living)):
+        free = [run for run in self._free.values() if run.lease_until < now and run.attempt not in living]
+        if not free and now < self._purge_at and not self._state.look(lambda db: books.any_lapsed(db, now, living)):
             return
 
         def work(db: sqlite3.Connection) -> None:
             books.release_lapsed(db, now, living)
-            for principal in lapsed:
-                books.finish(db, principal, None, Stage.CONSUMED)
+            for run in free:
+                if self._take(run):
+                    taken.append(run)
+                    books.finish(db, run.principal, None, Stage.CONSUMED)
             if now >= self._purge_at:
                 books.purge(db, now)
 
-        await self._state.write(work)
+        taken: list[_FreeRun] = []
+        try:
+            await self._state.write(work)
+        except BaseException:
+            self._put_back(taken)
+            raise
         if now >= self._purge_at:
             self._purge_at = now + _PURGE_EVERY_S
-        for principal in lapsed:
-            self._free.pop(_nonce_key(principal), None)
+
+    def _take(self, run: _FreeRun) -> bool:
+        """Take the run out of those under way; False where it has ended, or its place is another presentation's."""
+        key = _nonce_key(run.principal)
+        found = self._free.get(key)
+        if found is None or found.attempt != run.attempt:
+            return False
+        del self._free[key]
+        return True
+
+    def _put_back(self, runs: Iterable[_FreeRun]) -> None:
+        """What was written of these may be undone: they hold their nonces as before, and are ended another time."""
+        for run in runs:
+            self._free.setdefault(_nonce_key(run.principal), run)
+        self._tidied_at = 0
 
     def _trail(self, grant: Grant) -> _Trail:
         try:
