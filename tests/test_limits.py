@@ -13,8 +13,9 @@ from divault.values import Address, Digest, Nonce, Principal, PrincipalKind, Usd
 ANN, BOB = Address(b"\x0a" * 20), Address(b"\x0b" * 20)
 
 
-def principal(user: Address, nonce: int) -> Principal:
-    return Principal(user, PrincipalKind.BODY, Digest.ZERO, Nonce(nonce.to_bytes(32, "big")), 0, 0, Usdc(0))
+def principal(user: Address, nonce: int, body: str = "") -> Principal:
+    request = Digest.keccak(user.raw + f"{nonce} {body}".encode())
+    return Principal(user, PrincipalKind.BODY, request, Nonce(nonce.to_bytes(32, "big")), 0, 0, Usdc(0))
 
 
 class Clock:
@@ -67,6 +68,20 @@ async def test_runs_at_once_are_capped_and_copies_do_not_count() -> None:
         with pytest.raises(RateLimited), limits.admit(principal(ANN, 2)):
             pass
     with limits.admit(principal(ANN, 2)):
+        pass
+
+
+def test_other_requests_under_the_same_nonce_are_no_copies() -> None:
+    limits = WalletLimits(4, 2, clock=Clock())
+    with limits.admit(principal(ANN, 1, "a")), limits.admit(principal(ANN, 1, "b")):
+        with pytest.raises(RateLimited, match="under way"), limits.admit(principal(ANN, 1, "c")):
+            pass
+        with limits.admit(principal(ANN, 1, "b")):
+            pass
+    for body in "cd":
+        with limits.admit(principal(ANN, 1, body)):
+            pass
+    with pytest.raises(RateLimited, match="per minute"), limits.admit(principal(ANN, 1, "e")):
         pass
 
 

@@ -5,7 +5,8 @@ Rules:
 1. Before the signature only the peer address and a global byte budget count (`PeerLimits`): whoever could spend another
    wallet's bucket without its key would lock that wallet out.
 2. After the signature each wallet has its own bucket and a cap on runs at once (`WalletLimits`). A further copy of a
-   request that is already in flight takes nothing: it is about to be refused as a copy.
+   request that is already in flight takes nothing: it is about to be refused as a copy. Another request under the same
+   nonce is no copy: it goes as far as its gate.
 3. A key that did not open a file is not tried on it again, and a wallet that guesses is stopped (`WrongKeys`).
 4. Signed refusals cost a signature and a row for ever, so they have a budget of their own per peer and for the node.
 """
@@ -64,6 +65,7 @@ class WalletLimits:
         self._per_minute = per_minute
         self._at_once = at_once
         self._running: dict[Address, dict[bytes, int]] = {}
+        """How many copies of each request are in flight."""
 
     def admit(self, principal: Principal) -> AbstractContextManager[None]:
         """Let one request of the wallet in while the context lasts, which raises RateLimited."""
@@ -72,18 +74,18 @@ class WalletLimits:
     def enter(self, principal: Principal) -> None:
         """Count one request. Raises RateLimited."""
         running = self._running.get(principal.user, {})
-        nonce = principal.nonce.raw
-        if nonce not in running:
+        request = principal.request.raw
+        if request not in running:
             self._check(principal.user, len(running))
-        running[nonce] = running.get(nonce, 0) + 1
+        running[request] = running.get(request, 0) + 1
         self._running[principal.user] = running
 
     def leave(self, principal: Principal) -> None:
         """One that was counted has ended."""
-        running, nonce = self._running[principal.user], principal.nonce.raw
-        running[nonce] -= 1
-        if not running[nonce]:
-            del running[nonce]
+        running, request = self._running[principal.user], principal.request.raw
+        running[request] -= 1
+        if not running[request]:
+            del running[request]
         if not running:
             del self._running[principal.user]
 
