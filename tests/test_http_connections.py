@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -153,6 +154,82 @@ async def test_pieces_of_a_stream_come_as_they_are_made() -> None:
         assert await reader.readuntil(b"first")
         go.set()
         assert await reader.readuntil(b"second")
+        writer.close()
+
+
+# --- readers ----------------------------------------------------------------------------------------------------------
+
+
+class Hurried(Connection):
+    reader_patience_s = 0.05
+
+
+def noting(http: type[Connection], made: list[Connection]) -> type[Connection]:
+    """The protocol, whose connections stand in the list."""
+
+    class Noted(http):  # type: ignore[misc,valid-type]  # a class that is an argument
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            made.append(self)
+
+    return Noted
+
+
+async def unread(port: int, asked: bytes = ASK) -> socket.socket:
+    """A connection that asked, and reads nothing by itself."""
+    loop, own = asyncio.get_running_loop(), socket.socket()
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    own.setblocking(False)
+    await loop.sock_connect(own, ("127.0.0.1", port))
+    await loop.sock_sendall(own, asked)
+    return own
+
+
+@pytest.mark.parametrize("more", [(), (b"y" * (1 << 20),) * 4], ids=["whole", "stream"])
+@pytest.mark.parametrize("asked", [ASK, ASK.replace(b"host", b"connection: close\r\nhost")], ids=["keep", "close"])
+async def test_an_answer_that_nobody_reads_is_not_kept_for_ever(more: tuple[bytes, ...], asked: bytes) -> None:
+    made: list[Connection] = []
+    app = answering(b"x" * (8 << 20), *more)
+    async with serving(app, noting(Hurried, made)) as port, asyncio.timeout(20):
+        silent = await unread(port, asked)
+        while not made or made[0] in made[0].server_state.connections:
+            await asyncio.sleep(0.01)
+        silent.close()
+
+    assert made[0].transport.is_closing()
+    assert made[0].transport.get_write_buffer_size() == 0
+
+
+async def test_who_reads_slowly_is_waited_for_and_who_stops_is_not() -> None:
+    made: list[Connection] = []
+    loop, read = asyncio.get_running_loop(), 0
+    async with serving(answering(b"x" * (8 << 20)), noting(Connection, made)) as port, asyncio.timeout(20):
+        slow = await unread(port)
+        while not made or made[0]._slow is None:
+            await asyncio.sleep(0.001)
+        for _ in range(3):  # as if the patience had passed each time
+            before = made[0]._unread()
+            while made[0]._unread() > before - (256 << 10):
+                read += len(await loop.sock_recv(slow, 1 << 16))
+            made[0]._look(before)
+            assert not made[0].transport.is_closing()
+        made[0]._look(made[0]._unread())
+        assert made[0].transport.is_closing()
+        slow.close()
+
+    assert 0 < read < 8 << 20
+
+
+async def test_nobody_looks_after_a_reader_who_has_read_all() -> None:
+    made: list[Connection] = []
+    async with serving(answering(b"x" * (8 << 20)), noting(Connection, made)) as port, asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(ASK)
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(8 << 20)
+        assert made[0]._slow is None
+        made[0].timeout_keep_alive_handler()
+        assert made[0]._unread() == 0
         writer.close()
 
 

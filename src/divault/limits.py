@@ -151,7 +151,7 @@ class PeerLimits:
 
 
 class BytesInFlight:
-    """Bytes that one request holds, until the context ends."""
+    """Bytes that one request holds, until they are given back or the context ends."""
 
     __slots__ = ("_limits", "_size")
 
@@ -164,11 +164,16 @@ class BytesInFlight:
         self._limits.take(size)
         self._size += size
 
+    def give_back(self) -> None:
+        """The body is not needed any more."""
+        size, self._size = self._size, 0
+        self._limits.give_back(size)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._limits.give_back(self._size)
+        self.give_back()
 
 
 class WrongKeys:

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol, with three changes.
+"""uvicorn's HTTP protocol, with four changes.
 
 1. What is no body is bounded: the head of a request, what frames the chunks of its body, and what follows them. uvicorn
    collects it without end, at a cost that grows with its square, and before anybody is counted. And a head has to be
@@ -6,11 +6,16 @@
 2. The head and the body of an answer leave in one system call instead of two: a write to a socket costs as much as
    reading and checking a small request does, and wakes the client each time.
 3. What it refuses before anybody else sees it is told to whoever counts refusals.
+4. Who doesn't read his answer is not waited for without end: what he was sent would stay in memory as long as he likes,
+   16 MB and more of it, whether the connection is to be closed or not.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import sys
+import termios
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -21,6 +26,9 @@ MAX_HEAD_BYTES = 64 * 1024
 """Of a request's head; some more where it comes at once. Signed headers with their token take 2 to 6 kB."""
 HEAD_PATIENCE_S = 10.0
 """Until a head has come, from the first byte of a connection, or of a further request on it."""
+READER_PATIENCE_S = 20.0
+"""How long an answer waits for a reader who takes next to nothing of it: who lost the network is back by then."""
+_LEAST_READ = 8 * 1024  # bytes in that time; a stream that is read aloud takes twice as many
 _FRAMING = 8  # bytes around each byte of a body, at most: one in a chunk of its own takes six
 _ENOUGH = 64 * 1024  # bytes, sent without waiting for more
 
@@ -70,6 +78,9 @@ class Connection(HttpToolsProtocol):
     """A head is here, and all of its request is not."""
     _late: asyncio.TimerHandle | None = None
     """Ends the connection, while a head is waited for."""
+    reader_patience_s = READER_PATIENCE_S
+    _slow: asyncio.TimerHandle | None = None
+    """Looks whether the reader goes on, while an answer waits for him."""
 
     @classmethod
     def telling(cls, refused: Callable[[int, float], None]) -> type[Connection]:
@@ -88,7 +99,24 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Part of asyncio.Protocol."""
         self._wait_no_more()
+        self._watch_no_more()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Part of asyncio.Protocol: more waits to be read than should."""
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        """Part of asyncio.Protocol: he has read on."""
+        self._watch_no_more()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Part of uvicorn's protocol: nothing more was asked; the connection ends when all of the answer has left."""
+        super().timeout_keep_alive_handler()
+        if self._slow is None:
+            self._watch()
 
     def data_received(self, data: bytes) -> None:
         """Part of asyncio.Protocol."""
@@ -132,6 +160,32 @@ class Connection(HttpToolsProtocol):
         """Part of uvicorn's protocol: the answer is written."""
         self.transport.send()
         super().on_response_complete()
+
+    def _watch(self) -> None:
+        self._slow = self.loop.call_later(self.reader_patience_s, self._look, self._unread())
+
+    def _watch_no_more(self) -> None:
+        if self._slow is not None:
+            self._slow.cancel()
+            self._slow = None
+
+    def _look(self, before: int) -> None:
+        """End the connection if its reader has taken too little since so much was unread."""
+        self._slow = None
+        if not self.transport.get_write_buffer_size():
+            return
+        if before - self._unread() < _LEAST_READ:
+            self.transport.abort()
+        else:
+            self._watch()
+
+    def _unread(self) -> int:
+        """Bytes that the client's machine has not taken yet: here, and in the kernel, which takes them in leaps."""
+        try:
+            queued = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        except OSError:  # it is gone
+            return 0
+        return int(self.transport.get_write_buffer_size()) + int.from_bytes(queued, sys.byteorder)
 
     def _wait_no_more(self) -> None:
         if self._late is not None:

@@ -3,7 +3,8 @@
 A plain ASGI callable, in front of everything else: counts the peer's requests, bounds the body (declared and real) and
 the bytes that all requests hold together, and hands the body on whole. Deny by default: a request that breaks a bound
 never reaches a route. Bytes count from when they are here, and who stops sending them is dropped: otherwise a few
-silent connections that promise large bodies would keep everybody else out.
+silent connections that promise large bodies would keep everybody else out. They count until the run that needs them has
+ended, and not until its answer is read: a few who don't read would do the same.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from divault.telemetry import new_request_id
 
 PATIENCE_S = 10.0
 """Longest silence within a body, and what it may take beside its bytes at the least rate."""
+BODY_DONE = "divault.body_done"
+"""Member of the ASGI scope: to be called when nobody needs the request's body any more, whose bytes are free then."""
 _LEAST_RATE = 32 * 1024  # bytes per second; a telephone's worst uplink has twice as many
 _LOOKS = 20  # at silent bodies, within the longest silence
 _STEP = 64 * 1024  # bytes counted at once; what a server reads from a socket
@@ -51,7 +54,7 @@ class Guard:
             try:
                 self._limits.knock(scope["client"][0] if scope.get("client") else "")
                 self._check_head(scope["headers"])
-                body = await self._read(receive, held)
+                replay = _replay(await self._read(receive, held), receive)
             except ClientDisconnect:
                 return  # there is nobody to tell
             except TooLarge as err:
@@ -66,7 +69,8 @@ class Guard:
                 response.headers["connection"] = "close"  # what may still come is no next request
                 await response(scope, receive, send)
                 return
-            await self._app(scope, _replay(body, receive), send)
+            scope[BODY_DONE] = held.give_back
+            await self._app(scope, replay, send)
 
     async def _refuse_early(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer at once, and end the answer when the body has ended too, or is given up."""
@@ -200,15 +204,13 @@ async def _read_on(receive: Receive) -> None:
             return
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    sent = False
-
+def _replay(body: bytes | None, receive: Receive) -> Receive:
     async def again() -> Message:
-        """Give the body once, and then what the server says."""
-        nonlocal sent
-        if sent:
+        """Give the body once, keeping nothing of it, and then what the server says."""
+        nonlocal body
+        if body is None:
             return await receive()
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        given, body = body, None
+        return {"type": "http.request", "body": given, "more_body": False}
 
     return again

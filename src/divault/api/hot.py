@@ -6,6 +6,7 @@ the same problem documents on both ways.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import ClientDisconnect
@@ -13,12 +14,20 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from divault.api.envelope import Incoming
+from divault.api.guard import BODY_DONE
 from divault.api.presence import Presence
 from divault.api.problems import problem_response
 from divault.errors import DivaultError
 from divault.telemetry import new_request_id
+from divault.values import Answer
 
 Handler = Callable[[Incoming], Awaitable[Response]]
+
+
+class RunningResponse(Response):
+    """An answer that is sent while its run goes on."""
+
+    run: asyncio.Task[Answer]
 
 
 class HotRoutes:
@@ -40,6 +49,8 @@ class HotRoutes:
         incoming = await incoming_of(scope, receive)
         with self._presence.of(receive):
             response = await _answered(handler, incoming)
+            del incoming  # how long the answer takes is its reader's matter
+            _let_go(scope, response)
             await response(scope, receive, send)
 
 
@@ -57,6 +68,17 @@ async def incoming_of(scope: Scope, receive: Receive) -> Incoming:
         headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]],
         peer=client[0] if client else "",
     )
+
+
+def _let_go(scope: Scope, response: Response) -> None:
+    """Give the bytes of the body back, now or when the run has ended."""
+    body_done = scope.get(BODY_DONE)
+    if body_done is None:
+        return
+    if isinstance(response, RunningResponse):
+        response.run.add_done_callback(lambda _: body_done())
+    else:
+        body_done()
 
 
 async def _answered(handler: Handler, incoming: Incoming) -> Response:

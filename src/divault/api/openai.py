@@ -117,6 +117,12 @@ class Asked:
         if self.members.get("encoding_format", "float") not in ("float", "base64"):
             raise InputInvalid("encoding_format is float or base64", field="encoding_format")
 
+    def forget(self) -> None:
+        """Let the body go, once the run has ended: the names of its members stay."""
+        if self.members:  # else it is a kept answer, and this one is still to be read
+            self.members = dict.fromkeys(self.members)
+            self._raw = b""
+
     def input_data(self, description: Description) -> dict[str, Any]:
         """What the model is asked. Raises InputInvalid."""
         if self.kind == "embeddings":

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from divault.api import schemas
 from divault.api.describing import answer_response, body_of, documented, json_response
 from divault.api.envelope import Incoming
-from divault.api.hot import Handler, incoming_of
+from divault.api.hot import Handler, RunningResponse, incoming_of
 from divault.api.measured import STREAM_CODE
 from divault.api.node import Node
 from divault.api.openai import TASKS, Asked, Kind, chunk, delta, dialect
@@ -121,7 +121,7 @@ class _InItsWords:
             error.data["field"] = self._asked.name_of(error.data["field"])
 
 
-class _Stream(Response):
+class _Stream(RunningResponse):
     """Server-sent events of an answer that is being made. It ends its run when nobody reads it any more."""
 
     def __init__(
@@ -130,19 +130,20 @@ class _Stream(Response):
         super().__init__(None, 200, {"cache-control": "no-store"}, "text/event-stream")
         del self.headers["content-length"]
         self._asked, self._name, self._created = asked, name, created
-        self._running = running
+        self.run = running
         self._pieces = pieces
         self._first: Piece | None = None
         self._code: str | None = None
+        running.add_done_callback(lambda _: asked.forget())
 
     async def begun(self) -> _Stream:
         """Wait for the first piece or the end. Raises what the run raised before it gave anything."""
         try:
             self._first = await self._pieces.get()
             if self._first is None:
-                await self._running
+                await self.run
         except asyncio.CancelledError:
-            await _ended(self._running)
+            await _ended(self.run)
             raise
         return self
 
@@ -156,7 +157,7 @@ class _Stream(Response):
                 scope[STREAM_CODE] = self._code
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            await _ended(self._running)
+            await _ended(self.run)
 
     async def _events(self) -> AsyncIterator[bytes]:
         begun: set[int] = set()
@@ -166,20 +167,21 @@ class _Stream(Response):
             piece = await self._pieces.get()
         shown = bool(begun)
         try:
-            body = orjson.loads((await self._running).body)
+            body = orjson.loads((await self.run).body)
         except DivaultError as err:
             self._code = err.code
             told = problem(err, err.request_id or new_request_id())
             yield b"data: " + orjson.dumps(told | {"error": openai_error(told)}) + b"\n\n"
             return
+        if not self._asked.members:  # a kept answer: nobody took the request apart for it
+            self._asked.read()
+            self._asked.forget()
         for choice in body["choices"]:
             text = "" if shown else choice.get("text", choice.get("message", {}).get("content", ""))
             if text:
                 yield self._chunk([self._delta(begun, choice["index"], text)])
         ends = [self._delta(begun, choice["index"], "", choice["finish_reason"]) for choice in body["choices"]]
         yield self._chunk(ends, receipt=body["receipt"])
-        if not self._asked.members:  # a kept answer: nobody took the request apart for it
-            self._asked.read()
         if self._asked.usage_in_stream:
             yield self._chunk([], usage=body["usage"])
         yield _DONE
