@@ -434,7 +434,7 @@ class Worker:
                 self._went_wrong(wire.broken("its pieces are longer than an answer may be"))
             elif not job.done.done():
                 if job.priced:
-                    self._set_expiry(job, None, self._give_up)
+                    self._set_expiry(job, math.inf, self._give_up)
                 on_piece(Piece(part.text, part.index))
 
         return take
