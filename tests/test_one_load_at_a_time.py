@@ -42,6 +42,9 @@ class Opening:
     def find(self, *_: object) -> Any:
         return self.loaded
 
+    def loaded_as(self, *_: object) -> Any:
+        return self.loaded
+
     def description(self, _: object) -> Any:
         return SimpleNamespace(runtime={})
 

@@ -116,7 +116,7 @@ def test_a_log_that_cannot_be_written_is_named_before_the_node_starts(tmp_path: 
 def test_any_other_place_that_cannot_be_used_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "app", lambda: Path("/proc/none").read_bytes())
+    monkeypatch.setattr(cli, "app_for", lambda _: Path("/proc/none").read_bytes)
     with pytest.raises(SystemExit) as caught:
         cli.main()
 
@@ -127,7 +127,7 @@ def test_any_other_place_that_cannot_be_used_is_named(
 
 
 def test_a_fault_of_no_place_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "app", lambda: os.close(2**20))
+    monkeypatch.setattr(cli, "app_for", lambda _: lambda: os.close(2**20))
     with pytest.raises(OSError, match="Bad file descriptor"):
         cli.main()
 
