@@ -167,12 +167,14 @@ class Service:
                         lap("open")
                         return await self._answer(opened, hold, call, dialect, lap)
 
-    async def _answer(self, opened: OpenedModel, hold: Hold, call: SignedCall, dialect: Dialect, lap: Lap) -> Answer:
+    def _answer(
+        self, opened: OpenedModel, hold: Hold, call: SignedCall, dialect: Dialect, lap: Lap
+    ) -> Coroutine[Any, Any, Answer]:
         """Run the model and charge; for all of a priced answer whose pieces the caller began to get."""
         if dialect.on_piece is None or not hold.price.atomic:
-            return await self._charged(opened, hold, call, dialect, lap)
+            return self._charged(opened, hold, call, dialect, lap)
         pieces = _Handed(dialect.on_piece)
-        return await pieces.with_their_end(self._charged(opened, hold, call, replace(dialect, on_piece=pieces), lap))
+        return pieces.with_their_end(self._charged(opened, hold, call, replace(dialect, on_piece=pieces), lap))
 
     async def _charged(self, opened: OpenedModel, hold: Hold, call: SignedCall, dialect: Dialect, lap: Lap) -> Answer:
         """What the model made of the call, once it is paid for and on disk."""
