@@ -26,6 +26,7 @@ import pytest
 import sklearn
 import skops.io
 from scipy import sparse
+from scipy.interpolate import BSpline
 from sklearn.cluster import DBSCAN
 from sklearn.decomposition import PCA
 from sklearn.ensemble import (
@@ -44,6 +45,7 @@ from sklearn.utils import check_array
 
 from divault import models
 from divault.errors import DivaultError, UnsupportedModel
+from divault.models import native
 from divault.models.base import Inputs
 from divault.models.sklearn import SklearnPickle
 from tests.memory_models import load, memory_files
@@ -480,3 +482,31 @@ def loads_or_says_why(data: bytes) -> bool:
 
 def test_the_tests_know_the_layout_of_a_tree() -> None:
     assert struct.calcsize("q") == TREE.tree_.__getstate__()["nodes"]["left_child"].dtype.itemsize
+
+
+def test_a_function_that_writes_into_the_model_is_refused() -> None:
+    kept = np.zeros((1, 4))
+    for words in ("kw_args", "inv_kw_args"):
+        ours = make_pipeline(FunctionTransformer(np.square), DecisionTreeClassifier()).fit(np.eye(4), [0, 1, 0, 1])
+        ours[0].set_params(**{words: {"out": kept}})
+        assert "writes into the model" in seen(pickle.dumps(ours))
+
+
+@pytest.mark.parametrize("kind", ["histogram", "matrix", "spline"])
+def test_what_was_checked_is_nobody_else_s(kind: str) -> None:
+    """Arrays of a file may share their bytes: one that is written to later would change another that was checked."""
+    value: Any
+    if kind == "histogram":
+        value = HistGradientBoostingClassifier(max_iter=1).fit(np.eye(4), [0, 1, 0, 1])._predictors[0][0]
+        arrays = [value.nodes, value.raw_left_cat_bitsets, value.binned_left_cat_bitsets]
+    elif kind == "matrix":
+        value = sparse.csr_matrix(np.eye(3))
+        arrays = [value.data, value.indices, value.indptr]
+    else:
+        value = BSpline(np.arange(8.0), np.ones(4), 3)
+        arrays = [value.t, value.c]
+    native.check(value)
+    held = [part for part in vars(value).values() if isinstance(part, np.ndarray)]
+
+    assert len(held) >= len(arrays)
+    assert not any(np.shares_memory(ours, part) for ours in arrays for part in held)

@@ -1,6 +1,7 @@
 """Objects whose compiled code trusts the numbers in them: trees, splines, sparse matrices, checked when all is built.
 
-An index that points outside would read foreign memory, and a tree that leads back to itself would never end.
+An index that points outside would read foreign memory, and a tree that leads back to itself would never end. What was
+checked is copied first, so that nothing else in the file can change it later: arrays may share their bytes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def check(value: Any) -> None:
     if sparse.issparse(value):
         if not isinstance(value, sparse.csr_matrix | sparse.csc_matrix | sparse.csr_array | sparse.csc_array):
             rebuilding.damaged("a sparse matrix that is neither CSR nor CSC")
+        value.data, value.indices, value.indptr = value.data.copy(), value.indices.copy(), value.indptr.copy()
         # By the class: an attribute of the instance could stand before its method.
         type(value).check_format(value, full_check=True)
     elif type(value).__name__ == "Tree":
@@ -59,7 +61,7 @@ def _check_spline(value: Any) -> None:
         rebuilding.damaged("a spline with strange attributes")
     if any(type(part) is not np.ndarray or part.dtype != np.float64 for part in (knots, factors)):
         rebuilding.damaged("a spline without numbers")
-    made = type(value)(knots, factors, held["k"], extrapolate=held.get("extrapolate"))
+    made = type(value)(knots.copy(), factors.copy(), held["k"], extrapolate=held.get("extrapolate"))
     held.clear()
     held.update(vars(made))
 
@@ -80,8 +82,10 @@ def _check_histogram_tree(value: Any) -> None:
     import numpy as np
     from sklearn.ensemble._hist_gradient_boosting.common import PREDICTOR_RECORD_DTYPE as NODE
 
-    nodes = value.__dict__.get("nodes")
-    bits = (value.__dict__.get("binned_left_cat_bitsets"), value.__dict__.get("raw_left_cat_bitsets"))
+    held = value.__dict__
+    held |= {name: part.copy() for name, part in held.items() if type(part) is np.ndarray}
+    nodes = held.get("nodes")
+    bits = (held.get("binned_left_cat_bitsets"), held.get("raw_left_cat_bitsets"))
     if type(nodes) is not np.ndarray or nodes.dtype != NODE or nodes.ndim != 1 or not len(nodes):
         rebuilding.damaged("a tree without nodes")
     if any(type(side) is not np.ndarray or side.dtype != np.uint32 or side.shape[1:] != (8,) for side in bits):
@@ -104,6 +108,8 @@ def check_all(root: Any) -> None:
                 check(value)
             elif "_predictors" in getattr(value, "__dict__", {}):
                 _check_predictors(value)
+            elif type(value).__name__ == "FunctionTransformer":
+                _check_function(value)
             else:
                 _check_width(value)
     # What arrays of another kind than expected, and scipy's own check, raise.
@@ -123,6 +129,13 @@ def may_never_end(value: Any) -> bool:
     else:
         sides, inner = (value.nodes["left"], value.nodes["right"]), value.nodes["is_leaf"] == 0
     return any(bool((side.astype(np.int64) <= np.arange(len(side)))[inner].any()) for side in sides)
+
+
+def _check_function(part: Any) -> None:
+    """Raises UnsupportedModel where the answer goes into an array of the model: it would remember callers."""
+    held = vars(part)
+    if any("out" in (held.get(name) or {}) for name in ("kw_args", "inv_kw_args")):
+        rebuilding.damaged("a function that writes into the model (out)")
 
 
 def _check_width(model: Any) -> None:
