@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +19,14 @@ from onnx import helper
 from divault import models
 from divault.errors import InputInvalid, ModelFailed, SealedFileDamaged, UnsupportedModel
 from divault.models import onnx_file
-from divault.models.base import Inputs, LoadedModel
-from divault.models.onnx import Onnx
+from divault.models.base import Inputs, LoadedModel, words_of
+from divault.models.onnx import _TAKES_NOTHING, Onnx
 from tests.memory_models import answer, as_json, load, memory_files
 from tests.onnx_models import BOOL, FLOAT, INT64, TEXT, classifier, iris, model_file, of_every_kind
+from tests.onnx_nothing import WITHOUT_TENSORS
 from tests.schemas import mismatch
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +325,38 @@ def test_batches_and_axes_of_one_size_may_not(past: Any) -> None:
     model = load(Onnx(), {"m": decoder()})
     with pytest.raises(InputInvalid):
         answer(model, {"x": np.ones((1, 2, 3, 4)).tolist(), "past": past})
+
+
+@pytest.mark.parametrize("name", ["n" * 10**6, "/onnxruntime/" * 10**5, "/onnxruntime/a.h:1 " + "f(" * 10**6])
+def test_names_that_a_file_chooses_take_no_time_in_an_error(name: str) -> None:
+    """Node names stand in what onnxruntime says; reading a long one letter by letter anew took minutes."""
+    assert len(words_of(RuntimeError(f"Name:'{name}' failed:/onnxruntime/b.h:2 f() no"))) <= 200
+
+
+def test_operators_that_may_be_given_nothing_take_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.onnx_nothing"], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+
+    assert done.returncode == 0, f"it ended in what comes after {done.stdout.split()[-1:]}: {done.stderr}"
+    assert set(done.stdout.split()) | WITHOUT_TENSORS == _TAKES_NOTHING
+
+
+@pytest.mark.parametrize(
+    ("node", "axes"),
+    [
+        (helper.make_node("Unique", ["x"], ["y"], axis=1), 3),
+        (helper.make_node("Inverse", ["x"], ["y"], domain="com.microsoft"), 3),
+    ],
+    ids=["Unique", "Inverse"],
+)
+def test_what_may_end_the_process_on_nothing_is_given_something(node: Any, axes: int) -> None:
+    ports = ([("x", FLOAT, ["n", *"abc"[: axes - 1]])], [("y", FLOAT, None)])
+    model = load(Onnx(), {"m": model_file([node], ports, {})})
+
+    assert answer(model, {"x": np.eye(2).reshape(1, 2, 2).tolist()})["outputs"]["y"]
+    with pytest.raises(InputInvalid):
+        answer(model, {"x": {"dtype": "float32", "shape": [1, 1, 0], "data": ""}})
 
 
 def test_an_operator_that_ends_the_process_on_nothing_gets_something() -> None:

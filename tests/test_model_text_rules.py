@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from divault.errors import SealedFileDamaged, UnsupportedModel
 from divault.models.base import Inputs, Piece
 from divault.models.huggingface import HuggingFace
+from divault.models.text_generation import _Writer
 from tests.memory_models import as_json, folder_content, json_of, load, tiny_language_model
 
 Content = dict[str, bytes]
@@ -207,6 +208,21 @@ def test_a_prompt_and_what_follows_are_one_text(tmp_path: Path) -> None:
     assert said(content, {"messages": [{"role": "user", "content": "hello"}]}, max_tokens=1)["text"] == "world"
     parts = list(load(HuggingFace(), content).stream(Inputs({"prompt": "hi"}, {"max_tokens": 2})))  # type: ignore[attr-defined]
     assert [part.text for part in parts if isinstance(part, Piece)] == [" hello", " world"]
+
+
+def test_half_a_character_leaves_the_prompt_s_own_alone() -> None:
+    """A run of bytes that is broken is no character any more, also those of it that stood before."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "o", "k"]
+    tokenizer = Tokenizer(
+        models.BPE({word: n for n, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    prompt = tokenizer.encode("日").ids
+    lone, letters = words.index("<0xE6>"), [words.index("o"), words.index("k")]
+    writer = _Writer(tokenizer, (), prompt)
+
+    assert len(prompt) == 3
+    assert [writer.add(token) for token in [lone, *letters]] == ["", "\ufffdo", "k"]
 
 
 @pytest.mark.parametrize("stop", ["</s>", ["never", "</s>"]])

@@ -82,6 +82,7 @@ def test_a_token_that_the_model_has_no_number_for_stays_text(folder: Path) -> No
         {"added_tokens_decoder": {"one": token("<b>")}},
         {"added_tokens_decoder": {"257": token("<b>", lstrip=7)}},  # type: ignore[arg-type]
         {"extra_special_tokens": [f"<{number}>" for number in range(5000)]},
+        {"added_tokens_decoder": {"257": token("b" * 513)}},
     ],
 )
 def test_tokens_that_are_none_are_damage(folder: Path, config: dict[str, Any]) -> None:
@@ -90,19 +91,50 @@ def test_tokens_that_are_none_are_damage(folder: Path, config: dict[str, Any]) -
         load(HuggingFace(), folder_content(folder))
 
 
-@pytest.mark.parametrize(
-    ("kind", "lower"), [("BertTokenizer", True), ("BertTokenizer", False), ("PreTrainedTokenizerFast", False)]
-)
-def test_lower_case_is_what_the_class_makes_of_it(tmp_path: Path, kind: str, lower: bool) -> None:
+CASES: dict[str, tuple[dict[str, Any], bool]] = {
+    "asked for": ({"tokenizer_class": "BertTokenizer", "do_lower_case": True}, False),
+    "not asked for": ({"tokenizer_class": "BertTokenizer", "do_lower_case": False}, True),
+    "by the class": ({"tokenizer_class": "BertTokenizerFast"}, False),
+    "by the type": ({"model_max_length": 32}, False),
+    "another class of the kind": ({"tokenizer_class": "LxmertTokenizer", "do_lower_case": False}, True),
+    "a class that takes the file as it is": (
+        {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False}, True
+    ),
+    "one that does not heed it": ({"tokenizer_class": "ConvBertTokenizer", "do_lower_case": False}, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_lower_case_is_what_the_class_makes_of_it(tmp_path: Path, kind: str) -> None:
+    config, lower_in_file = CASES[kind]
     tiny_classifier(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "do_lower_case": lower}))
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    file["normalizer"] |= {"lowercase": lower_in_file}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     text = "The FILM was Good"
     with memory_files(folder_content(tmp_path)) as files:
-        config = AutoConfig.from_pretrained(tmp_path)
-        ours = tokenizer_of(Folder(files), config).encode(text).ids
+        ours = tokenizer_of(Folder(files), AutoConfig.from_pretrained(tmp_path)).encode(text).ids
 
     assert ours == AutoTokenizer.from_pretrained(tmp_path)(text).input_ids
     load(HuggingFace(), folder_content(tmp_path)).predict([Inputs({"text": text}, {})])
+
+
+@pytest.mark.parametrize("prefix", [True, False, None])
+def test_a_blank_before_the_first_word_is_what_the_class_is_told(folder: Path, prefix: bool | None) -> None:
+    told = {} if prefix is None else {"add_prefix_space": prefix}
+    ours, theirs = ids(folder, "ab c", {"tokenizer_class": "GPT2Tokenizer"} | told)
+
+    assert ours == theirs
+    assert (len(ours) == 5) is (prefix is True)
+
+
+def test_very_many_tokens_are_added_at_once(folder: Path) -> None:
+    """Each time they are added takes as long as all of them: one by one they would take half a minute."""
+    many = {str(257 + number): token(f"<|reserved_{number}|>") for number in range(4000)}
+    ours, theirs = ids(folder, "<|reserved_5|>a<|reserved_3999|>", {"added_tokens_decoder": many}, words=257 + 4000)
+
+    assert ours == theirs == [262, 65, 4256]
 
 
 @pytest.mark.parametrize(

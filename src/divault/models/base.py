@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from divault.values import MemoryFile
 
 DTYPES = ("float32", "bfloat16", "float16")
-_SOURCE = re.compile(r"\S*/onnxruntime/\S+:\d+ ")
+_SOURCE = re.compile(r"/onnxruntime/\S+:\d+ ")
+_MOST_READ = 4096  # characters of an error; names that a file chooses may stand in it
 _QUALIFIERS = re.compile(r"^(const )?(\[with [^\]]*\] )?")
 
 
@@ -127,7 +128,7 @@ def words_of(err: Exception) -> str:
     >>> words_of(RuntimeError("FAIL : /onnxruntime/a.h:46 void f(const std::map<int, g(int)>&) const Opset 30 is new"))
     'Opset 30 is new'
     """
-    line = str(err).partition("\n")[0]
+    line = str(err)[:_MOST_READ].partition("\n")[0]
     place = _SOURCE.search(line)
     if place is not None:
         line = _after_signature(line[place.end() :]) or line

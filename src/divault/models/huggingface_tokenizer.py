@@ -1,13 +1,14 @@
 """The tokenizer of a Hugging Face folder: `tokenizer.json`, and what `tokenizer_config.json` changes about it.
 
 The classes of the library make one tokenizer of both files: tokens that only the second names are added, flags that it
-has otherwise count, and so do lower case of BERT and special tokens that are to be split. So it is done here; a text
-would become other tokens without.
+has otherwise count, and so do lower case of BERT, a blank before the first word and special tokens that are to be
+split. So it is done here; a text would become other tokens without. One thing is not: newer versions of the library
+build the tokenizer of Llama 2 anew, without the normalizer of its file, which counts here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENIZER_BYTES = 64 << 20
 _LONGEST_TOKEN = 100
-_MOST_ADDED = 4096
+_MOST_ADDED, _LONGEST_ADDED = 4096, 512
 _MAX_TOKENS = 8192
 _DEFAULT_TOKENS = 512
 _SENTENCE_TYPES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -29,13 +30,25 @@ _WITHOUT_TABLE = {"bloom": 2048}
 """Texts that models of these types were trained on; their positions have no table that would say it."""
 _OFFSET_BY_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
 """Positions of these start behind the padding id, so that many of the table's rows can't be used."""
+_ENDS = ("", "Fast")
 _NAMING = frozenset(
     f"{name}Tokenizer{end}" for name in ("Cohere", "GPT2", "GPTNeoX", "Gemma", "Qwen2") for end in ("", "Fast")
 )
 """Classes that name special tokens where a file doesn't; the library passes those of Llama and Bloom over."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_PLAIN = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
-"""Classes that take `tokenizer.json` as it is."""
+_OF_BERT = frozenset(
+    {
+        f"{name}Tokenizer{end}"
+        for name in ("Bert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MPNet", "MobileBert", "SqueezeBert")
+        for end in _ENDS
+    }
+    | {"bert", "distilbert", "electra", "ernie", "mobilebert", "mpnet", "squeezebert", "convbert", "megatron-bert"}
+)
+"""Classes that make their own normalizer, and model types that have one of them where no class is named."""
+_OF_BYTES = frozenset(
+    {f"{name}Tokenizer{end}" for name in ("GPT2", "Roberta") for end in _ENDS} | {"gpt2", "gpt_neo", "opt", "roberta"}
+)
+"""The same of classes that say by themselves whether a blank stands before the first word."""
 
 
 def special_tokens(folder: Folder) -> dict[str, str]:
@@ -113,23 +126,35 @@ def tokenizer_of(folder: Folder, config: PretrainedConfig) -> Tokenizer:
 
 
 def _amend(tokenizer: Tokenizer, folder: Folder, config: PretrainedConfig) -> None:
-    """Have it what `tokenizer_config.json` says otherwise."""
-    from tokenizers.normalizers import BertNormalizer
-
+    """Have it what `tokenizer_config.json` says otherwise, and the class that it names."""
     told = folder.json_object("tokenizer_config.json")
-    old = tokenizer.normalizer
-    if isinstance(old, BertNormalizer) and told.get("tokenizer_class") not in _PLAIN:
-        tokenizer.normalizer = BertNormalizer(
-            clean_text=old.clean_text,
-            handle_chinese_chars=told.get("tokenize_chinese_chars", old.handle_chinese_chars),
-            strip_accents=told.get("strip_accents", old.strip_accents),
-            lowercase=told.get("do_lower_case", old.lowercase),
-        )
+    _set_parts(tokenizer, told, str(told.get("tokenizer_class") or config.model_type))
     tokenizer.encode_special_tokens = told.get("split_special_tokens") is True
+    room, fresh = config.vocab_size - tokenizer.get_vocab_size(), []
     for token in _added(tokenizer, folder):
+        new = tokenizer.token_to_id(token.content) is None
         # One that the model has no number for stays what it is made of: its number would be nobody's.
-        if tokenizer.token_to_id(token.content) is not None or tokenizer.get_vocab_size() < config.vocab_size:
-            tokenizer.add_tokens([token])
+        if not new or room > 0:
+            fresh.append(token)
+            room -= new
+    tokenizer.add_tokens(fresh)  # at once: each time takes as long as all
+
+
+def _set_parts(tokenizer: Tokenizer, told: Mapping[str, Any], kind: str) -> None:
+    """What classes of the library set by themselves, whatever `tokenizer.json` says; `kind`: a class or model type."""
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    if isinstance(tokenizer.normalizer, BertNormalizer) and kind in _OF_BERT:
+        tokenizer.normalizer = BertNormalizer(
+            clean_text=True,
+            handle_chinese_chars=told.get("tokenize_chinese_chars", True),
+            strip_accents=told.get("strip_accents"),
+            lowercase=told.get("do_lower_case", True),
+        )
+    prefix = told.get("add_prefix_space")
+    if isinstance(tokenizer.pre_tokenizer, ByteLevel) and kind in _OF_BYTES and isinstance(prefix, bool):
+        tokenizer.pre_tokenizer.add_prefix_space = prefix
 
 
 def _added(tokenizer: Tokenizer, folder: Folder) -> Iterator[AddedToken]:
@@ -147,11 +172,13 @@ def _added(tokenizer: Tokenizer, folder: Folder) -> Iterator[AddedToken]:
     if isinstance(listed, dict):
         for _, flags in sorted(listed.items(), key=lambda item: int(item[0])):
             token = AddedToken(flags["content"], **{name: flags[name] for name in _FLAGS if name in flags})
+            if len(token.content) > _LONGEST_ADDED:
+                raise ValueError(f"a token of over {_LONGEST_ADDED} characters")
             if repr(have.get(token.content)) != repr(token):
                 yield token
             have[token.content] = token
     for text in texts:
-        if text not in have:
+        if text not in have and len(text) <= _LONGEST_ADDED:
             have[text] = AddedToken(text, special=True)
             yield have[text]
 

@@ -52,8 +52,15 @@ _NO_NAMES = frozenset({"?", "None", "-1"})
 """What exporters write for every axis that may have any size."""
 _TOO_NEW = re.compile(r"Opset (\d+) is under development.* support for domain (\S+) is till opset (\d+)")
 _MAX_PORTS = 256
-_ENDS_ON_NOTHING = ("LSTM", "GRU")
-"""Given a batch of none, onnxruntime 1.32 ends the process in these and in those that are made of them."""
+_TAKES_NOTHING_TEXT = """
+    Abs Add And ArgMax ArgMin Cast Ceil Clip Concat Constant ConstantOfShape Cos CumSum Div Equal Erf Exp Expand
+    Flatten Floor Gather GatherElements Gemm Greater GreaterOrEqual Identity IsNaN LayerNormalization LeakyRelu Less
+    LessOrEqual Log LogSoftmax MatMul Max Min Mul Neg Not Or Pow Range Reciprocal ReduceMax ReduceMean ReduceMin
+    ReduceSum Relu Reshape Shape Sigmoid Sign Sin Size Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh Tile
+    Transpose Trilu Unsqueeze Where Xor
+"""
+_TAKES_NOTHING = frozenset(_TAKES_NOTHING_TEXT.split())
+"""Operators that were seen to take tensors without members; others (LSTM, Unique) end the process in onnxruntime."""
 _TOLERANCE = 1e-5
 """Rows of one call share a pass; kernels for one row and for many add in another order."""
 
@@ -74,7 +81,7 @@ class Onnx:
         told = Folder(files).json_object("divault.json")
         seed()
         task = str(told.get("task") or "prediction")[:80]
-        empty = not any(name in operator for operator in onnx_file.operators(file) for name in _ENDS_ON_NOTHING)
+        empty = onnx_file.operators(file) <= _TAKES_NOTHING
         return LoadedOnnx(_session(file), onnx_file.shapeless(file), labels_of(told), task, empty=empty)
 
 

@@ -233,7 +233,9 @@ class _Writer:
     def _fresh(self) -> str:
         # A token's text may depend on those before it: decoded together, the difference is what it adds.
         before = self._tokenizer.decode(self._ids[self._from : self._read])
-        return self._tokenizer.decode(self._ids[self._from :])[len(before) :]
+        both = self._tokenizer.decode(self._ids[self._from :])
+        # Half a character of bytes takes those before it along, which are written already.
+        return both[len(before) :] if both.startswith(before) else self._tokenizer.decode(self._ids[self._read :])
 
     def _shown(self, text: str) -> str:
         found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
