@@ -12,8 +12,9 @@ Rules:
 3. `charge` is one transaction: the price, the request's stage, the receipt's number and signature, the kept answer.
    Receipts are signed inside it, in the order of their numbers: the chain has neither gap nor fork.
 4. A reservation stands while its presentation is under way in this process, however long that takes: what a call waits
-   for and does has deadlines of its own, several of them. Its lease counts only where nobody could end it: the process
-   died, or the disk failed. A run whose reservation is gone is not charged and not answered.
+   for and does has deadlines of its own, several of them (`service`, `workers.worker`). Its lease counts only where
+   nobody could end it: the process died, or the disk failed. A run whose reservation is gone is not charged and not
+   answered.
 
 ```python
 async with ledger.outcome(principal, call):

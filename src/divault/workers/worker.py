@@ -4,7 +4,7 @@
 |---|---|---|
 | `ready` | the process answers | run as they come, several in one pass where the format lets them share one |
 | `restarting` | the process died or was stopped at a deadline; the next one loads from the same memory files | wait |
-| `failed` | five deaths within a minute | NotReady, until a new attempt after another minute |
+| `failed` | five deaths within a minute, or starts that failed in a row | NotReady, until an attempt a minute later |
 | `closed` | unloaded | NotReady |
 
 Rules:
@@ -19,7 +19,8 @@ Rules:
 3. A process that dies, or is stopped at a deadline, with several callers in flight: each who still waits runs again,
    once and alone, so that only the one who brings it down hears of it, even when he left before. Who was alone is not
    run again. They go before everybody else, and while they wait only their own deadlines count: those before them may
-   take whole ones. Who brings it down again has his other requests of that pass run last.
+   take whole ones. But a process that isn't back after a load and a predict deadline is not waited for any longer. Who
+   brings it down again has his other requests of that pass run last.
 4. A caller who went away is taken out of the queue unrun; the end of a run that gives pieces is asked for.
 5. Once a piece of an answer with a price was handed on, its caller's own deadline counts no more: otherwise he could
    set it to just before the end, and have read nearly all of it for nothing.
@@ -79,7 +80,8 @@ class Tuning:
     """Before a restart: doubles with each death within the window."""
     deaths: int = 5
     window_s: float = 60.0
-    """So many deaths within the window make a model `failed`, for as long as the window."""
+    """So many deaths within the window make a model `failed`, for as long as the window. Starts that fail after a death
+    count with it however long they take: five that run into the load deadline take longer than any window here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ _HOLD_SHARE, _SHORTEST_HOLD_S, _LONGEST_HOLD_S = 1 / 6, 0.001, 0.01
 """Of a pass' time, that the next waits for the callers of the last: a loop's timers know no less than a millisecond."""
 _MOST_NOT_HELD = 32
 _FEWEST_PLACES, _PASSES_WAITING = 8, 8
+_AWAY_RETRY_S = 5  # as long as the longest pause before a restart
 _NOBODY = b""
 
 
@@ -136,6 +139,8 @@ class Worker:
         """How many passes wait for nobody after the next that waits in vain, and how many of the last are to come."""
         self._process: Process | None = None
         self._reviving: asyncio.Task[None] | None = None
+        self._away: asyncio.TimerHandle | None = None
+        """The process is away, and who goes again waits for it no longer than this."""
         self._state: State = "restarting"
         self._deaths: deque[float] = deque()
         self._failed_at = 0.0
@@ -247,8 +252,9 @@ class Worker:
         if self._state == "closed":
             return
         self._state = "closed"
-        if self._hold is not None:
-            self._hold.cancel()
+        for timer in (self._hold, self._away):
+            if timer is not None:
+                timer.cancel()
         try:
             self._refuse(self._queue.take_all(), self._not_ready())
             self._refuse(self._landed(), self._not_ready())
@@ -337,7 +343,7 @@ class Worker:
         left = self._failed_at + self._tuning.window_s - time.monotonic()
         return NotReady(
             f"the worker of {self.opened.model} died {self._tuning.deaths} times within "
-            f"{self._tuning.window_s:g} s; it is tried again later",
+            f"{self._tuning.window_s:g} s, or could not be started as often; it is tried again later",
             retry_after=max(1, math.ceil(left)),
         )
 
@@ -551,8 +557,20 @@ class Worker:
         if self._state != "ready":
             return
         self._state = "restarting"
+        if self._away is None:  # else it died as soon as it was ready, and did nothing for whoever waits
+            most_s = self._deadlines.load_s + self._deadlines.predict_s
+            self._away = asyncio.get_running_loop().call_later(most_s, self._away_too_long)
         work = self._revive(jobs, error or self._not_ready())
         self._reviving = asyncio.create_task(work, name=f"restart of {self.opened.model.text}")
+
+    def _away_too_long(self) -> None:
+        """Tell who goes again, whose wait may have no other end: the restart fails, or takes longer than it may."""
+        self._away = None
+        again = [job for job in self._queue if job.alone]
+        for job in again:
+            self._queue.drop(job)
+        detail = f"the worker of {self.opened.model} died and is not back yet: send the same bytes again"
+        self._refuse(again, NotReady(detail, retry_after=_AWAY_RETRY_S))
 
     async def _revive(self, jobs: Sequence[Job], error: DivaultError) -> None:
         """Start the process anew, after a pause that grows with the deaths; returns only when the model is loaded."""
@@ -562,8 +580,9 @@ class Worker:
                 await self._process.kill()
         finally:
             self._refuse(jobs, error)
+        self._forget_deaths()
         if not self._excused and self._process is not None:
-            self._count_death()
+            self._deaths.append(time.monotonic())
             _log.warning("worker died", model_id=self.opened.model.text, stderr=self._process.words())
         self._excused = False
         while True:
@@ -571,7 +590,7 @@ class Worker:
             try:
                 await self._load()
             except Exception as err:  # noqa: BLE001 - whatever it is, there is a next attempt: nobody else makes one
-                self._count_death()
+                self._deaths.append(time.monotonic())
                 code = err.code if isinstance(err, DivaultError) else type(err).__name__
                 _log.warning("worker could not be restarted", model_id=self.opened.model.text, code=code)
                 if self._process is not None:
@@ -585,13 +604,16 @@ class Worker:
         """Begin with what waits; a process that died as soon as it was ready was not missed before (`_lost`)."""
         if self._process is not None and self._process.lost:
             self._revive_soon()
-        else:
-            self._pump()
+            return
+        if self._away is not None:
+            self._away.cancel()
+            self._away = None
+        self._pump()
 
-    def _count_death(self) -> None:
-        now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - self._tuning.window_s:
+    def _forget_deaths(self) -> None:
+        """Leave those of the window. Not while starts fail: were theirs forgotten, slow ones would never be enough."""
+        oldest = time.monotonic() - self._tuning.window_s
+        while self._deaths and self._deaths[0] < oldest:
             self._deaths.popleft()
 
     async def _pause(self) -> None:
