@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from divault.errors import CidMismatch, NotReady
+from divault.errors import NotReady
 from divault.ipfs.cid import make_cid
 from divault.limits import WalletLimits
 from divault.metrics import Metrics
 from divault.service import LoadResult, Parts, Service
-from divault.values import BlockRef, Cid, Digest, Grant, ModelId, OpenedModel, SignedCall
+from divault.values import BlockRef, Cid, Digest, Grant, ModelId, ModelInfo, OpenedModel, SignedCall
 from divault.workers.pool import WorkerPool
 from tests.sealed_models import grant
 from tests.worker_models import alive, answer, call, hostile, opened
@@ -35,13 +35,15 @@ class Desk:
     loads: list[Cid] = field(default_factory=list)
     old_at: tuple[int, ...] = (9, 10)
     """Blocks at which the vault names the old CID."""
+    head: int = 0
+    """The newest block that anybody was checked at, unless a test says another."""
     late: asyncio.Event = field(default_factory=asyncio.Event)
     """Calls that were granted at block 10 go on from here."""
 
     def service(self) -> Service:
         parts = dict.fromkeys(one.name for one in fields(Parts)) | {
             "authenticator": SimpleNamespace(authenticate=self._authenticate),
-            "gates": SimpleNamespace(check=self._check),
+            "gates": SimpleNamespace(check=self._check, info=self._info),
             "ledger": SimpleNamespace(consume=self._consume),
             "fetcher": SimpleNamespace(arriving=self._arriving),
             "opener": SimpleNamespace(open=self._open),
@@ -57,8 +59,14 @@ class Desk:
 
     async def _check(self, principal: Any, model: Any) -> Grant:
         block = principal.received_at
-        info = replace(grant().model, cid=(OLD if block in self.old_at else NEW).text)
-        return replace(grant(), principal=principal, model=info, block=BlockRef(block, Digest.ZERO, 0))
+        self.head = max(block, self.head)
+        return replace(grant(), principal=principal, model=self._named(block), block=BlockRef(block, Digest.ZERO, 0))
+
+    async def _info(self, model: Any) -> ModelInfo:
+        return self._named(self.head)
+
+    def _named(self, block: int) -> ModelInfo:
+        return replace(grant().model, cid=(OLD if block in self.old_at else NEW).text)
 
     async def _consume(self, principal: Any) -> None:
         if principal.received_at == 10:
@@ -97,25 +105,50 @@ async def test_an_older_grant_does_not_bring_the_old_file_back(desk: Desk) -> No
     loaded = (await service.load(at(11))).loaded
     desk.late.set()
 
-    with pytest.raises(CidMismatch, match="since block 11") as refused:
+    with pytest.raises(NotReady, match="send the same bytes again") as refused:
         await late
-    assert refused.value.data == {"have": OLD.text, "need": NEW.text}
+    assert refused.value.data == {"retry_after": 1}
+    assert not refused.value.receipt, "he did nothing wrong: no refusal is kept under his nonce"
     assert desk.loads == [OLD, NEW]
     assert [one.pid for one in desk.pool.loaded()] == [loaded.pid], "the new one goes on"
 
 
-async def test_the_newest_grant_of_a_loaded_model_counts_and_not_that_of_its_load(desk: Desk) -> None:
+async def test_what_the_vault_names_now_counts_and_not_what_the_model_was_loaded_for(desk: Desk) -> None:
     service = desk.service()
     desk.old_at = (15,)
     await service.load(at(12))
     await service.load(at(20))
-    with pytest.raises(CidMismatch):
+    with pytest.raises(NotReady):
         await service.load(at(15))
 
     assert isinstance(await service.load(at(12)), LoadResult), "an older grant of the same CID is as good"
-    with pytest.raises(CidMismatch):
+    with pytest.raises(NotReady):
         await service.load(at(15))
     assert desk.loads == [NEW]
+
+
+async def test_a_grant_at_a_lower_block_loads_what_the_vault_names_after_the_chain_went_back(desk: Desk) -> None:
+    """A reorg, or a chain for development that was reverted: numbers begin again below those that were seen."""
+    service = desk.service()
+    desk.old_at = (9,)
+    await service.load(at(30))
+    desk.head = 8
+    await service.load(at(9))
+
+    assert desk.loads == [NEW, OLD]
+
+
+async def test_an_owner_who_takes_his_change_back_has_the_old_file_loaded_again(desk: Desk) -> None:
+    service = desk.service()
+    desk.old_at = (10, 12)
+    late = asyncio.create_task(service.load(at(10)))
+    await asyncio.sleep(0)
+    await service.load(at(11))
+    desk.head = 12
+    desk.late.set()
+    await late
+
+    assert desk.loads == [NEW, OLD]
 
 
 async def test_an_older_grant_loads_where_nothing_is_loaded(desk: Desk) -> None:

@@ -203,7 +203,7 @@ class ModelUnknown(RequestError):
 
 
 class CidMismatch(RequestError):
-    """The CID asked for is not the one that the vault names, or not any more: send the call again."""
+    """The CID asked for is not the one that the vault names."""
 
     code = "cid_mismatch"
     receipt = True

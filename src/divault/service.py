@@ -52,6 +52,8 @@ from divault.workers.pool import Loaded, WorkerPool
 _log = log("service")
 T = TypeVar("T")
 _LOAD_RETRY_S = 5
+_RENAMED_RETRY_S = 1  # whoever comes next is checked at the block that names the other CID
+_AGAIN = "send the same bytes again, or a load under a fresh nonce"
 _AT_ONCE_BYTES = 16 * 1024  # translated on the loop; of more, all other callers would feel it
 
 
@@ -137,8 +139,6 @@ class Service:
         self._sessions = parts.sessions
         self._load_wait_s = parts.load_wait_s
         self._loading: defaultdict[Digest, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._granted_at: dict[Digest, int] = {}
-        """Newest block at which the vault named the CID that a model is loaded from."""
 
     async def infer(self, call: SignedCall, *, load: bool, dialect: Dialect = NATIVE) -> Answer:
         """Run the model on the call's input, once, and answer with a signed receipt.
@@ -242,37 +242,27 @@ class Service:
         cid, model = parse_cid(grant.model.cid), grant.model.model
         if call.cid is not None and call.cid != grant.model.cid:
             raise CidMismatch("the vault names another CID for this model", have=call.cid, need=grant.model.cid)
-        found = self._loaded(grant, cid)
+        found = self._workers.find(model, cid)
         if found is not None:
             return found
         async with self._turn_to_load(model):
-            found = self._loaded(grant, cid)
+            found = self._workers.find(model, cid)
             if found is not None:
                 return found
-            self._require_newest(grant)
-            opened = await self._load(grant, cid, call)
-            self._granted_at[model.key] = grant.block.number
-            return opened
+            await self._require_named(grant)
+            return await self._load(grant, cid, call)
 
-    def _loaded(self, grant: Grant, cid: Cid) -> OpenedModel | None:
-        """The model, if it is loaded from this file."""
-        key, found = grant.model.model.key, self._workers.find(grant.model.model, cid)
-        if found is not None:
-            self._granted_at[key] = max(grant.block.number, self._granted_at.get(key, 0))
-        return found
+    async def _require_named(self, grant: Grant) -> None:
+        """Return unless another file is loaded and the vault names this one no more. Raises NotReady, ChainUnavailable.
 
-    def _require_newest(self, grant: Grant) -> None:
-        """Return unless the model is loaded as the vault named it after this grant. Raises CidMismatch.
-
-        The owner changed the CID while the call waited: his old file must not take the place of the new one.
+        The owner changed the CID while the call waited: his old file must not take the place of the new one. The vault
+        is asked, since the number of a block proves nothing: where a chain went back, a lower one may be the newer.
         """
-        loaded, since = self._workers.loaded_as(grant.model.model), self._granted_at.get(grant.model.model.key, 0)
-        if loaded is not None and grant.block.number < since:
-            raise CidMismatch(
-                f"since block {since} the vault names another CID for this model: send the call again",
-                have=grant.model.cid,
-                need=loaded.cid.text,
-            )
+        model = grant.model.model
+        if self._workers.loaded_as(model) is None:
+            return
+        if (await self._gates.info(model)).cid != grant.model.cid:
+            raise NotReady(f"the vault names another CID for {model} meanwhile: {_AGAIN}", retry_after=_RENAMED_RETRY_S)
 
     async def _load(self, grant: Grant, cid: Cid, call: SignedCall) -> OpenedModel:
         sources, search = self._keys(call)
@@ -297,8 +287,7 @@ class Service:
                 await lock.acquire()
         except TimeoutError:
             raise NotReady(
-                f"{model} is being loaded for other calls, for longer than {self._load_wait_s:g} s: send the same "
-                "bytes again",
+                f"{model} is being loaded for other calls, for longer than {self._load_wait_s:g} s: {_AGAIN}",
                 retry_after=_LOAD_RETRY_S,
             ) from None
         try:
