@@ -7,10 +7,20 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from divault.errors import BadRequest, ModelFailed, NonceUsed, NotReady, PaymentRequired, PriceChanged, SessionInvalid
-from divault.payments import books
+from divault.errors import (
+    AllowanceExceeded,
+    BadRequest,
+    ModelFailed,
+    NonceUsed,
+    NotReady,
+    PaymentRequired,
+    PriceChanged,
+    SessionInvalid,
+)
+from divault.payments import TransferCredit, books
 from divault.state import State
 from divault.values import Answer, Hold, SignedCall, Usdc
 from tests.counter import (
@@ -57,7 +67,7 @@ async def fail(_: Hold) -> bytes:
 
 async def test_ten_calls_at_once_spend_what_is_allowed_and_no_more(counter: Counter) -> None:
     ends = await asyncio.gather(*(counter.infer(call(n), slow_yes) for n in range(10)), return_exceptions=True)
-    refused = [end for end in ends if isinstance(end, PriceChanged)]
+    refused = [end for end in ends if isinstance(end, AllowanceExceeded)]
 
     assert sum(isinstance(end, Answer) for end in ends) == 3
     assert len(refused) == 7
@@ -140,6 +150,65 @@ async def test_what_a_session_may_not_spend_is_not_offered(counter: Counter, key
 
     assert (refused.value.data["have"], refused.value.data["need"]) == (str(dear.atomic - 1), str(dear.atomic))
     assert await counter.credit() == 10 * PRICE.atomic, "and nothing was claimed"
+
+
+async def kept(counter: Counter) -> list[tuple]:
+    return await counter.rows("SELECT (SELECT count(*) FROM receipt), (SELECT count(*) FROM request)")
+
+
+async def test_what_it_may_not_spend_uses_no_key_up(counter: Counter) -> None:
+    """Nothing was signed or offered: its wallet signs in again, and the program sends what it sent."""
+    before = await kept(counter)
+    for _ in range(2):
+        with pytest.raises(AllowanceExceeded) as refused:
+            await counter.infer(call(1, OTHER))
+        assert refused.value.evidence is None
+    assert await kept(counter) == before
+
+    assert (await counter.infer(call(1))).body, "from a session that may spend more"
+    with pytest.raises(NonceUsed):
+        await counter.infer(call(1, OTHER))
+
+
+async def test_who_is_refused_while_another_call_holds_the_rest_may_come_again(counter: Counter) -> None:
+    await counter.allow(OTHER, PRICE.atomic)
+    first = asyncio.create_task(counter.infer(call(1, OTHER), forever))
+    while await counter.used(OTHER) == 0:
+        await asyncio.sleep(0)
+    with pytest.raises(AllowanceExceeded):
+        await counter.infer(call(2, OTHER))
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+
+    assert (await counter.infer(call(2, OTHER))).body, "the same call"
+    assert await counter.used(OTHER) == PRICE.atomic
+
+
+async def test_a_transfer_is_not_claimed_by_a_call_that_another_was_faster_than(
+    counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saw enough of the allowance when it looked; at its reservation there is too little."""
+    await counter.allow(OTHER, PRICE.atomic - 1)
+    tx, before = counter.chain.pay(PRICE.atomic), await kept(counter)
+    with monkeypatch.context() as patched:
+        patched.setattr(TransferCredit, "_check_means", lambda *_: None)
+        with pytest.raises(AllowanceExceeded) as refused:
+            await counter.infer(of_session(OTHER, "a", tx=tx))
+    assert refused.value.evidence is None
+    assert (await kept(counter), await counter.credit()) == (before, 10 * PRICE.atomic)
+
+    assert (await counter.infer(of_session(LOGIN, "a", tx=tx))).body
+    assert await counter.credit() == 10 * PRICE.atomic, "claimed now, and spent"
+
+
+async def test_a_price_above_the_calls_own_limit_uses_its_key_up(counter: Counter) -> None:
+    """That call named its limit itself: what it was refused for can be proven."""
+    limited = of_session(LOGIN, "a")
+    limited = msgspec.structs.replace(limited, max_price=Usdc(1))
+    for _ in range(2):
+        with pytest.raises(PriceChanged, match="fresh Idempotency-Key") as refused:
+            await counter.infer(limited)
+        assert refused.value.evidence is not None
 
 
 async def test_the_same_key_again_gives_the_same_answer_for_one_price(counter: Counter) -> None:

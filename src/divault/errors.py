@@ -264,11 +264,17 @@ class SettlementPending(PaymentError):
 
 
 class PriceChanged(PaymentError):
-    """The price is above what was signed, or a session may spend: `have` is that and `need` the price, both atomic."""
+    """The price is above what was signed: `have` is that and `need` the price, both atomic."""
 
     code = "price_changed"
     receipt = True
     fields: ClassVar[tuple[str, ...]] = ("have", "need", "token", "block")
+
+
+class AllowanceExceeded(PriceChanged):
+    """The price is above what the session may still spend, `have`. Nothing is used up: its key may come again."""
+
+    receipt = False
 
 
 class RequestRunning(PaymentError):

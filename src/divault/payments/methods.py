@@ -5,8 +5,9 @@ Rules:
 1. A `Hold` is given only after its reservation is on disk; `Ledger.outcome` around it ends what nobody charged.
 2. No payment and not enough credit: the offer (402), whatever `max_price` says; nothing is used up. With a payment or
    credit to draw from, a price above the signed maximum is PriceChanged. A price above what is left of the sum that its
-   wallet allowed a session is PriceChanged before anything is offered: money sent for it could not be spent. Of a
-   session's paid calls only those run that can be told from their copies.
+   wallet allowed a session is AllowanceExceeded before anything is offered: money sent for it could not be spent. That
+   uses nothing up either: another call of the session may hold the rest for a moment only. Of a session's paid calls
+   only those run that can be told from their copies.
 3. A claimed transfer is judged by `transfer`; accepted, its whole sum becomes credit of (payer, owner, token) in the
    transaction that reserves the price. Together with credit that is there, it has to cover the price.
 4. The same signed bytes may come again after a crash: the transfer that they claimed is credited already, so they run
@@ -21,6 +22,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
 from divault.errors import (
+    AllowanceExceeded,
     BadRequest,
     NotReady,
     PaymentError,
@@ -117,8 +119,8 @@ class TransferCredit:
     async def hold(self, grant: Grant, call: SignedCall) -> AsyncIterator[Hold]:
         """The run and its price, reserved.
 
-        Raises PaymentRequired, PaymentRejected, PaymentPending, PriceChanged, NonceUsed, RequestRunning, BadRequest and
-        ChainUnavailable.
+        Raises PaymentRequired, PaymentRejected, PaymentPending, PriceChanged, AllowanceExceeded, NonceUsed,
+        RequestRunning, BadRequest and ChainUnavailable.
         """
         account = Account(self._ledger.chain_id, grant.model.payment_token, grant.principal.user, grant.model.owner)
         tx = parse_hash(call.payment.tx_hash) if call.payment is not None else None
@@ -248,23 +250,22 @@ def _above_limit(grant: Grant) -> PriceChanged:
     advice = "the price is above the signed max_price: sign again with the new one, or don't"
     if grant.principal.login is not None:
         advice = "the price is above this call's max_price: name a larger one, under a fresh Idempotency-Key, or don't"
-    return _price_changed(grant, advice, grant.principal.max_price.atomic)
+    return PriceChanged(advice, **_compared(grant, grant.principal.max_price.atomic))
 
 
-def _above_allowance(grant: Grant, left: int) -> PriceChanged:
+def _above_allowance(grant: Grant, left: int) -> AllowanceExceeded:
     advice = "the price is above what this session may still spend: sign in again with a larger sum, or don't"
-    return _price_changed(grant, advice, left)
+    return AllowanceExceeded(advice, **_compared(grant, left))
 
 
-def _price_changed(grant: Grant, advice: str, have: int) -> PriceChanged:
+def _compared(grant: Grant, have: int) -> dict[str, str | int]:
     model = grant.model
-    return PriceChanged(
-        advice,
-        have=str(have),
-        need=str(model.price.atomic),
-        token=str(model.payment_token),
-        block=grant.block.number,
-    )
+    return {
+        "have": str(have),
+        "need": str(model.price.atomic),
+        "token": str(model.payment_token),
+        "block": grant.block.number,
+    }
 
 
 class Payments:
