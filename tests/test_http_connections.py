@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -48,8 +49,8 @@ class Impatient(Connection):
 
 
 @asynccontextmanager
-async def serving(app: Application, http: type[Connection] = Connection) -> AsyncIterator[int]:
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_config=None, http=http)
+async def serving(app: Application, http: type[Connection] = Connection, **more: Any) -> AsyncIterator[int]:
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_config=None, http=http, **more)
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
     while not server.started:
@@ -231,6 +232,25 @@ async def test_nobody_looks_after_a_reader_who_has_read_all() -> None:
         made[0].timeout_keep_alive_handler()
         assert made[0]._unread() == 0
         writer.close()
+
+
+@pytest.mark.parametrize("resets", [True, False], ids=["reset", "end"])
+async def test_who_leaves_an_idle_connection_leaves_nothing_behind(resets: bool) -> None:
+    made: list[Connection] = []
+    wrong: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: wrong.append(context))
+    app = answering(b"yes")
+    async with serving(app, noting(Connection, made), timeout_keep_alive=0.1) as port, asyncio.timeout(10):
+        idle = await unread(port)
+        assert (await loop.sock_recv(idle, 1 << 16)).endswith(b"yes")
+        idle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", resets, 0))
+        idle.close()
+        await asyncio.sleep(0.2)
+
+    assert wrong == []
+    assert made[0].timeout_keep_alive_task is None
+    assert made[0]._slow is None
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Part of asyncio.Protocol."""
+        self._unset_keepalive_if_required()  # uvicorn leaves it running where the client reset the connection
         self._wait_no_more()
         self._watch_no_more()
         super().connection_lost(exc)
@@ -115,8 +116,7 @@ class Connection(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Part of uvicorn's protocol: nothing more was asked; the connection ends when all of the answer has left."""
         super().timeout_keep_alive_handler()
-        if self._slow is None:
-            self._watch()
+        self._watch()
 
     def data_received(self, data: bytes) -> None:
         """Part of asyncio.Protocol."""
@@ -162,7 +162,9 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
 
     def _watch(self) -> None:
-        self._slow = self.loop.call_later(self.reader_patience_s, self._look, self._unread())
+        """Look after the reader, if something waits for him."""
+        if self._slow is None and self.transport.get_write_buffer_size():
+            self._slow = self.loop.call_later(self.reader_patience_s, self._look, self._unread())
 
     def _watch_no_more(self) -> None:
         if self._slow is not None:
@@ -181,11 +183,11 @@ class Connection(HttpToolsProtocol):
 
     def _unread(self) -> int:
         """Bytes that the client's machine has not taken yet: here, and in the kernel, which takes them in leaps."""
-        try:
-            queued = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-        except OSError:  # it is gone
+        here = int(self.transport.get_write_buffer_size())
+        if not here:  # nobody waits, and the socket may be closed
             return 0
-        return int(self.transport.get_write_buffer_size()) + int.from_bytes(queued, sys.byteorder)
+        queued = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return here + int.from_bytes(queued, sys.byteorder)
 
     def _wait_no_more(self) -> None:
         if self._late is not None:
