@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+import uvloop
 
 import divault.telemetry
 from divault.api.connection import MAX_HEAD_BYTES, Connection, JoinedTransport
@@ -80,7 +81,8 @@ def answering(body: bytes, *more: bytes) -> Application:
 
 async def test_what_is_written_in_one_turn_leaves_in_one_piece() -> None:
     wire = Wire()
-    joined = JoinedTransport(wire)
+    told: list[bool] = []
+    joined = JoinedTransport(wire, lambda: told.append(wire.closing))
     joined.write(b"head")
     joined.write(b"")
     joined.write(b"body")
@@ -91,14 +93,16 @@ async def test_what_is_written_in_one_turn_leaves_in_one_piece() -> None:
     joined.write(b"more")
     joined.send()
     joined.write(b"last")
+    assert told == []
+    joined.close()
     joined.close()
     assert wire.sent == [b"headbody", b"more", b"last"]
-    assert wire.closing
+    assert told == [True]
 
 
 async def test_a_long_answer_does_not_wait_until_it_is_whole() -> None:
     wire = Wire()
-    joined = JoinedTransport(wire)
+    joined = JoinedTransport(wire, wire.close)
     for _ in range(40):
         joined.write(b"x" * 4096)
 
@@ -107,7 +111,7 @@ async def test_a_long_answer_does_not_wait_until_it_is_whole() -> None:
 
 async def test_nothing_is_written_to_a_connection_that_is_gone() -> None:
     wire = Wire()
-    joined = JoinedTransport(wire)
+    joined = JoinedTransport(wire, wire.close)
     joined.write(b"late")
     wire.closing = True
     await asyncio.sleep(0)
@@ -232,6 +236,86 @@ async def test_nobody_looks_after_a_reader_who_has_read_all() -> None:
         made[0].timeout_keep_alive_handler()
         assert made[0]._unread() == 0
         writer.close()
+
+
+async def of_any_length(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with as many bytes as the path says."""
+    await answering(b"x" * int(scope["path"][1:]))(scope, receive, send)
+
+
+def asking(size: int) -> bytes:
+    return b"POST /%d HTTP/1.1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n" % size
+
+
+async def taken_unread(port: int, made: list[Connection]) -> int:
+    """How much of an answer leaves for one who reads nothing."""
+    silent = await unread(port, asking(8 << 20))
+    while not made or made[0]._slow is None:
+        await asyncio.sleep(0.001)
+    waits = made.pop().transport.get_write_buffer_size()
+    silent.close()
+    return (8 << 20) - waits
+
+
+async def has_ended(connection: Connection) -> None:
+    while connection in connection.server_state.connections:
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("waits", [1 << 10, 60 << 10, 70 << 10, 300 << 10])
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_however_little_of_a_last_answer_is_unread_it_is_not_kept_for_ever(loop: Any, waits: int) -> None:
+    async def run() -> None:
+        made: list[Connection] = []
+        async with serving(of_any_length, noting(Hurried, made)) as port, asyncio.timeout(20):
+            silent = await unread(port, asking(await taken_unread(port, made) + waits))
+            while not made or made[0]._slow is None:
+                await asyncio.sleep(0.001)
+            assert 0 < made[0].transport.get_write_buffer_size() <= waits
+            await has_ended(made[0])
+            silent.close()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(run())
+
+
+async def test_who_reads_all_of_his_last_answer_but_little_is_not_waited_for() -> None:
+    made: list[Connection] = []
+    loop = asyncio.get_running_loop()
+
+    class Narrow(noting(Hurried, made)):  # type: ignore[misc]  # so that what waits is here, not in the kernel
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+    async with serving(of_any_length, Narrow) as port, asyncio.timeout(20):
+        silent = await unread(port, asking(200 << 10))
+        while not made or made[0]._slow is None:
+            await asyncio.sleep(0.001)
+        while made[0].flow.write_paused:
+            await loop.sock_recv(silent, 1 << 10)
+        assert 0 < made[0].transport.get_write_buffer_size() < 64 << 10
+        await has_ended(made[0])
+        silent.close()
+
+
+@pytest.mark.parametrize("asked", [ASK, asking(300 << 10)], ids=["keep", "close"])
+async def test_nobody_looks_after_an_answer_that_leaves_at_once(asked: bytes) -> None:
+    looks: list[int] = []
+
+    class Noted(Connection):
+        def _unread(self) -> int:
+            looks.append(super()._unread())
+            return looks[-1]
+
+    async with serving(answering(b"x" * (300 << 10)), Noted) as port, asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(asked)
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(300 << 10)
+        writer.close()
+
+    assert looks == []
 
 
 @pytest.mark.parametrize("resets", [True, False], ids=["reset", "end"])

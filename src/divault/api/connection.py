@@ -36,8 +36,9 @@ _ENOUGH = 64 * 1024  # bytes, sent without waiting for more
 class JoinedTransport:
     """The transport, for one who writes several times in a turn of the loop: sent as one when the turn ends."""
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, closed: Callable[[], None]) -> None:
         self._transport = transport
+        self._closed = closed
         self._parts: list[bytes] = []
         self._size = 0
 
@@ -59,9 +60,12 @@ class JoinedTransport:
             self._transport.writelines(parts)
 
     def close(self) -> None:
-        """Send what was written, and close."""
+        """Send what was written, and close when all of it has left; `closed` is called now."""
+        if self._transport.is_closing():
+            return
         self.send()
         self._transport.close()
+        self._closed()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -93,7 +97,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Part of asyncio.Protocol."""
-        super().connection_made(JoinedTransport(transport))  # type: ignore[arg-type]
+        super().connection_made(JoinedTransport(transport, self._watch))  # type: ignore[arg-type]
         self._late = self.loop.call_later(self.head_patience_s, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -110,13 +114,9 @@ class Connection(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         """Part of asyncio.Protocol: he has read on."""
-        self._watch_no_more()
+        if not self.transport.is_closing():  # where it is, the rest has to leave, too, and nobody else looks after it
+            self._watch_no_more()
         super().resume_writing()
-
-    def timeout_keep_alive_handler(self) -> None:
-        """Part of uvicorn's protocol: nothing more was asked; the connection ends when all of the answer has left."""
-        super().timeout_keep_alive_handler()
-        self._watch()
 
     def data_received(self, data: bytes) -> None:
         """Part of asyncio.Protocol."""
