@@ -16,7 +16,7 @@ import uvicorn
 import uvloop
 
 import divault.telemetry
-from divault.api.connection import MAX_HEAD_BYTES, Connection, JoinedTransport
+from divault.api.connection import MAX_HEAD_BYTES, READER_PATIENCE_S, Connection, JoinedTransport
 from divault.api.measured import Measured, Routes
 from divault.metrics import Metrics
 from divault.telemetry import configure_logs
@@ -223,6 +223,37 @@ async def test_who_reads_slowly_is_waited_for_and_who_stops_is_not() -> None:
         slow.close()
 
     assert 0 < read < 8 << 20
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["reads", "stops"])
+async def test_who_reads_8_kb_a_second_after_a_fast_start_is_waited_for(reads: bool) -> None:
+    """Time runs 200 times as fast, and socket buffers are as the system has them: they are emptied in leaps."""
+    made: list[Connection] = []
+    ended: list[bool] = []  # by each look
+    loop, own, read = asyncio.get_running_loop(), socket.socket(), 0
+
+    class Faster(noting(Connection, made)):  # type: ignore[misc]
+        reader_patience_s = READER_PATIENCE_S / 200
+
+        def _look(self, before: int) -> None:
+            super()._look(before)
+            ended.append(self._slow is None)
+
+    async with serving(of_any_length, Faster) as port, asyncio.timeout(30):
+        own.setblocking(False)
+        await loop.sock_connect(own, ("127.0.0.1", port))
+        await loop.sock_sendall(own, asking(32 << 20))
+        while read < 8 << 20:
+            read += len(await loop.sock_recv(own, 1 << 18))
+        began, slowly = loop.time(), 0
+        while slowly < 3 << 20 and True not in ended:
+            await asyncio.sleep(0.01)
+            while reads and slowly < 200 * 8000 * (loop.time() - began):
+                slowly += len(await loop.sock_recv(own, 8 << 10))
+        own.close()
+
+    assert ended[-1] is not reads
+    assert len(ended) >= 2
 
 
 async def test_nobody_looks_after_a_reader_who_has_read_all() -> None:

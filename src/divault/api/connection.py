@@ -26,9 +26,14 @@ MAX_HEAD_BYTES = 64 * 1024
 """Of a request's head; some more where it comes at once. Signed headers with their token take 2 to 6 kB."""
 HEAD_PATIENCE_S = 10.0
 """Until a head has come, from the first byte of a connection, or of a further request on it."""
-READER_PATIENCE_S = 20.0
-"""How long an answer waits for a reader who takes next to nothing of it: who lost the network is back by then."""
-_LEAST_READ = 8 * 1024  # bytes in that time; a stream that is read aloud takes twice as many
+READER_PATIENCE_S = 180.0
+"""How long an answer waits for a reader who takes next to nothing of it.
+
+He seems to take nothing between two leaps: a machine whose receive buffer was full takes more when a good part of it is
+free again: on Linux 80 to 127 KiB of the buffer it begins with, up to 640 KiB of one that a fast start made grow. One
+such leap has to fit in: who reads 4 kB/s is not cut off, and 1 kB/s is enough where the buffer did not grow.
+"""
+_LEAST_READ = 8 * 1024  # bytes in that time: less than such a leap, and enough for 16 MB to end some day
 _FRAMING = 8  # bytes around each byte of a body, at most: one in a chunk of its own takes six
 _ENOUGH = 64 * 1024  # bytes, sent without waiting for more
 
