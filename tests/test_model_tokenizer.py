@@ -95,7 +95,7 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "asked for": ({"tokenizer_class": "BertTokenizer", "do_lower_case": True}, False),
     "not asked for": ({"tokenizer_class": "BertTokenizer", "do_lower_case": False}, True),
     "by the class": ({"tokenizer_class": "BertTokenizerFast"}, False),
-    "by the type": ({"model_max_length": 32}, False),
+    "asked for, of no class": ({"do_lower_case": True}, False),
     "another class of the kind": ({"tokenizer_class": "LxmertTokenizer", "do_lower_case": False}, True),
     "a class that takes the file as it is": (
         {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False}, True
@@ -118,6 +118,18 @@ def test_lower_case_is_what_the_class_makes_of_it(tmp_path: Path, kind: str) -> 
 
     assert ours == AutoTokenizer.from_pretrained(tmp_path)(text).input_ids
     load(HuggingFace(), folder_content(tmp_path)).predict([Inputs({"text": text}, {})])
+
+
+def test_where_no_class_is_named_the_file_counts(tmp_path: Path) -> None:
+    tiny_classifier(tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    file["normalizer"] |= {"lowercase": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    (tmp_path / "tokenizer_config.json").unlink(missing_ok=True)
+    with memory_files(folder_content(tmp_path)) as files:
+        tokenizer = tokenizer_of(Folder(files), AutoConfig.from_pretrained(tmp_path))
+
+    assert tokenizer.encode("the FILM").ids != tokenizer.encode("the film").ids
 
 
 @pytest.mark.parametrize("prefix", [True, False, None])

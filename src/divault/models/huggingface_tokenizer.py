@@ -145,12 +145,15 @@ def _set_parts(tokenizer: Tokenizer, told: Mapping[str, Any], kind: str) -> None
     from tokenizers.normalizers import BertNormalizer
     from tokenizers.pre_tokenizers import ByteLevel
 
-    if isinstance(tokenizer.normalizer, BertNormalizer) and kind in _OF_BERT:
+    old = tokenizer.normalizer
+    if isinstance(old, BertNormalizer) and kind in _OF_BERT:
+        # Where no class is named, its defaults are nobody's word against what the file says.
+        accents, lower = (None, True) if "tokenizer_class" in told else (old.strip_accents, old.lowercase)
         tokenizer.normalizer = BertNormalizer(
             clean_text=True,
             handle_chinese_chars=told.get("tokenize_chinese_chars", True),
-            strip_accents=told.get("strip_accents"),
-            lowercase=told.get("do_lower_case", True),
+            strip_accents=told.get("strip_accents", accents),
+            lowercase=told.get("do_lower_case", lower),
         )
     prefix = told.get("add_prefix_space")
     if isinstance(tokenizer.pre_tokenizer, ByteLevel) and kind in _OF_BYTES and isinstance(prefix, bool):
