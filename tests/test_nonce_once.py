@@ -292,17 +292,7 @@ async def test_errors_without_receipt_leave_no_trace(counter: Counter) -> None:
 
 async def test_a_cancelled_free_run_keeps_its_nonce_used(counter: Counter) -> None:
     _, call = signed(max_price=0)
-    running = asyncio.Event()
-
-    async def long(_: Hold) -> bytes:
-        running.set()
-        return await asyncio.sleep(60, b"")
-
-    task = asyncio.create_task(counter.infer(call, long, price=FREE))
-    await running.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await left_unseen(counter, call)
     with pytest.raises(NonceUsed):
         await counter.infer(call, price=FREE)
 

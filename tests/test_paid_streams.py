@@ -13,10 +13,8 @@ from typing import Any
 
 import orjson
 import pytest
-import uvicorn
 from msgspec.structs import replace
 
-from divault.api.connection import Connection
 from divault.api.hot import HotRoutes
 from divault.api.openai_routes import _handler
 from divault.api.presence import Presence
@@ -28,6 +26,7 @@ from divault.workers.pool import WorkerPool
 from divault.workers.worker import Worker
 from tests.counter import PRICE, Counter, output_of, signed
 from tests.small_service import model_of_the_counter, service_of
+from tests.test_http_connections import serving
 from tests.worker_models import hostile
 
 FREE = Usdc(0)
@@ -231,7 +230,7 @@ async def test_the_nodes_deadline_ends_a_priced_stream_which_costs_nothing(count
 
 
 @asynccontextmanager
-async def serving(service: Service, calls: list[SignedCall]) -> AsyncIterator[int]:
+async def answering(service: Service, calls: list[SignedCall]) -> AsyncIterator[int]:
     """The port of a server whose requests are these calls, one after the other."""
     coming = iter(calls)
     node: Any = SimpleNamespace(service=service, envelopes=SimpleNamespace(foreign=lambda *_: next(coming)))
@@ -240,14 +239,8 @@ async def serving(service: Service, calls: list[SignedCall]) -> AsyncIterator[in
         raise AssertionError("another route")
 
     app = HotRoutes(nobody, {"/v1/completions": _handler(node, "completions")}.get, Presence())
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_config=None, http=Connection)
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    await task
+    async with serving(app) as port:
+        yield port
 
 
 @pytest.mark.parametrize("price", [PRICE, FREE])
@@ -255,7 +248,7 @@ async def test_a_client_that_hangs_up_when_it_has_the_text_pays_for_it(counter: 
     model, calls = Slow(), [signed(max_price=price.atomic)[1] for _ in range(2)]
     body = json.dumps({"model": "m1", "prompt": "x", "stream": True}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
-    async with serving(service_of(counter, model, price=price), calls) as port, asyncio.timeout(10):
+    async with answering(service_of(counter, model, price=price), calls) as port, asyncio.timeout(10):
         for _ in calls:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(head + body)

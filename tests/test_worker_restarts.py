@@ -56,6 +56,14 @@ async def sharing(pool: WorkerPool, model: OpenedModel, *acts: str) -> list[asyn
     return asked
 
 
+async def comes_back(pool: WorkerPool, model: OpenedModel, worker: Worker) -> None:
+    """It starts, as soon as there is nothing wrong with it, and answers."""
+    worker._tuning = hostile("tagged")
+    worker._deadlines = Deadlines(60, 10)
+    await until(lambda: worker.state == "ready")
+    assert await said(pool, model, {"tag": "later"}) == {"tag": "later", "callers": 1}
+
+
 async def test_who_goes_again_does_not_wait_for_ever_for_a_process_that_never_comes(make_pool: MakePool) -> None:
     pool, model = make_pool(hostile("tagged", pass_share=ANY, deaths=1000)), opened(b"any")
     worker = await loaded(pool, model, load_s=0.4, predict_s=0.3)
@@ -71,10 +79,7 @@ async def test_who_goes_again_does_not_wait_for_ever_for_a_process_that_never_co
     assert worker.state == "restarting"
     with pytest.raises(DeadlineExceeded, match="waited"):
         await said(pool, model, {"tag": "new"})
-    worker._tuning = hostile("tagged")
-    worker._deadlines = Deadlines(60, 10)
-    await until(lambda: worker.state == "ready")
-    assert await said(pool, model, {"tag": "later"}) == {"tag": "later", "callers": 1}
+    await comes_back(pool, model, worker)
 
 
 async def test_who_goes_again_waits_for_all_before_him_however_long_they_take(make_pool: MakePool) -> None:
@@ -102,10 +107,7 @@ async def test_starts_that_run_into_the_load_deadline_fail_the_model(make_pool: 
     assert len(worker._deaths) == 5
     with pytest.raises(NotReady, match=r"died 5 times within 0\.5 s, or could not be started as often"):
         await said(pool, model, {"tag": "new"})
-    worker._tuning = hostile("tagged")
-    worker._deadlines = Deadlines(60, 10)
-    await until(lambda: worker.state == "ready")
-    assert await said(pool, model, {"tag": "later"}) == {"tag": "later", "callers": 1}
+    await comes_back(pool, model, worker)
 
 
 async def test_deaths_that_lie_further_apart_than_the_window_fail_no_model(make_pool: MakePool) -> None:

@@ -8,7 +8,7 @@ build the tokenizer of Llama 2 anew, without the normalizer of its file, which c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -111,10 +111,12 @@ def tokenizer_of(folder: Folder, config: PretrainedConfig) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(text.decode())
         tokenizer.no_padding()
-        side = folder.json_object("tokenizer_config.json").get("truncation_side")
+        told = folder.json_object("tokenizer_config.json")
+        side = told.get("truncation_side")
         side = (tokenizer.truncation or {}).get("direction", "right") if side is None else side
         tokenizer.enable_truncation(max_tokens(folder, config), direction=side)
-        _amend(tokenizer, folder, config)
+        _set_parts(tokenizer, told, str(told.get("tokenizer_class") or config.model_type))
+        _add_tokens(tokenizer, _added(tokenizer, told, special_tokens(folder).values()), config.vocab_size)
         highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     except Exception as err:  # noqa: BLE001 - the library raises bare Exception for every broken file
         raise SealedFileDamaged(f"tokenizer.json doesn't hold: {str(err)[:200]}", stage="payload") from None
@@ -125,15 +127,11 @@ def tokenizer_of(folder: Folder, config: PretrainedConfig) -> Tokenizer:
     return tokenizer
 
 
-def _amend(tokenizer: Tokenizer, folder: Folder, config: PretrainedConfig) -> None:
-    """Have it what `tokenizer_config.json` says otherwise, and the class that it names."""
-    told = folder.json_object("tokenizer_config.json")
-    _set_parts(tokenizer, told, str(told.get("tokenizer_class") or config.model_type))
-    tokenizer.encode_special_tokens = told.get("split_special_tokens") is True
-    room, fresh = config.vocab_size - tokenizer.get_vocab_size(), []
-    for token in _added(tokenizer, folder):
+def _add_tokens(tokenizer: Tokenizer, tokens: Iterable[AddedToken], most: int) -> None:
+    """Have it these; one that the model of so many words has no number for stays what it is made of."""
+    room, fresh = most - tokenizer.get_vocab_size(), []
+    for token in tokens:
         new = tokenizer.token_to_id(token.content) is None
-        # One that the model has no number for stays what it is made of: its number would be nobody's.
         if not new or room > 0:
             fresh.append(token)
             room -= new
@@ -141,7 +139,7 @@ def _amend(tokenizer: Tokenizer, folder: Folder, config: PretrainedConfig) -> No
 
 
 def _set_parts(tokenizer: Tokenizer, told: Mapping[str, Any], kind: str) -> None:
-    """What classes of the library set by themselves, whatever `tokenizer.json` says; `kind`: a class or model type."""
+    """What `tokenizer_config.json` says otherwise, and the class that it names; `kind`: that, or the model type."""
     from tokenizers.normalizers import BertNormalizer
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -155,18 +153,18 @@ def _set_parts(tokenizer: Tokenizer, told: Mapping[str, Any], kind: str) -> None
             strip_accents=told.get("strip_accents", accents),
             lowercase=told.get("do_lower_case", lower),
         )
+    tokenizer.encode_special_tokens = told.get("split_special_tokens") is True
     prefix = told.get("add_prefix_space")
     if isinstance(tokenizer.pre_tokenizer, ByteLevel) and kind in _OF_BYTES and isinstance(prefix, bool):
         tokenizer.pre_tokenizer.add_prefix_space = prefix
 
 
-def _added(tokenizer: Tokenizer, folder: Folder) -> Iterator[AddedToken]:
+def _added(tokenizer: Tokenizer, told: Mapping[str, Any], special: Iterable[str]) -> Iterator[AddedToken]:
     """Tokens that it lacks, or has with other flags, in the order in which they get their numbers."""
     from tokenizers import AddedToken
 
-    told = folder.json_object("tokenizer_config.json")
     listed = told.get("added_tokens_decoder")
-    texts = list(special_tokens(folder).values())
+    texts = list(special)
     for name in ("additional_special_tokens", "extra_special_tokens"):
         texts += [text for text in _listed(told.get(name)) if isinstance(text, str)]
     if len(texts) > _MOST_ADDED or (isinstance(listed, dict) and len(listed) > _MOST_ADDED):

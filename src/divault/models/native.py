@@ -104,17 +104,21 @@ def check_all(root: Any) -> None:
     """Every such object that can be reached from an estimator. Raises UnsupportedModel."""
     try:
         for value in reachable(root):
-            if is_native(value):
-                check(value)
-            elif "_predictors" in getattr(value, "__dict__", {}):
-                _check_predictors(value)
-            elif type(value).__name__ == "FunctionTransformer":
-                _check_function(value)
-            else:
-                _check_width(value)
+            _check_part(value)
     # What arrays of another kind than expected, and scipy's own check, raise.
     except (ValueError, TypeError, AttributeError, IndexError, KeyError) as err:
         rebuilding.damaged(f"a tree or matrix that is none: {type(err).__name__}")
+
+
+def _check_part(value: Any) -> None:
+    if is_native(value):
+        check(value)
+    elif "_predictors" in getattr(value, "__dict__", {}):
+        _check_predictors(value)
+    elif type(value).__name__ == "FunctionTransformer":
+        _check_function(value)
+    else:
+        _check_width(value)
 
 
 def may_never_end(value: Any) -> bool:
