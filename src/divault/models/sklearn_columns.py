@@ -274,10 +274,9 @@ def _inside(part: Any, places: _Places | None) -> list[tuple[Any, _Places | None
     if isinstance(part, _CalibratedClassifier | FrozenEstimator):
         return [(part.estimator, places)]
     first = getattr(part, "_preprocessor", None)
+    # Of histogram boosting with categories, whose trees see what that makes of the row.
     if isinstance(first, FixedWidth) and isinstance(first.inner, ColumnTransformer):
-        return [
-            (first.inner, places)
-        ]  # of histogram boosting with categories, whose trees see what that makes of the row
+        return [(first.inner, places)]
     for name in ("calibrated_classifiers_", "estimators_"):
         if isinstance(found := getattr(part, name, None), list):
             some = getattr(part, "estimators_features_", None)
