@@ -205,7 +205,7 @@ async def test_unloading_ends_a_replaced_worker_too(desk: Desk, how: str) -> Non
     assert not pool._leaving
 
 
-async def test_a_replaced_worker_takes_memory_until_it_has_ended() -> None:
+async def test_a_replaced_worker_takes_memory_and_threads_until_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = WorkerPool(predict_timeout_s=10, load_timeout_s=60, tuning=hostile("slow"), memory_bytes=1 << 40)
     old, new = loadable(OLD), loadable(NEW)
     try:
@@ -215,6 +215,13 @@ async def test_a_replaced_worker_takes_memory_until_it_has_ended() -> None:
         await pool.load(new)
         taken, _ = await pool._measured()
         assert {worker.opened.cid for worker in taken} == {OLD, NEW}
+        _, fits = pool._choose(dict.fromkeys(taken, 1 << 39), 0, 1, MODEL.model.key)
+        assert not fits
+        for worker in taken:
+            worker.threads = 2
+        monkeypatch.setattr("divault.workers.pool.cores", lambda: 6)
+        other: Any = SimpleNamespace(opened=SimpleNamespace(model=SimpleNamespace(key="another")))
+        assert pool.threads_left(other) == 2
         await asked
     finally:
         await pool.close()

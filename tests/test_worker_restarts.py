@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,26 @@ async def test_who_goes_again_waits_for_all_before_him_however_long_they_take(ma
     ends = await asyncio.gather(*hang, return_exceptions=True)
     assert all(isinstance(end, DeadlineExceeded) for end in ends)
     assert worker._away is None
+
+
+async def test_who_brings_it_down_again_has_his_others_run_last(make_pool: MakePool) -> None:
+    pool, model = make_pool(hostile("tagged", pass_share=ANY)), opened(b"any")
+    await loaded(pool, model, load_s=60, predict_s=10)
+    ended: list[str] = []
+
+    async def one(tag: str, wallet: int, act: str) -> None:
+        with contextlib.suppress(ModelFailed):
+            await said(pool, model, {"tag": tag, "act": act}, wallet=wallet)
+        ended.append(tag)
+
+    first = asyncio.create_task(said(pool, model, {"tag": "first"}))
+    await asyncio.sleep(0.005)
+    asked = [one("evil", 2, "die"), one("evil too", 2, "die"), one("good", 3, ""), one("good too", 3, "")]
+    tasks = [asyncio.create_task(each) for each in asked]
+    await first
+    await asyncio.gather(*tasks)
+
+    assert ended == ["evil", "good", "good too", "evil too"]
 
 
 async def test_starts_that_run_into_the_load_deadline_fail_the_model(make_pool: MakePool) -> None:
