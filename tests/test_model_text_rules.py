@@ -9,13 +9,22 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from divault.errors import SealedFileDamaged, UnsupportedModel
 from divault.models.base import Inputs, Piece
+from divault.models.files import Folder
 from divault.models.huggingface import HuggingFace
+from divault.models.score_rules import ScoreRules
 from divault.models.text_generation import _Writer
-from tests.memory_models import as_json, folder_content, json_of, load, tiny_language_model
+from tests.memory_models import as_json, folder_content, json_of, load, memory_files, tiny_language_model
 
 Content = dict[str, bytes]
 PROMPT = "Once upon a time"
@@ -103,6 +112,26 @@ def test_older_folders_have_the_rules_in_their_configuration(folder: Path) -> No
 
     assert said(older)["text"] == text_of(folder, generated(folder, repetition_penalty=1.3))
     assert said(content)["text"] == text_of(folder, generated(folder)), "a file of its own counts alone"
+
+
+def test_rules_are_applied_in_the_order_of_the_library(folder: Path) -> None:
+    """Whatever the order of the file: a forbidden token stays so, whatever else raises its score."""
+    told: dict[str, Any] = {"begin_suppress_tokens": [5], "suppress_tokens": [6], "min_new_tokens": 2, "min_length": 3}
+    told |= {
+        "bad_words_ids": [[7]],
+        "no_repeat_ngram_size": 2,
+        "repetition_penalty": 1.3,
+        "sequence_bias": [[[8], 1.0]],
+    }
+    asked = GenerationConfig(**told, eos_token_id=0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model._prepare_special_tokens(asked, device="cpu")
+    theirs = model._get_logits_processor(asked, input_ids_seq_length=4, device="cpu")
+    with memory_files({"generation_config.json": as_json(told)}) as files:
+        ours = ScoreRules.of(Folder(files), {}, frozenset({0}), 257).processors(4, "cpu")
+
+    assert [type(one) for one in ours] == [type(one) for one in theirs]
+    assert len(ours) == len(told)
 
 
 def test_how_a_token_is_drawn_is_the_callers_to_say(folder: Path) -> None:

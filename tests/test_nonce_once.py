@@ -14,6 +14,7 @@ import pytest
 from divault.errors import AccessDenied, DivaultError, ModelFailed, NonceUsed, NotReady, Overloaded, RateLimited
 from divault.limits import RefusalBudget
 from divault.payments import books
+from divault.payments.ledger import _FreeRun
 from divault.payments.stages import Stage
 from divault.receipts import answer_body, redact
 from divault.values import Answer, Hold, SignedCall, Usdc
@@ -383,3 +384,15 @@ async def test_a_free_call_takes_less_than_1500_bytes_in_the_file(tmp_path: Path
         sizes.append(file.stat().st_size)  # closed: all of the log is folded back
 
     assert 500 < (sizes[1] - sizes[0]) / 800 < 1500
+
+
+async def test_what_is_written_of_an_older_presentation_ends_no_newer_one(counter: Counter) -> None:
+    principal, _ = signed(max_price=0)
+    older, newer = (_FreeRun(principal, attempt, lease_until=0) for attempt in (b"older", b"newer"))
+    ledger = counter.ledger
+    ledger._put_back([newer])
+    ledger._put_back([older])
+
+    assert not ledger._take(older)
+    assert ledger._take(newer), "it holds the nonce, and alone"
+    assert not ledger._free
