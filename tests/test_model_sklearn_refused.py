@@ -128,6 +128,11 @@ def test_a_function_of_ones_own_inside_a_pipeline_is_named() -> None:
     assert seen(pickle.dumps(ours)) == f"a pickle that needs {__name__}.own_function"
 
 
+def with_attributes(made: Any, **told: Any) -> Any:
+    vars(made).update(told)
+    return made
+
+
 PARTIALS: dict[str, Callable[[], Any]] = {
     "another function": lambda: functools.partial(np.clip, a_min=0, a_max=1),
     "a class": lambda: functools.partial(LogisticRegression),
@@ -137,6 +142,9 @@ PARTIALS: dict[str, Callable[[], Any]] = {
     "fewer words": lambda: functools.partial(check_array, dtype=[np.float64]),
     "no word": lambda: functools.partial(check_array),
     "the function itself": lambda: check_array,
+    "attributes of its own": lambda: with_attributes(
+        functools.partial(check_array, dtype=[np.float64], ensure_all_finite=False), note="x"
+    ),
 }
 
 

@@ -150,6 +150,10 @@ def test_how_a_token_is_drawn_is_the_callers_to_say(folder: Path) -> None:
         ("penalty_alpha", 0.6, None),
         ("stop_strings", ["a"], []),
         ("token_healing", True, False),
+        ("encoder_no_repeat_ngram_size", 2, 0),
+        ("encoder_repetition_penalty", 1.5, 1.0),
+        ("forced_bos_token_id", 5, None),
+        ("watermarking_config", {"greenlist_ratio": 0.25}, None),
     ],
 )
 def test_what_is_not_heeded_is_refused_by_name(folder: Path, member: str, value: Any, neutral: Any) -> None:
